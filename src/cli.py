@@ -1,0 +1,100 @@
+"""What every script shares at its edge: the errors users see, their exit codes, and text that is safe to print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXIT_USER, EXIT_CHECKPOINT, EXIT_DIVERGED = 2, 3, 4
+EXIT_CODE_FILE = "INSTRUCT_EXIT_CODE_FILE"  # where launch.py wants the exit code that the trainer decided on
+
+# Control characters other than tab and newline, and the marks that reorder text on a terminal.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class UserError(Exception):
+    """The user's input is wrong: a flag, a file, the data, or the arithmetic of a batch. One line, with what to do."""
+
+    exit_code = EXIT_USER
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, unsafe, or does not fit."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class DivergedError(UserError):
+    """Loss or gradients are not finite, several steps in a row."""
+
+    exit_code = EXIT_DIVERGED
+
+
+def printable(text: str) -> str:
+    """Return text with control characters written as escapes such as \\x1b, so that no terminal obeys them."""
+    return _UNSAFE.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def printable_line(text: object) -> str:
+    """Like printable, on one line: newlines and tabs are written as escapes too."""
+    return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def report_error(error: UserError) -> int:
+    """Print one line on stderr (one process a machine does) and return the exit code that belongs to the error."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {printable_line(error)}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, and whose flags cannot be abbreviated."""
+
+    def __init__(self, description: str | None = None, **arguments: Any) -> None:
+        super().__init__(description=description, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind: Callable[[str], float], low: float, high: float = float("inf"), *,
+           above: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of this kind in [low, high], or in (low, high] with above."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low < value if above else low <= value) or value > high or value in (float("inf"), float("-inf")):
+            bound = f"above {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}" + (f" and at most {high}" * (high < 1e18)))
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main, turn its errors into one line and an exit code, and leave.
+
+    Under launch.py the code goes to a file and the process ends well, so that torchrun does not try again.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except UserError as error:
+        code = report_error(error)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 0
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe, head for instance, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    if code and EXIT_CODE_FILE in os.environ and "LOCAL_RANK" in os.environ:
+        Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+        code = 0
+    sys.exit(code)

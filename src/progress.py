@@ -1,0 +1,110 @@
+"""What a training run tells: the banner, one line or a progress bar, TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cli import printable, printable_line
+from train_step import StepResult
+
+
+def banner(options: Namespace, device: torch.device, world_size: int, parameters: int, lengths: dict[str, Any],
+           left_out: dict[str, int], start: str) -> str:
+    """What the run is. lengths holds the token counts of each split's examples."""
+    tokens, examples = int(lengths["train"].sum()), len(lengths["train"])
+    steps_per_epoch = tokens / (options.total_batch_size * 127 // 128)
+    seconds = options.max_steps * estimated_step_seconds(options, device, world_size, parameters)
+    longer = ", ".join(f"{count} {split}" for split, count in left_out.items() if count)
+    lines = {
+        "model": f"{parameters:,} parameters, context_length {options.context_length}, {start}",
+        "device": f"{device.type}, {world_size} process" + "es" * (world_size > 1),
+        "data": f"{examples:,} train and {len(lengths['val']):,} val examples, {tokens:,} train tokens"
+                + f"; left out, longer than context_length: {longer}" * bool(longer),
+        "step": f"{options.total_batch_size:,} tokens, micro-batches of at most "
+                f"{options.mini_batch_size * options.context_length:,}",
+        "epoch": f"about {steps_per_epoch:,.1f} steps",
+        "run": f"{options.max_steps:,} steps = {options.max_steps / steps_per_epoch:.2f} epochs; estimated time "
+               f"{duration(seconds)} (from one matrix product; the progress line knows better)",
+    }
+    return "\n".join(f"{name:<7} {printable_line(text)}" for name, text in lines.items())
+
+
+def estimated_step_seconds(options: Namespace, device: torch.device, world_size: int, parameters: int) -> float:
+    """6 operations a parameter and token (Kaplan et al. 2020, section 2.1) at the rate of a matrix product timed
+    here and now."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    rounds = 50 if device.type == "cuda" else 4
+    float((a @ b)[0, 0])
+    begin = time.perf_counter()
+    for _ in range(rounds):
+        product = a @ b
+    float(product[0, 0])
+    rate = rounds * 2 * 1024**3 / (time.perf_counter() - begin)
+    return 6 * parameters * options.total_batch_size / (rate * world_size)
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Progress:
+    """Tells steps and evaluations to the terminal (a bar), to a pipe or file (lines), and to TensorBoard."""
+
+    def __init__(self, options: Namespace, folder: Path, step: int) -> None:
+        self.options = options
+        # After a kill the log may hold steps that are now done again: TensorBoard drops those from step + 1 on.
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self.bar = tqdm(total=options.max_steps, initial=step, unit=" steps", disable=None)
+        self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
+        self.val_loss = math.nan
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        tqdm.write(printable(text), file=sys.stdout)
+        sys.stdout.flush()
+
+    def step(self, step: int, result: StepResult, epoch: float, seconds: float) -> None:
+        """Tell of optimizer step number step (the first is 1), which took this long."""
+        self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + result.tokens, self.steps + 1
+        self.response_tokens += result.response_tokens
+        scalars = {"train/loss": result.loss, "learning_rate": result.learning_rate, "epoch": epoch,
+                   "gradient_norm": result.gradient_norm, "tokens_per_second": result.tokens / seconds}
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {result.loss:.4f}, val loss {self.val_loss:.4f}, "
+                                 f"{result.tokens / seconds:,.0f} tokens/s")
+        if self.bar.disable and (step % self.options.log_freq == 0 or step == self.options.max_steps):
+            left = (self.options.max_steps - step) * self.seconds / self.steps
+            self.say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.val_loss:.4f} "
+                     f"lr {result.learning_rate:.3e} gradient_norm {result.gradient_norm:.3f} "
+                     f"tokens/s {self.tokens / self.seconds:,.0f} "
+                     f"response_tokens/s {self.response_tokens / self.seconds:,.0f} epoch {epoch:.3f} "
+                     f"ETA {duration(left)}")
+            self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
+
+    def evaluation(self, step: int, loss: float, answers: str) -> None:
+        self.val_loss = loss
+        self.writer.add_scalar("val/loss", loss, step)
+        self.writer.add_scalar("val/perplexity", math.exp(min(loss, 700.0)), step)
+        self.writer.add_text("val/answers", answers, step)
+        self.say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
+
+    def flush(self) -> None:
+        """Before a checkpoint: what the log lacks after a kill is then never older than the checkpoint."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()

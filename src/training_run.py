@@ -1,0 +1,297 @@
+"""One training run: set up or resume, step, evaluate, save, stop. train_instruct.py starts it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.nn as nn
+
+import checkpoint
+from cli import CheckpointError, DivergedError, UserError
+from dataloader_instruct import ExampleStream, InstructData, Position
+from generate import generate
+from instruct_format import END_OF_TEXT, TEMPLATE, tokenizer
+from manifest import read_manifest
+from model import GPT, GPTConfig
+from processes import Processes, Signals, join
+from progress import Progress, banner
+from train_options import checkpoint_dir_of, complete_options
+from train_step import StepResult, evaluate, make_optimizer, train_step, wrap
+
+VOCAB_SIZE = 50257
+SAMPLE_PROMPTS, SAMPLE_TOKENS = 3, 48
+MOST_SKIPPED = 3  # non-finite steps in a row that end the run
+
+
+@dataclass
+class Run:
+    """Everything a run has. The fields from step on are what a checkpoint adds to model and optimizer."""
+
+    options: Namespace
+    processes: Processes
+    signals: Signals
+    folder: Path
+    fingerprint: str
+    model: GPT
+    loss_of: nn.Module
+    optimizer: torch.optim.AdamW
+    data: dict[str, InstructData]
+    stream: ExampleStream
+    name: str
+    step: int = 0
+    position: Position = Position()
+    skipped: int = 0  # non-finite steps in a row, up to now
+    val_losses: list[list[float]] = field(default_factory=list)  # [step, loss]
+    progress: Progress | None = None  # on the main process only
+    lock: IO[str] | None = None
+
+    def state(self) -> dict[str, Any]:
+        options = {name: value for name, value in vars(self.options).items()
+                   if name not in ("resume", "override", "device", "compile")}
+        return {"step": self.step, "position": [self.position.epoch, self.position.index], "skipped": self.skipped,
+                "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,
+                "data_fingerprint": self.fingerprint, "model_config": vars(self.model.config),
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            self.progress.say(text)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether this step's evaluation is still to come (a signal may have cut it short before a resume)."""
+        at_end = self.step == self.options.max_steps
+        done = bool(self.val_losses) and self.val_losses[-1][0] == self.step
+        return self.step > 0 and not done and (at_end or self.step % self.options.eval_freq == 0)
+
+
+def train(given: Namespace) -> int:
+    """Run or resume as the options say. Returns the exit code; raises UserError and its kin on every process."""
+    processes = join(given.device or "auto")
+    try:
+        run, error = None, None
+        try:
+            run = _set_up(given, processes)
+        except UserError as caught:
+            error = caught
+        processes.fail_together(error)
+        assert run is not None
+        run.loss_of = wrap(run.model, processes)
+        run.signals.watch()
+        return _loop(run)
+    finally:
+        processes.close()
+
+
+def _set_up(given: Namespace, processes: Processes) -> Run:
+    folder = checkpoint_dir_of(given)
+    lock = _lock(folder) if processes.is_main else None
+    path, state = _state_to_resume(given, folder, processes)
+    options = complete_options(given, state["options"] if state else None)
+    manifest = read_manifest(Path(options.data_dir))
+    if state and state["data_fingerprint"] != manifest["fingerprint"]:
+        raise UserError(f"{options.data_dir}: not the data this run was started with (fingerprint "
+                        f"{manifest['fingerprint'][:12]}, the run's is {state['data_fingerprint'][:12]})")
+    if manifest["template"] != TEMPLATE:
+        raise UserError(f"{options.data_dir}: prepared with template {manifest['template']!r}, this version knows "
+                        f"{TEMPLATE!r}; prepare the data again")
+    model, origin = _model(options, state, path)
+    _check_sizes(options, model.config)
+    data = {split: InstructData(Path(options.data_dir), split, options.context_length) for split in ("train", "val")}
+    model.to(processes.device)
+    optimizer = make_optimizer(model, options.weight_decay)
+    run = Run(options, processes, Signals(), folder, manifest["fingerprint"], model, nn.Identity(), optimizer, data,
+              ExampleStream(data["train"].lengths, options.seed, options.total_batch_size),
+              name=time.strftime("%Y%m%d-%H%M%S"), lock=lock)
+    if state:
+        _restore(run, state, path)
+    if processes.is_main:
+        run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step)
+        run.say(banner(options, processes.device, processes.world_size, sum(p.numel() for p in model.parameters()),
+                       {split: each.lengths for split, each in data.items()},
+                       {split: each.left_out for split, each in data.items()}, origin))
+    return run
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder for this run; the system lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder}: another run is writing there ({file.read().strip()}); wait for it, stop it, or "
+                        "choose another --checkpoint_dir") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror}") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _state_to_resume(given: Namespace, folder: Path, processes: Processes) -> tuple[Path, dict[str, Any] | None]:
+    """The checkpoint to go on from, or None for a new run, which must not overwrite an old one."""
+    resume, pretrained = given.resume, Path()
+    there = [path for path in (folder / checkpoint.LATEST, folder / checkpoint.BEST) if path.exists()]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / checkpoint.LATEST).exists():
+        resume = "latest"  # torchrun started the processes again because one of them died
+    if resume is None:
+        if there:
+            raise UserError(f"{there[0]}: a run is here already; --resume latest goes on with it, another "
+                            "--checkpoint_dir starts a new one")
+        return pretrained, None
+    if resume == "latest":
+        path, state = checkpoint.newest_valid(folder, print if processes.is_main else lambda _: None)
+    else:
+        path, state = Path(resume), checkpoint.load(Path(resume))
+    if "optimizer" not in state:
+        raise UserError(f"{path}: weights only, not the state of a run; --pretrained_model {path} starts from it")
+    return path, state
+
+
+def _model(options: Namespace, state: dict[str, Any] | None, path: Path) -> tuple[GPT, str]:
+    """The model to train, on the CPU and in memory of its own, and where it comes from."""
+    if state is None and options.from_scratch:
+        n_layer, n_head, n_embd = (int(size) for size in options.from_scratch.split(","))
+        try:
+            model = GPT(GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd))
+        except ValueError as error:
+            raise UserError(f"--from_scratch {options.from_scratch}: {error}") from error
+        model.init_weights(options.seed)
+        return model, "random weights"
+    if state is None:
+        path = Path(options.pretrained_model)
+        if not path.exists():
+            raise UserError(f"{path}: no pre-trained model; put yours there, or import one with: python "
+                            "src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
+        config, weights = checkpoint.load_pretrained(path)
+        model = GPT(config)
+        model.load_state_dict(weights)
+        return model, f"weights of {path}"
+    mapped = checkpoint.model_of(state, path, torch.device("cpu"))
+    model = GPT(mapped.config)
+    model.load_state_dict(mapped.state_dict())
+    return model, f"resumed from {path} at step {state['step']}"
+
+
+def _check_sizes(options: Namespace, config: GPTConfig) -> None:
+    """Settle context_length and refuse batch sizes that cannot work."""
+    options.context_length = options.context_length or config.context_length
+    if options.context_length > config.context_length:
+        raise UserError(f"--context_length {options.context_length} is above the model's {config.context_length}")
+    if options.total_batch_size < options.context_length:
+        raise UserError(f"--total_batch_size {options.total_batch_size} is below --context_length "
+                        f"{options.context_length}: it counts tokens, not examples; the default is 65536")
+
+
+def _restore(run: Run, state: dict[str, Any], path: Path) -> None:
+    """Put the run where the checkpoint left it."""
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        for group in run.optimizer.param_groups[:1]:
+            group["weight_decay"] = run.options.weight_decay
+        run.position = Position(*state["position"])
+        run.step, run.skipped, run.name = state["step"], state["skipped"], state["name"]
+        run.val_losses = [list(entry) for entry in state["val_losses"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a complete state of a run ({error!r})") from error
+
+
+def _loop(run: Run) -> int:
+    stop = _evaluate(run) if run.evaluation_due else 0
+    while run.step < run.options.max_steps and not stop:
+        begin = time.perf_counter()
+        result = train_step(run.loss_of, run.optimizer, run.data["train"], run.stream, run.position, run.step,
+                            run.options, run.processes)
+        run.step, run.position = run.step + 1, result.after
+        _check_finite(run, result)
+        if run.progress:
+            epoch = result.after.epoch + result.after.index / len(run.data["train"])
+            run.progress.step(run.step, result, epoch, time.perf_counter() - begin)
+        stop = run.processes.largest(run.signals.stop)
+        if run.evaluation_due and not stop:
+            stop = _evaluate(run)
+        at_end = run.step == run.options.max_steps
+        save_asked = run.processes.largest(run.signals.save)
+        if at_end or stop or save_asked or run.step % run.options.checkpoint_freq == 0:
+            _save(run)
+    if run.progress:
+        reason = f"stopped by signal {stop}" if stop else "finished"
+        run.say(f"{reason} at step {run.step}; the run's state is {run.folder / checkpoint.LATEST}")
+        run.progress.close()
+    return 128 + stop if stop else 0
+
+
+def _check_finite(run: Run, result: StepResult) -> None:
+    """Report a step that was skipped because loss or gradients were not finite; give up after three in a row."""
+    run.skipped = 0 if result.is_finite else run.skipped + 1
+    if result.is_finite:
+        return
+    run.say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not "
+            f"move; train examples {result.examples}")
+    if run.skipped >= MOST_SKIPPED:
+        files = checkpoint.step_files(run.folder)
+        last = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint yet"
+        raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
+                            f"{run.step}; {last}; try a lower --learning_rate")
+
+
+def _evaluate(run: Run) -> int:
+    """Evaluate and keep the best weights. Returns the signal that cut it short, or 0."""
+    loss = evaluate(run.loss_of, run.data["val"], run.options, run.processes, run.signals)
+    if loss is None:
+        return run.processes.largest(run.signals.stop)
+    is_best = all(loss < before for _, before in run.val_losses)
+    run.val_losses.append([run.step, loss])
+    error = None
+    if run.progress:
+        run.progress.evaluation(run.step, loss, _answers(run))
+        if is_best:
+            state = {key: value for key, value in run.state().items() if key != "optimizer"}
+            try:
+                checkpoint.save(run.folder / checkpoint.BEST, state)
+            except UserError as caught:
+                error = caught
+    run.processes.fail_together(error)
+    return run.processes.largest(run.signals.stop)
+
+
+def _answers(run: Run) -> str:
+    """Greedy answers to the first val prompts, as Markdown for TensorBoard."""
+    blocks = []
+    for number in range(min(SAMPLE_PROMPTS, len(run.data["val"]))):
+        tokens, mask = run.data["val"].example(number)
+        prompt = tokens[:len(tokens) - int(mask.sum())].tolist()
+        answer: list[int] = []
+        with suppress(ValueError):  # a prompt as long as the context has no room for an answer
+            for token in generate(run.model, prompt, SAMPLE_TOKENS, stop_token=END_OF_TEXT):
+                answer.append(token)
+                if run.signals.stop:
+                    break
+        text = tokenizer().decode(prompt + answer)
+        blocks.append("\n".join("    " + line for line in text.splitlines()))
+    return "\n\n---\n\n".join(blocks)
+
+
+def _save(run: Run) -> None:
+    run.signals.save = 0
+    error = None
+    if run.progress:
+        run.progress.flush()
+        try:
+            path = checkpoint.save_step(run.folder, run.state(), run.options.keep_last)
+            run.say(f"saved {path}")
+        except UserError as caught:
+            error = caught
+    run.processes.fail_together(error)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Fine-tune:  ./start_instruct_training.sh [NPROC] [RESUME] [flags of src/train_instruct.py...]
+#             NPROC   processes, one a GPU (default 1; without a GPU they share the CPU)
+#             RESUME  a checkpoint file, or latest
+# Try it out: ./start_instruct_training.sh demo
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source src/environment.sh
+
+case "${1:-}" in
+    -h | --help)
+        sed -n '2,5s/^# //p' "$0"
+        exit 0 ;;
+    demo)
+        shift
+        make_environment requirements.txt
+        exec "$python" src/demo.py "$@" ;;
+esac
+
+use_environment
+nproc=1
+[[ "${1:-}" =~ ^[0-9]+$ ]] && { nproc=$1; shift; }
+resume=()
+[[ $# -gt 0 && "$1" != -* ]] && { resume=(--resume "$1"); shift; }
+exec "$python" src/launch.py "$nproc" "${resume[@]}" "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up and run every check: tests/run.sh [--slow] [pytest arguments...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source src/environment.sh
+make_environment requirements.txt tests/requirements.txt
+
+marks=(-m "not slow")
+[[ "${1:-}" == --slow ]] && { marks=(); shift; }
+"$python" -m ruff check .
+"$python" -m mypy src
+exec "$python" -m pytest "${marks[@]}" "$@"
