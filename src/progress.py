@@ -8,27 +8,29 @@ import time
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cli import printable, printable_line
+from dataloader_instruct import InstructData
+from model import GPT
+from processes import Processes
 from train_step import StepResult
 
 
-def banner(options: Namespace, device: torch.device, world_size: int, parameters: int, lengths: dict[str, Any],
-           left_out: dict[str, int], start: str) -> str:
-    """What the run is. lengths holds the token counts of each split's examples."""
-    tokens, examples = int(lengths["train"].sum()), len(lengths["train"])
+def banner(options: Namespace, processes: Processes, model: GPT, data: dict[str, InstructData], origin: str) -> str:
+    """What the run is, a line each. origin says where the weights come from."""
+    tokens, examples = int(data["train"].lengths.sum()), len(data["train"])
     steps_per_epoch = tokens / (options.total_batch_size * 127 // 128)
-    seconds = options.max_steps * estimated_step_seconds(options, device, world_size, parameters)
-    longer = ", ".join(f"{count} {split}" for split, count in left_out.items() if count)
+    seconds = options.max_steps * estimated_step_seconds(options, processes, model)
+    longer = ", ".join(f"{split.left_out} {name}" for name, split in data.items() if split.left_out)
     lines = {
-        "model": f"{parameters:,} parameters, context_length {options.context_length}, {start}",
-        "device": f"{device.type}, {world_size} process" + "es" * (world_size > 1),
-        "data": f"{examples:,} train and {len(lengths['val']):,} val examples, {tokens:,} train tokens"
+        "model": f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, context_length "
+                 f"{options.context_length}, {origin}",
+        "device": f"{processes.device.type}, {processes.world_size} process" + "es" * (processes.world_size > 1),
+        "data": f"{examples:,} train and {len(data['val']):,} val examples, {tokens:,} train tokens"
                 + f"; left out, longer than context_length: {longer}" * bool(longer),
         "step": f"{options.total_batch_size:,} tokens, micro-batches of at most "
                 f"{options.mini_batch_size * options.context_length:,}",
@@ -39,9 +41,11 @@ def banner(options: Namespace, device: torch.device, world_size: int, parameters
     return "\n".join(f"{name:<7} {printable_line(text)}" for name, text in lines.items())
 
 
-def estimated_step_seconds(options: Namespace, device: torch.device, world_size: int, parameters: int) -> float:
-    """6 operations a parameter and token (Kaplan et al. 2020, section 2.1) at the rate of a matrix product timed
-    here and now."""
+def estimated_step_seconds(options: Namespace, processes: Processes, model: GPT) -> float:
+    """6 operations a token and parameter of the blocks and of the output (Kaplan et al. 2020, section 2.1), at the
+    rate of a matrix product timed here and now."""
+    device = processes.device
+    parameters = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
     rounds = 50 if device.type == "cuda" else 4
@@ -51,7 +55,7 @@ def estimated_step_seconds(options: Namespace, device: torch.device, world_size:
         product = a @ b
     float(product[0, 0])
     rate = rounds * 2 * 1024**3 / (time.perf_counter() - begin)
-    return 6 * parameters * options.total_batch_size / (rate * world_size)
+    return 6 * parameters * options.total_batch_size / (rate * processes.world_size)
 
 
 def duration(seconds: float) -> str:

@@ -114,14 +114,14 @@ def train_step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, data: Instr
     response_tokens = data.response_tokens(examples)  # of the whole step: every rank knows it before it computes
     hands = deal(examples, data.lengths, options.mini_batch_size * options.context_length, processes.world_size)
     local_hands = hands[processes.rank::processes.world_size]
-    local_loss = torch.zeros((), device=processes.device)
+    local_loss: float | Tensor = 0.0
     optimizer.zero_grad()
     for number, hand in enumerate(local_hands, 1):
         synced = number == len(local_hands) or not isinstance(loss_of, DistributedDataParallel)
         with nullcontext() if synced else loss_of.no_sync():  # type: ignore[union-attr, operator]
             loss = loss_of(data.micro_batch(hand)) / response_tokens
             loss.backward()
-        local_loss += loss.detach()
+        local_loss = local_loss + loss.detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rate = learning_rate(step, options)
     gradient_norm = float(nn.utils.clip_grad_norm_(parameters, options.grad_clip))

@@ -116,9 +116,7 @@ def _set_up(given: Namespace, processes: Processes) -> Run:
         _restore(run, state, path)
     if processes.is_main:
         run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step)
-        run.say(banner(options, processes.device, processes.world_size, sum(p.numel() for p in model.parameters()),
-                       {split: each.lengths for split, each in data.items()},
-                       {split: each.left_out for split, each in data.items()}, origin))
+        run.say(banner(options, processes, model, data, origin))
     return run
 
 

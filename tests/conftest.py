@@ -1,0 +1,82 @@
+"""What several test files share: running a script as a user does, small models and data, the real Alpaca file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SRC = ROOT / "src"
+TIMEOUT = 120  # seconds; only so that a hanging script fails instead of stopping the run
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach the network
+os.environ.pop("LOCAL_RANK", None)
+
+
+class Outcome(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return self.stderr.splitlines()
+
+
+def run_command(*command: str | Path, cwd: Path | None = None, stdin: str | bytes = b"",
+                env: dict[str, str] | None = None, timeout: float = TIMEOUT) -> Outcome:
+    """Run a program to its end, without a terminal. Bytes that are not UTF-8 show as escapes."""
+    done = subprocess.run([str(part) for part in command], cwd=cwd or ROOT, capture_output=True, check=False,
+                          input=stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout,
+                          env={**os.environ, **(env or {})})
+    return Outcome(done.returncode, *(part.decode(errors="backslashreplace") for part in (done.stdout, done.stderr)))
+
+
+def run_script(name: str, *flags: str | Path, cwd: Path | None = None, stdin: str | bytes = b"",
+               env: dict[str, str] | None = None, timeout: float = TIMEOUT) -> Outcome:
+    """Run src/<name>; cwd is the project's folder unless another is given."""
+    return run_command(sys.executable, SRC / name, *flags, cwd=cwd, stdin=stdin, env=env, timeout=timeout)
+
+
+def write_checkpoint(path: Path, **changes: Any) -> Path:
+    """A checkpoint of ours with a random model of 2 layers and width 32; changes replace entries of its state,
+    or with context_length / vocab_size those of its model."""
+    from checkpoint import save
+    from instruct_format import TEMPLATE
+    from model import GPT, GPTConfig
+
+    sizes = {"context_length": 64, "vocab_size": 50257}
+    sizes.update((name, changes.pop(name)) for name in list(changes) if name in sizes)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes)
+    model = GPT(config)
+    model.init_weights(seed=0)
+    save(path, {"step": 3, "val_losses": [[0, 10.9], [3, 4.25]], "template": TEMPLATE, "model_config": vars(config),
+                "model": model.state_dict(), **changes})
+    return path
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned checkpoint of ours: random, context 64, step 3, val loss 4.25. Shared, so copy it to change it."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.pt")
+
+
+@pytest.fixture(scope="session")
+def alpaca() -> Path:
+    """999 real Alpaca examples, which may not be copied into the project."""
+    path = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there (real data with a licence of their own stay outside the project)")
+    return path

@@ -1,0 +1,48 @@
+"""Training steps on however many processes there are; rank 0 saves losses, examples, gradients and weights.
+
+    steps_worker.py DATA OUTPUT MINI_BATCH_SIZE...      twenty steps in float32 and three in float64, for each size
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloader_instruct import ExampleStream, Position
+from helpers import open_data, options_of, small_model
+from processes import Processes, join
+from train_step import evaluate, make_optimizer, train_step, wrap
+
+STEPS = {"float32": 20, "float64": 3}
+
+
+def take_steps(data_dir: Path, mini_batch_size: str, dtype: str, processes: Processes) -> dict[str, Any]:
+    options = options_of("--mini_batch_size", mini_batch_size, "--total_batch_size", 2048, "--context_length", 512,
+                         "--learning_rate", 1e-3, "--warmup_steps", 5, "--max_steps", 20, "--grad_clip", 0.5)
+    data = open_data(data_dir, options.context_length)
+    model = small_model().to(getattr(torch, dtype))
+    optimizer = make_optimizer(model, options.weight_decay)
+    loss_of = wrap(model, processes)
+    stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
+    position, results, gradients = Position(), [], {}
+    for step in range(STEPS[dtype]):
+        result = train_step(loss_of, optimizer, data["train"], stream, position, step, options, processes)
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        position = result.after
+        results.append([result.loss, result.gradient_norm, result.examples])
+    return {"results": results, "gradients": gradients, "model": model.state_dict(),
+            "val_loss": evaluate(loss_of, data["val"], options, processes)}
+
+
+def main(data_dir: str, output: str, *mini_batch_sizes: str) -> None:
+    processes = join("cpu")
+    found = {(size, dtype): take_steps(Path(data_dir), size, dtype, processes)
+             for size in mini_batch_sizes for dtype in STEPS}
+    if processes.is_main:
+        torch.save(found, output)
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

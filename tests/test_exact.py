@@ -1,0 +1,227 @@
+"""The arithmetic of training against transformers, and against itself split in every other way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from checkpoint import normalize_weights
+from conftest import ROOT
+from dataloader_instruct import ExampleStream, InstructData, Position
+from helpers import SMALL, open_data, options_of, random_examples, real_examples, run_ranks, small_model, write_data
+from processes import Processes
+from train_step import ResponseLoss, evaluate, learning_rate, make_optimizer, train_step
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+WORKER = ROOT / "tests" / "steps_worker.py"
+
+
+@pytest.fixture(scope="module", params=["demo data", "Alpaca data"])
+def data_dir(request, tmp_path_factory) -> Path:
+    """64 train and 24 val examples of real text: short ones that ship with the project, and Alpaca's."""
+    source = ROOT / "src" / "demo_dataset.jsonl"
+    if request.param == "Alpaca data":
+        source = request.getfixturevalue("alpaca")
+    examples = real_examples(source, 88)
+    return write_data(tmp_path_factory.mktemp("data"), {"train": examples[:64], "val": examples[64:]})
+
+
+def reference_model(dtype: torch.dtype) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with the weights of small_model()."""
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=SMALL.vocab_size, n_positions=SMALL.context_length,
+                                           n_layer=SMALL.n_layer, n_head=SMALL.n_head, n_embd=SMALL.n_embd,
+                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager"))
+    weights = {name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
+               for name, tensor in small_model().state_dict().items()}
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    reference.tie_weights()
+    return reference.to(dtype)
+
+
+def reference_loss_sum(reference: GPT2LMHeadModel, data: InstructData, examples: list[int]) -> torch.Tensor:
+    """Padded, one example a row, labels of -100 where nothing is trained: sum of cross entropy."""
+    pairs = [data.example(number) for number in examples]
+    longest = max(len(tokens) for tokens, _ in pairs)
+    tokens = torch.zeros(len(pairs), longest, dtype=torch.int64)
+    attention_mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, -100)
+    for row, (ids, mask) in enumerate(pairs):
+        ids, mask = torch.from_numpy(ids.astype(int)), torch.from_numpy(mask.astype(int))
+        tokens[row, :len(ids)], attention_mask[row, :len(ids)] = ids, 1
+        labels[row, :len(ids)] = torch.where(mask == 1, ids, -100)
+    logits = reference(tokens, attention_mask=attention_mask).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def reference_step(reference: GPT2LMHeadModel, data: InstructData, examples: list[int]) -> tuple[float, float, dict]:
+    """Loss, gradient norm and gradients (our names and layout) of one step."""
+    reference.zero_grad()
+    count = sum(int(data.example(number)[1].sum()) for number in examples)
+    loss = 0.0
+    for start in range(0, len(examples), 8):
+        part = reference_loss_sum(reference, data, examples[start:start + 8]) / count
+        part.backward()
+        loss += part.item()
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()])))
+    return loss, norm, normalized(gradients)
+
+
+def normalized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' layout -> ours, without a change of dtype."""
+    return {name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
+            for name, tensor in tensors.items()}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def all_in_one_step(data: InstructData) -> tuple:
+    options = options_of("--total_batch_size", 1 << 20, "--context_length", 1024, "--mini_batch_size", 4,
+                         "--grad_clip", 1e9, "--warmup_steps", 0, "--learning_rate", 1e-3, "--max_steps", 100)
+    return options, ExampleStream(data.lengths, options.seed, 1 << 20)
+
+
+def one_epoch(stream: ExampleStream, data: InstructData) -> ExampleStream:
+    """The stream with steps that end with the epoch, so that a step is all examples once."""
+    stream.most_tokens = int(data.lengths.sum())
+    return stream
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_one_step_equals_transformers(data_dir, dtype, tolerance):
+    """Loss, gradient norm and every gradient of a step of 64 examples."""
+    data = open_data(data_dir)["train"]
+    options, stream = all_in_one_step(data)
+    model = small_model().to(dtype)
+    result = train_step(ResponseLoss(model), make_optimizer(model, 0.01), data, one_epoch(stream, data), Position(), 0,
+                        options, ALONE)
+    assert sorted(result.examples) == list(range(64))
+    loss, norm, gradients = reference_step(reference_model(dtype), data, result.examples)
+    assert result.loss == pytest.approx(loss, rel=tolerance)
+    assert result.gradient_norm == pytest.approx(norm, rel=tolerance)
+    for name, parameter in model.named_parameters():
+        assert relative(parameter.grad, gradients[name]) < tolerance, name
+
+
+def test_ten_adamw_steps_equal_transformers_and_torch_optim(data_dir):
+    data = open_data(data_dir)["train"]
+    options = options_of("--total_batch_size", 2048, "--context_length", 1024, "--learning_rate", 1e-3,
+                         "--warmup_steps", 3, "--max_steps", 10, "--grad_clip", 0.5)
+    stream = ExampleStream(data.lengths, options.seed, options.total_batch_size)
+    model, reference = small_model(), reference_model(torch.float32)
+    optimizer = make_optimizer(model, options.weight_decay)
+    parameters = list(reference.parameters())
+    theirs = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
+                                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
+                               betas=(0.9, 0.95))
+    position = Position()
+    for step in range(10):
+        result = train_step(ResponseLoss(model), optimizer, data, stream, position, step, options, ALONE)
+        position = result.after
+        loss, norm, _ = reference_step(reference, data, result.examples)
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        for group in theirs.param_groups:
+            group["lr"] = learning_rate(step, options)
+        theirs.step()
+        assert result.loss == pytest.approx(loss, rel=1e-4)
+    expected = normalize_weights(reference.state_dict(), Path("transformers"))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def twenty_steps(tmp_path_factory) -> dict:
+    """Twenty steps on the demo's and on random data, for every number of processes and several mini_batch_sizes."""
+    folder = tmp_path_factory.mktemp("split")
+    data_dir = write_data(folder / "data", {"train": real_examples(ROOT / "src" / "demo_dataset.jsonl", 60)
+                                            + random_examples(60, 500), "val": random_examples(30, 500, seed=1)})
+    found = {}
+    for world_size, sizes in {1: (8, 4, 1), 2: (8, 1), 3: (4,), 4: (1,)}.items():
+        output = folder / f"{world_size}.pt"
+        run_ranks(WORKER, world_size, data_dir, output, *sizes)
+        for (size, dtype), result in torch.load(output, weights_only=True).items():
+            found[world_size, int(size), dtype] = result
+    return found
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float64", 1e-12)])
+def test_a_step_does_not_depend_on_how_it_is_split(twenty_steps, dtype, tolerance):
+    """The same examples, gradients and losses for 1 to 4 processes and mini_batch_size 8, 4 and 1."""
+    expected = twenty_steps[1, 8, dtype]
+    for (_, _, kind), found in twenty_steps.items():
+        if kind != dtype:
+            continue
+        assert [entry[2] for entry in found["results"]] == [entry[2] for entry in expected["results"]]
+        pairs = [(found["gradients"][name], gradient) for name, gradient in expected["gradients"].items()]
+        if dtype == "float64":
+            assert all(relative(gradient, other) < tolerance for gradient, other in pairs)
+        # In float32 one bias' small gradient, a sum over thousands of tokens, may round by 1.1e-6 of itself, so there
+        # the bound is on the gradient as one vector.
+        assert relative(*(torch.cat([g.flatten() for g in side]) for side in zip(*pairs))) < tolerance
+        # Over many steps rounding differences grow with the weights' paths; the losses stay together.
+        for (loss, norm, _), (loss0, norm0, _) in zip(found["results"], expected["results"]):
+            assert loss == pytest.approx(loss0, rel=max(tolerance, 1e-12) * 10)
+            assert norm == pytest.approx(norm0, rel=max(tolerance, 1e-12) * 100)
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=max(tolerance, 1e-12) * 10)
+
+
+def test_twenty_steps_cross_an_epoch_and_learn(twenty_steps):
+    results = twenty_steps[1, 8, "float32"]["results"]
+    seen = [example for entry in results for example in entry[2]]
+    assert len(seen) > 120 and set(seen) == set(range(120))
+    assert results[-1][0] < results[0][0]
+
+
+def test_a_micro_batch_without_response_tokens_contributes_nothing(data_dir):
+    model = small_model()
+    data = open_data(data_dir)["train"]
+    batch = data.micro_batch([])
+    assert len(batch.targets) == 0 and len(batch.tokens) == 1
+    loss = ResponseLoss(model)(batch)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and float(p.grad.abs().max()) == 0.0 for p in model.parameters())
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(2, SMALL.context_length), min_size=1, max_size=5), which=st.integers(0, 4),
+       seed=st.integers(0, 100))
+def test_the_loss_of_an_example_does_not_depend_on_its_neighbours(tmp_path_factory, lengths, which, seed):
+    """The sum over a packed buffer is the sum of each example alone, whatever stands beside it."""
+    examples = [random_examples(1, 2, seed=seed + i)[0] for i in range(len(lengths))]
+    generator = torch.Generator().manual_seed(seed)
+    examples = [(torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist(), max(1, n // 3)) for n in lengths]
+    folder = write_data(tmp_path_factory.mktemp("pack"), {"train": examples, "val": examples[:1]})
+    data, loss_of = open_data(folder)["train"], ResponseLoss(small_model().double())
+    with torch.no_grad():
+        alone = [float(loss_of(data.micro_batch([number]))) for number in range(len(lengths))]
+        together = float(loss_of(data.micro_batch(range(len(lengths)))))
+    assert together == pytest.approx(sum(alone), rel=1e-12)
+
+
+def test_evaluation_equals_transformers_and_covers_the_whole_split(data_dir):
+    data = open_data(data_dir)["val"]
+    reference = reference_model(torch.float32)
+    with torch.no_grad():
+        sums = [float(reference_loss_sum(reference, data, [number])) for number in range(len(data))]
+    count = data.response_tokens(range(len(data)))
+    found = [evaluate(ResponseLoss(small_model()), data, options_of("--mini_batch_size", size, "--context_length", 1024),
+                      ALONE) for size in (1, 4, 64)]
+    assert found == pytest.approx([sum(sums) / count] * 3, rel=1e-6)
+    first = evaluate(ResponseLoss(small_model()), data, options_of("--eval_examples", 5, "--context_length", 1024), ALONE)
+    assert first == pytest.approx(sum(sums[:5]) / data.response_tokens(range(5)), rel=1e-6)
+
+
+def test_the_learning_rate_is_right_at_every_corner():
+    options = options_of("--learning_rate", 1.0, "--min_lr", 0.1, "--warmup_steps", 4, "--max_steps", 12)
+    assert [learning_rate(step, options) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert learning_rate(8, options) == pytest.approx(0.55)
+    assert learning_rate(12, options) == pytest.approx(0.1)
+    without = options_of("--learning_rate", 1.0, "--min_lr", 0.1, "--warmup_steps", 0, "--max_steps", 1)
+    assert learning_rate(0, without) == 1.0

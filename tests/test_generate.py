@@ -1,0 +1,78 @@
+"""Sampling draws from the distribution it says, reproducibly, and never a padding token."""
+
+import pytest
+import torch
+
+from generate import GREEDY, Sampling, choose, generate, probabilities
+from model import GPT, GPTConfig
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def expected(temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """The distribution computed one token at a time, in plain Python."""
+    weights = [float(torch.exp((value / temperature).double())) for value in LOGITS]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k or len(weights)]
+    kept, mass = [], 0.0
+    for token in order:
+        kept.append(token)
+        mass += weights[token] / sum(weights[i] for i in order)
+        if mass >= top_p:
+            break
+    total = sum(weights[i] for i in kept)
+    return torch.tensor([weights[i] / total if i in kept else 0.0 for i in range(len(weights))])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4, 100])
+@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.7, 0.95, 1.0])
+def test_the_distribution_equals_a_direct_computation(temperature, top_k, top_p):
+    found = probabilities(LOGITS, Sampling(temperature, top_k, top_p))
+    torch.testing.assert_close(found, expected(temperature, top_k, top_p), atol=1e-6, rtol=1e-5)
+
+
+def test_draws_follow_the_distribution():
+    """20,000 draws: chi-squared below its 0.999 quantile for the kept tokens (seeded, so it never flickers)."""
+    sampling, generator = Sampling(0.8, 5, 0.97), torch.Generator().manual_seed(0)
+    probability = probabilities(LOGITS, sampling)
+    draws = torch.bincount(torch.tensor([choose(LOGITS, sampling, generator) for _ in range(20_000)]), minlength=6)
+    kept = probability > 0
+    assert draws[~kept].sum() == 0
+    statistic = ((draws - 20_000 * probability)[kept] ** 2 / (20_000 * probability[kept])).sum()
+    assert statistic < 18.47  # 4 degrees of freedom
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(5.0, 0, 1.0), Sampling(1.0, 50_300, 1.0), Sampling(1.0, 40, 0.9)])
+def test_padding_rows_are_never_chosen(sampling):
+    logits = torch.zeros(50304)
+    logits[50257:] = 100.0
+    generator = torch.Generator().manual_seed(0)
+    assert all(choose(logits, sampling, generator) < 50257 for _ in range(200))
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    model = GPT(GPTConfig(32, 97, 2, 2, 32))
+    model.init_weights(0)
+    return model
+
+
+def test_a_seed_makes_sampling_reproducible(model):
+    def run(seed: int) -> list[int]:
+        return list(generate(model, [1, 2], 20, Sampling(1.0, 0, 1.0), generator=torch.Generator().manual_seed(seed)))
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context(model):
+    tokens = list(generate(model, [5], 100))
+    assert len(tokens) == 31  # the context of 32
+    assert list(generate(model, [5], 3)) == tokens[:3]
+    stop = tokens[4]
+    assert list(generate(model, [5], 100, stop_token=stop)) == tokens[:tokens.index(stop)]
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="0 tokens"):
+        next(generate(model, [], 1))
