@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from model import GPT
 
 CHECKPOINT_DIR = Path("checkpoints_instruct")
+LONGEST_TOKEN = 128  # characters: a longer question than this times the context need not be tokenized
 HELP = """Type a question and press Enter.
   /input TEXT   give the next question an input to work on (/input alone removes it)
   /help         this list
@@ -107,11 +108,13 @@ class Chat:
         from generate import generate
         from instruct_format import END_OF_TEXT, encode_prompt, tokenizer
 
-        prompt = encode_prompt(question, input)
-        room = self.model.config.context_length - len(prompt)
-        if room < 1:
-            raise UserError(f"the question has {len(prompt)} tokens, too many for a context of "
-                            f"{self.model.config.context_length}; shorten it")
+        context_length = self.model.config.context_length
+        hopeless = len(question) + len(input) > LONGEST_TOKEN * context_length
+        prompt = [] if hopeless else encode_prompt(question, input)
+        room = context_length - len(prompt)
+        if hopeless or room < 1:
+            raise UserError(f"the question has {len(prompt) or 'far more'} tokens, too many for a context of "
+                            f"{context_length}; shorten it")
         begin = time.perf_counter()
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         limit = min(self.options.max_new_tokens, room)

@@ -42,6 +42,17 @@ _HARMLESS = {"argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "
              *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar"))}
 
 
+# What every checkpoint of ours has besides its format, and how a value of the right type is told.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: type(value) is int,
+    "val_losses": lambda value: isinstance(value, list) and all(
+        isinstance(entry, list) and [type(part) for part in entry] == [int, float] for entry in value),
+    "template": lambda value: value is None or isinstance(value, str),
+    "model_config": lambda value: isinstance(value, dict),
+    "model": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
+}
+
+
 class _Inert:
     """Stands in for a pickled class or function of another program: it keeps the fields and does nothing."""
 
@@ -96,6 +107,9 @@ def load(path: Path) -> dict[str, Any]:
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: checkpoint format {state.get('format_version')}, this version reads "
                               f"{FORMAT_VERSION}")
+    wrong = [name for name, is_right in _FIELDS.items() if not is_right(state.get(name))]
+    if wrong:
+        raise CheckpointError(f"{path}: not a usable checkpoint: {', '.join(wrong)} missing or of another type")
     return state
 
 

@@ -94,7 +94,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:  # the reader of a pipe, head for instance, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    if code and EXIT_CODE_FILE in os.environ and "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    if code and EXIT_CODE_FILE in os.environ:
         Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
         code = 0
-    sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)  # without the interpreter's own end, which may wait forever for gloo's threads; see processes.py

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from cli import UserError, run
+from train_options import parse_options
 
 SOURCE = Path(__file__).parent
 FOLDER = Path("demo")
@@ -37,6 +38,10 @@ def call(script: str, *flags: str) -> None:
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    parse_options([*TRAINING.split(), *sys.argv[1:]])  # a wrong flag is told before anything is removed
     data, checkpoints = FOLDER / "data", FOLDER / "checkpoints"
     try:
         if FOLDER.exists():

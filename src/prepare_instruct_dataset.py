@@ -65,6 +65,7 @@ class Selection:
         self.read = 0
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
         self.seen: set[bytes] = set()
+        self.splits_are_given: bool | None = None  # by the rows; known from the first one on
         self.given_split: dict[bytes, str] = {}  # of prompts whose row names its split
 
     def kept(self) -> Iterator[tuple[str, tuple[str, str, str]]]:
@@ -96,7 +97,11 @@ class Selection:
 
     def _split(self, row: Example) -> str:
         """The side of a prompt: given by the row, or by a seeded hash of the prompt, so equal prompts go together.
-        Raises BadRow where a row would put a prompt on a second side."""
+        Raises BadRow where a row would put a prompt on a second side, or where only some rows name a side."""
+        if self.splits_are_given is None:
+            self.splits_are_given = row.split is not None
+        if self.splits_are_given != (row.split is not None):
+            raise BadRow("column 'split' must be given in every row or in none")
         if row.split is None:
             digest = _digest(str(self.options.seed), row.instruction, row.input)
             return "val" if int.from_bytes(digest[:8], "big") < self.options.val_fraction * 2**64 else "train"

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from cli import UserError
 
+_never_destroyed: list[object] = []
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -57,7 +59,10 @@ class Processes:
             raise first if self.is_main else SystemExit(first.exit_code)
 
     def close(self) -> None:
+        """Leave the process group, but keep its C++ object: its destructor waits, holding the interpreter's lock, for
+        gloo's threads, which may wait for that lock (a deadlock of torch 2.13 in one of twenty runs)."""
         if self.world_size > 1:
+            _never_destroyed.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from cli import UserError
 
 COLUMNS = ("instruction", "input", "output")
 SPLITS = ("train", "val")
+LONGEST_BLANK = 100_000  # the tokenizer fails from about a million blanks in a row on
 _CHUNK_BYTES = 1 << 20
+_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
 
 
 class BadRow(Exception):
@@ -69,6 +72,8 @@ def _check(row: Any) -> Example | BadRow:
             return BadRow(f"column {name!r} must be text, found {_kind(value)}")
         if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
             return BadRow(f"column {name!r} has half of a surrogate pair, which is not text")
+        if len(value) > LONGEST_BLANK and _BLANK.search(value):
+            return BadRow(f"column {name!r} has {LONGEST_BLANK:,} blanks in a row, too many for the tokenizer")
     split = row.get("split")
     if split is not None and split not in SPLITS:
         return BadRow(f"column 'split' must be train or val, found {split!r}")
@@ -89,22 +94,22 @@ def _parse(text: str) -> Any:
         return BadRow(f"not JSON: {error}")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
-    """(place, decoded line) of a text file; a line that is not UTF-8 is a BadRow."""
+def _lines(path: Path) -> Iterator[tuple[str, str, BadRow | None]]:
+    """(place, decoded line, what is wrong with it) of a text file; bytes that are not UTF-8 are replaced."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
             try:
-                yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield f"line {number}", line.decode(encoding), None
             except UnicodeDecodeError as error:
-                yield f"line {number}", BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} in column {error.start + 1}")
+                bad = BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} in column {error.start + 1}")
+                yield f"line {number}", line.decode(encoding, errors="replace"), bad
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for place, line in _lines(path):
-        if isinstance(line, BadRow):
-            yield place, line
-        elif line.strip():
-            yield place, _parse(line)
+    for place, line, bad in _lines(path):
+        if bad or line.strip():
+            yield place, bad or _parse(line)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -210,30 +215,32 @@ class _ListReader:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    broken: list[BadRow] = []
+    broken: list[tuple[str, BadRow]] = []  # lines of the row being read that are not UTF-8
 
     def decoded() -> Iterator[str]:
-        for _, line in _lines(path):
-            broken.extend([line] if isinstance(line, BadRow) else [])
-            yield "\n" if isinstance(line, BadRow) else line
+        for place, line, bad in _lines(path):
+            if bad:
+                broken.append((place, bad))
+            yield line
 
-    reader = csv.DictReader(decoded(), strict=True)
+    reader = csv.reader(decoded(), strict=True)
     try:
-        header = reader.fieldnames or []
-        if not broken:
-            _require_columns(path, header)
-        for row in reader:
-            place = f"line {reader.line_num}"
+        header = next(reader, [])
+        if broken:
+            raise UserError(f"{path}: {broken[0][0]}: {broken[0][1]}; save the file as UTF-8")
+        _require_columns(path, header)
+        for fields in reader:
             if broken:
-                yield place, broken.pop()
-            elif None in row or None in row.values():
-                yield place, BadRow(f"expected {len(header)} columns as in the first line")
-            else:
-                yield place, row
+                yield broken[0]
+                broken.clear()
+            elif len(fields) == len(header):
+                yield f"line {reader.line_num}", dict(zip(header, fields))
+            elif fields:
+                yield f"line {reader.line_num}", BadRow(f"expected {len(header)} columns as in the first line, found "
+                                                        f"{len(fields)}")
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}") from error
-    if broken:
-        yield f"line {reader.line_num}", broken.pop()
+        place, reason = broken[0] if broken else (f"line {reader.line_num}", error)
+        raise UserError(f"{path}: {place}: {reason}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -249,7 +256,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the format's
+            raise
         raise UserError(f"{path}: after row {number}: not a readable Parquet file: {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ def option_table() -> OptionTable:
     add("--log_freq", FREE, 10, "steps between progress lines when the output is not a terminal", type=_AT_LEAST_1)
     table.group("this process")
     add("--device", FREE, "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    add("--compile", FREE, False, "torch.compile the model (CUDA)", action=BooleanOptionalAction)
     table.parser.add_argument("--resume", metavar="PATH|latest", help="go on from this checkpoint, or from the newest "
                               "valid one of --checkpoint_dir")
     table.parser.add_argument("--override", action="store_true", help="let a resumed run change its trajectory: "

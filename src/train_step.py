@@ -5,17 +5,17 @@
 where the whole step is all micro-batches of all ranks. How it is split does not enter.
 """
 
+from __future__ import annotations
+
 import math
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,18 +57,9 @@ class ResponseLoss(nn.Module):
 
 
 def wrap(model: GPT, processes: Processes) -> nn.Module:
-    """The loss as a module; with several processes its gradients are summed (not averaged) over ranks."""
+    """The loss as a module; with several processes its gradients are averaged over ranks."""
     loss = ResponseLoss(model)
-    if processes.world_size == 1:
-        return loss
-    ddp = DistributedDataParallel(loss, gradient_as_bucket_view=True)
-    ddp.register_comm_hook(None, _sum_gradients)
-    return ddp
-
-
-def _sum_gradients(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    return loss if processes.world_size == 1 else DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
 
 def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:
@@ -114,14 +105,15 @@ def train_step(loss_of: nn.Module, optimizer: torch.optim.Optimizer, data: Instr
     response_tokens = data.response_tokens(examples)  # of the whole step: every rank knows it before it computes
     hands = deal(examples, data.lengths, options.mini_batch_size * options.context_length, processes.world_size)
     local_hands = hands[processes.rank::processes.world_size]
+    scale = processes.world_size / response_tokens  # DDP averages over ranks; the step's gradient is their sum
     local_loss: float | Tensor = 0.0
     optimizer.zero_grad()
     for number, hand in enumerate(local_hands, 1):
         synced = number == len(local_hands) or not isinstance(loss_of, DistributedDataParallel)
         with nullcontext() if synced else loss_of.no_sync():  # type: ignore[union-attr, operator]
-            loss = loss_of(data.micro_batch(hand)) / response_tokens
+            loss = loss_of(data.micro_batch(hand)) * scale
             loss.backward()
-        local_loss = local_loss + loss.detach()
+        local_loss = local_loss + loss.detach() / processes.world_size
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rate = learning_rate(step, options)
     gradient_norm = float(nn.utils.clip_grad_norm_(parameters, options.grad_clip))

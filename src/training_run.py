@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from argparse import Namespace
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -52,11 +52,10 @@ class Run:
     skipped: int = 0  # non-finite steps in a row, up to now
     val_losses: list[list[float]] = field(default_factory=list)  # [step, loss]
     progress: Progress | None = None  # on the main process only
-    lock: IO[str] | None = None
 
     def state(self) -> dict[str, Any]:
         options = {name: value for name, value in vars(self.options).items()
-                   if name not in ("resume", "override", "device", "compile")}
+                   if name not in ("resume", "override", "device")}
         return {"step": self.step, "position": [self.position.epoch, self.position.index], "skipped": self.skipped,
                 "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,
                 "data_fingerprint": self.fingerprint, "model_config": vars(self.model.config),
@@ -77,10 +76,11 @@ class Run:
 def train(given: Namespace) -> int:
     """Run or resume as the options say. Returns the exit code; raises UserError and its kin on every process."""
     processes = join(given.device or "auto")
-    try:
+    with ExitStack() as held:
+        held.callback(processes.close)
         run, error = None, None
         try:
-            run = _set_up(given, processes)
+            run = _set_up(given, processes, held)
         except UserError as caught:
             error = caught
         processes.fail_together(error)
@@ -88,13 +88,12 @@ def train(given: Namespace) -> int:
         run.loss_of = wrap(run.model, processes)
         run.signals.watch()
         return _loop(run)
-    finally:
-        processes.close()
 
 
-def _set_up(given: Namespace, processes: Processes) -> Run:
+def _set_up(given: Namespace, processes: Processes, held: ExitStack) -> Run:
     folder = checkpoint_dir_of(given)
-    lock = _lock(folder) if processes.is_main else None
+    if processes.is_main:
+        held.enter_context(_lock(folder))
     path, state = _state_to_resume(given, folder, processes)
     options = complete_options(given, state["options"] if state else None)
     manifest = read_manifest(Path(options.data_dir))
@@ -111,7 +110,7 @@ def _set_up(given: Namespace, processes: Processes) -> Run:
     optimizer = make_optimizer(model, options.weight_decay)
     run = Run(options, processes, Signals(), folder, manifest["fingerprint"], model, nn.Identity(), optimizer, data,
               ExampleStream(data["train"].lengths, options.seed, options.total_batch_size),
-              name=time.strftime("%Y%m%d-%H%M%S"), lock=lock)
+              name=time.strftime("%Y%m%d-%H%M%S"))
     if state:
         _restore(run, state, path)
     if processes.is_main:
@@ -121,7 +120,7 @@ def _set_up(given: Namespace, processes: Processes) -> Run:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Hold the folder for this run; the system lets go of it when the process ends, however it ends."""
+    """Hold the folder until the file is closed, which the system does when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")

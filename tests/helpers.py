@@ -93,8 +93,34 @@ def run_ranks(script: Path, world_size: int, *arguments: object, timeout: float 
         port = str(free.getsockname()[1])
     environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                    "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{ROOT / 'tests'}"}
-    processes = [subprocess.Popen([sys.executable, str(script), *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+    command = [sys.executable, str(script), *map(str, arguments)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
                                   env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(world_size)]
     errors = [process.communicate(timeout=timeout)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
+
+
+def resume_flags(data_dir: Path, pretrained: Path) -> list[str]:
+    """24 steps over three epochs, two or more micro-batches each, every step saved, an evaluation every fourth."""
+    return [str(flag) for flag in (
+        "--data_dir", data_dir, "--pretrained_model", pretrained, "--context_length", 64, "--total_batch_size", 256,
+        "--mini_batch_size", 2, "--max_steps", 24, "--learning_rate", 1e-3, "--warmup_steps", 4, "--eval_freq", 4,
+        "--checkpoint_freq", 1, "--keep_last", 100, "--log_freq", 1, "--device", "cpu")]
+
+
+def same_state(one: object, other: object) -> bool:
+    """Equal to the bit, tensors and plain values alike."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(same_state, one, other))
+    return one == other
+
+
+def trajectory(path: Path) -> dict:
+    """What must be the same however a run came to this checkpoint: all but folders and free options."""
+    state = checkpoint.load(path)
+    return {key: value for key, value in state.items() if key not in ("options", "name")}

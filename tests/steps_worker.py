@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cli import run
 from dataloader_instruct import ExampleStream, Position
 from helpers import open_data, options_of, small_model
 from processes import Processes, join
@@ -35,14 +36,15 @@ def take_steps(data_dir: Path, mini_batch_size: str, dtype: str, processes: Proc
             "val_loss": evaluate(loss_of, data["val"], options, processes)}
 
 
-def main(data_dir: str, output: str, *mini_batch_sizes: str) -> None:
+def main(data_dir: str, output: str, *mini_batch_sizes: str) -> int:
     processes = join("cpu")
     found = {(size, dtype): take_steps(Path(data_dir), size, dtype, processes)
              for size in mini_batch_sizes for dtype in STEPS}
     if processes.is_main:
         torch.save(found, output)
     processes.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

@@ -211,10 +211,11 @@ def test_evaluation_equals_transformers_and_covers_the_whole_split(data_dir):
     with torch.no_grad():
         sums = [float(reference_loss_sum(reference, data, [number])) for number in range(len(data))]
     count = data.response_tokens(range(len(data)))
-    found = [evaluate(ResponseLoss(small_model()), data, options_of("--mini_batch_size", size, "--context_length", 1024),
-                      ALONE) for size in (1, 4, 64)]
+    context = ("--context_length", 1024)
+    found = [evaluate(ResponseLoss(small_model()), data, options_of("--mini_batch_size", size, *context), ALONE)
+             for size in (1, 4, 64)]
     assert found == pytest.approx([sum(sums) / count] * 3, rel=1e-6)
-    first = evaluate(ResponseLoss(small_model()), data, options_of("--eval_examples", 5, "--context_length", 1024), ALONE)
+    first = evaluate(ResponseLoss(small_model()), data, options_of("--eval_examples", 5, *context), ALONE)
     assert first == pytest.approx(sum(sums[:5]) / data.response_tokens(range(5)), rel=1e-6)
 
 

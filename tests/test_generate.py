@@ -42,7 +42,8 @@ def test_draws_follow_the_distribution():
     assert statistic < 18.47  # 4 degrees of freedom
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(5.0, 0, 1.0), Sampling(1.0, 50_300, 1.0), Sampling(1.0, 40, 0.9)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(5.0, 0, 1.0), Sampling(1.0, 50_300, 1.0),
+                                      Sampling(1.0, 40, 0.9)])
 def test_padding_rows_are_never_chosen(sampling):
     logits = torch.zeros(50304)
     logits[50257:] = 100.0
