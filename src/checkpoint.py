@@ -49,8 +49,16 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         isinstance(entry, list) and [type(part) for part in entry] == [int, float] for entry in value),
     "template": lambda value: value is None or isinstance(value, str),
     "model_config": lambda value: isinstance(value, dict),
-    "model": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
+    "model": lambda value: isinstance(value, dict) and all(
+        _is_weight(*item) and item[1].is_floating_point() for item in value.items()),
 }
+_LARGEST_SIZE = 1 << 24  # of anything in a model's configuration: beyond it, only a forged file
+
+
+def _is_weight(name: object, value: object) -> bool:
+    """Whether this is a named dense tensor that holds all its elements: a stride of 0 makes terabytes of four bytes."""
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+            and value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes())
 
 
 class _Inert:
@@ -67,9 +75,17 @@ class _Inert:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write state to path durably, with the checksum that load looks for. Raises UserError when it cannot."""
-    with durable_file(path) as file:
+    with durable_file(path, needed=size_of(state)) as file:
         torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)  # type: ignore[arg-type]
         _seal(file)
+
+
+def size_of(value: object) -> int:
+    """The bytes of the tensors in a state. A checkpoint file has a few hundred more for each tensor."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(size_of, parts))
 
 
 def _seal(file: HashingFile) -> None:
@@ -159,7 +175,7 @@ def load_pretrained(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if state.get("format") == FORMAT and not sealed:
         raise CheckpointError(f"{path}: damaged (its checksum is gone)")
     found = state.get("model", state)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(_is_weight(*item) for item in found.items()):
         raise CheckpointError(f"{path}: no model weights in it (expected a state dict, or one under 'model')")
     weights = normalize_weights(found, path)
     sizes: object = next((state[key] for key in ("model_config", "model_args", "config") if key in state), {})
@@ -216,6 +232,8 @@ def config_of(sizes: object, weights: Mapping[str, Tensor], path: Path) -> GPTCo
 
 def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], path: Path) -> None:
     """Raise CheckpointError unless the weights are exactly those of this configuration, by name and shape."""
+    if config.n_layer > len(weights) or max(vars(config).values()) > _LARGEST_SIZE:
+        raise CheckpointError(f"{path}: its config does not fit its weights")
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
@@ -279,6 +297,12 @@ def save_step(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
         old.unlink(missing_ok=True)
     sync_folder(folder)
     return path
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed save left. Only for the process that holds the folder."""
+    for path in folder.glob("*.pt" + TEMPORARY_SUFFIX):
+        path.unlink(missing_ok=True)
 
 
 def newest_valid(folder: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +15,12 @@ from typing import Any, NoReturn
 EXIT_USER, EXIT_CHECKPOINT, EXIT_DIVERGED = 2, 3, 4
 EXIT_CODE_FILE = "INSTRUCT_EXIT_CODE_FILE"  # where launch.py wants the exit code that the trainer decided on
 
-# Control characters other than tab and newline, and the marks that reorder text on a terminal.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what a training process acts on
+
+# Control characters other than tab and newline, marks that reorder text on a terminal, and characters that hide in it.
+# The joiners U+200C and U+200D stay: emoji and several scripts need them.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+                     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
 
 
 class UserError(Exception):
@@ -77,11 +83,38 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     return parse
 
 
+def hold_signals() -> None:
+    """Keep the watched signals pending, in this thread and in all threads and processes that it starts, until
+    somebody takes them: none is lost, and none ends a process that is not ready for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED_SIGNALS)
+
+
+def leave_with(code: int) -> NoReturn:
+    """Leave without the interpreter's own end, which may wait forever for gloo's threads; see processes.py."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def decide(code: int) -> bool:
+    """Under launch.py, leave the code that the whole run is to end with, so that torchrun's restarts do nothing."""
+    if EXIT_CODE_FILE not in os.environ:
+        return False
+    Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+    return True
+
+
+def is_decided() -> bool:
+    return os.path.exists(os.environ.get(EXIT_CODE_FILE, ""))
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script's main, turn its errors into one line and an exit code, and leave.
 
     Under launch.py the code goes to a file and the process ends well, so that torchrun does not try again.
     """
+    is_rank = "LOCAL_RANK" in os.environ
+    if is_rank and is_decided():
+        leave_with(0)  # torchrun started it again, but the run is decided
     try:
         code = main()
         sys.stdout.flush()
@@ -94,10 +127,11 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:  # the reader of a pipe, head for instance, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    if "LOCAL_RANK" not in os.environ:
+    except Exception:
+        if not is_rank:
+            raise
+        traceback.print_exc()
+        leave_with(1)  # torchrun tries again
+    if not is_rank:
         sys.exit(code)
-    if code and EXIT_CODE_FILE in os.environ:
-        Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
-        code = 0
-    sys.stdout.flush()
-    os._exit(code)  # without the interpreter's own end, which may wait forever for gloo's threads; see processes.py
+    leave_with(0 if code and decide(code) else code)

@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import CheckpointError, Parser, UserError, run
+from cli import CheckpointError, Parser, UserError, printable_line, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def import_weights(source: str, output: Path, force: bool) -> None:
     config = config_of(sizes, weights, folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     save(output, {"step": 0, "val_losses": [], "template": None, "model_config": vars(config), "model": weights})
-    print(f"wrote {output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters, "
+    print(f"wrote {printable_line(output)}: {sum(tensor.numel() for tensor in weights.values()):,} parameters, "
           f"{config.n_layer} layers of width {config.n_embd}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from cli import UserError
 from durable import sha256_of
+from instruct_format import VOCAB_SIZE
 from manifest import KINDS, read_manifest, shard_file
+
+_TYPES = {"tokens": np.uint16, "loss_mask": np.uint8, "starts": np.int64}
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,22 @@ class MicroBatch:
 class InstructData:
     """One split of prepared data, memory-mapped, without the examples longer than context_length.
 
-    lengths (n_examples,) int32 is all that planning needs. Raises UserError when a shard is missing or not the one
-    the manifest names (SHA-256).
+    lengths (n_examples,) int32 is all that planning needs; fingerprint says which data these are. Raises UserError
+    when a shard is missing, not the one the manifest names (SHA-256), or not what a model of vocab_size can be trained
+    on.
     """
 
-    def __init__(self, data_dir: Path, split: str, context_length: int) -> None:
+    def __init__(self, data_dir: Path, split: str, context_length: int, vocab_size: int = VOCAB_SIZE) -> None:
         self.shards: list[dict[str, np.ndarray]] = []
         lengths, self.first_example = [], [0]
-        for entry in read_manifest(data_dir)["shards"][split]:
+        manifest = read_manifest(data_dir)
+        self.fingerprint: str = manifest["fingerprint"]
+        for entry in manifest["shards"][split]:
             shard = {kind: _open_array(shard_file(data_dir, split, entry, kind), entry["sha256"][kind])
                      for kind in KINDS}
+            wrong = _what_is_wrong(shard, entry, min(vocab_size, VOCAB_SIZE))
+            if wrong:
+                raise UserError(f"{data_dir / split / entry['name']}: {wrong}; prepare the data again")
             self.shards.append(shard)
             lengths.append(np.diff(shard["starts"], append=len(shard["tokens"])).astype(np.int32))
             self.first_example.append(self.first_example[-1] + len(shard["starts"]))
@@ -95,9 +105,31 @@ def _open_array(path: Path, sha256: str) -> np.ndarray:
     try:
         if sha256_of(path).hexdigest() != sha256:
             raise UserError(f"{path}: damaged or changed (its SHA-256 is not the manifest's); prepare the data again")
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; prepare the data again") from error
+    except Exception as error:  # a forged file with a fitting SHA-256 fails anywhere in numpy's reader
+        raise UserError(f"{path}: not an array that can be read ({type(error).__name__}); prepare the data again"
+                        ) from error
+
+
+def _what_is_wrong(shard: dict[str, np.ndarray], entry: dict[str, Any], vocab_size: int) -> str | None:
+    """None for a shard as ShardWriter writes it. A SHA-256 shows what was changed later, not what was forged."""
+    if any(shard[kind].dtype != dtype or shard[kind].ndim != 1 for kind, dtype in _TYPES.items()):
+        return "its arrays are of another type"
+    tokens, mask, starts = (shard[kind] for kind in KINDS)
+    if (len(tokens), len(mask), len(starts)) != (entry["tokens"], entry["tokens"], entry["examples"]):
+        return "it has not as many tokens or examples as the manifest says"
+    ends = np.append(starts[1:], len(tokens))
+    if not len(starts) or starts[0] != 0 or (ends <= starts).any():
+        return "its starts do not fit its tokens"
+    if mask.max() > 1 or mask[starts].any() or not mask[ends - 1].all():
+        return "its loss mask is not 0 where an example begins and 1 where it ends"
+    if tokens.max() >= vocab_size:
+        return f"it has token {tokens.max()}, the vocabulary has {vocab_size}"
+    return None
 
 
 class ExampleStream:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from cli import UserError
 
@@ -23,21 +25,27 @@ class HashingFile:
         self.file = file
         self.sha256 = hashlib.sha256()
         self.size = 0
+        self.error: OSError | None = None  # why a write failed: torch.save raises something else after it
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[HashingFile]:
+def durable_file(path: Path, needed: int = 0) -> Iterator[HashingFile]:
     """Give a file to write; once the block ends well, path holds it, durably. On any failure path is untouched.
 
-    Raises UserError naming the path, the bytes written so far and the bytes free, when the disk does not take it.
+    Raises UserError when the disk does not take it, naming the path, the bytes needed (as given, or as far as they
+    were written) and the bytes free.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     file = None
@@ -51,11 +59,37 @@ def durable_file(path: Path) -> Iterator[HashingFile]:
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
+        reason = file.error if file and file.error else error
+        if not isinstance(reason, OSError):
             raise
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise UserError(f"{path}: cannot write it: {error.strerror or error} ({file.size if file else 0:,} bytes were "
-                        f"written, {free:,} are free); what was there before is untouched") from error
+        needed = max(needed, file.size if file else 0)
+        raise UserError(f"{path}: cannot write it: {reason.strerror or reason} ({needed:,} bytes are needed, "
+                        f"{free_bytes(path.parent):,} are free); what was there before is untouched") from error
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold the folder until the file is closed, which the system does when the process ends, however it ends.
+
+    Raises UserError naming the holder when another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder}: another run is writing there ({file.read().strip()}); wait for it, stop it, or "
+                        "choose another --checkpoint_dir") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror}") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def sync_folder(folder: Path) -> None:

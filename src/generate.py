@@ -65,7 +65,7 @@ def generate(model: GPT, prompt: Sequence[int], max_new_tokens: int, sampling: S
     tokens = torch.tensor(prompt, device=weight.device)
     for _ in range(min(max_new_tokens, model.config.context_length - len(prompt))):
         hidden = model.decode(tokens, cache)
-        token = choose(model.logits(hidden[-1]), sampling, generator)
+        token = choose(model.logits(hidden[-1:])[0], sampling, generator)
         if token == stop_token:
             return
         yield token

@@ -1,30 +1,39 @@
 """Start the trainer under torchrun and leave with its exit code: python src/launch.py NPROC [trainer flags...]
 
-torchrun starts NPROC processes, restarts them up to three times when one dies (they go on from the newest
-checkpoint), and passes signals on. What the trainer itself decided, an error of the user's for instance, is final: it
-comes back through a small file, so that it is neither retried nor buried under a stack trace. On several machines run
-this on each, with torchrun's own flags in TORCHRUN_FLAGS.
+torchrun starts NPROC processes and restarts them up to three times when one dies (they go on from the newest
+checkpoint). What the trainer itself decided, an error of the user's for instance, is final: it comes back through a
+small file, so that it is neither retried nor buried under a stack trace. SIGINT, SIGTERM and SIGUSR1 are passed on to
+the trainers, which take the time they need to save. On several machines run this on each, with torchrun's own flags in
+TORCHRUN_FLAGS.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
-from cli import EXIT_CODE_FILE, UserError, run
+from cli import EXIT_CODE_FILE, WATCHED_SIGNALS, UserError, hold_signals, run
+from durable import lock_folder
+from train_options import checkpoint_dir_of, parse_options
 
 MAX_RESTARTS = 3
 
 
 def main() -> int:
+    hold_signals()
     if len(sys.argv) < 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
         raise UserError("the first argument is the number of processes, at least 1")
     processes, flags = int(sys.argv[1]), sys.argv[2:]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    if "TORCHRUN_FLAGS" not in os.environ:  # on several machines, another launcher's trainer may hold it for this run
+        lock_folder(checkpoint_dir_of(parse_options(flags))).close()
+    Thread(target=_pass_on_signals, daemon=True).start()
 
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -44,6 +53,28 @@ def main() -> int:
             code = 128 + error.sigval
         decided = Path(os.environ[EXIT_CODE_FILE])
         return int(decided.read_text()) if decided.exists() else code
+
+
+def _pass_on_signals() -> None:
+    """Give the signals held by this process to the trainers. Without trainers there is nothing to save."""
+    while True:
+        number = signal.sigwait(WATCHED_SIGNALS)
+        trainers = _children()
+        for trainer in trainers:
+            with suppress(ProcessLookupError):
+                os.kill(trainer, number)
+        if not trainers and number != signal.SIGUSR1:
+            os._exit(128 + number)
+
+
+def _children() -> list[int]:
+    """The processes that this one has started (proc(5): the fourth field of stat is the parent)."""
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended by now
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                children.append(int(stat.parent.name))
+    return children
 
 
 if __name__ == "__main__":

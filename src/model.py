@@ -177,6 +177,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.output: nn.Module | None = None  # stands in for the tied matrix where another layout is faster
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -216,4 +217,6 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, n_embd) -> (n, vocab_size)."""
+        if self.output is not None:
+            return self.output(hidden)
         return F.linear(hidden, self.transformer.wte.weight)

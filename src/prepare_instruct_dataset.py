@@ -5,30 +5,35 @@
 
 The same input gives byte-identical output, whatever --num_proc says. Shards are named by their content and written
 beside whatever is there; then the manifest is replaced in one step; then shards that no manifest names are removed.
-Killed at any moment, the folder holds the old dataset or the new one, whole.
+Killed at any moment, the folder holds the old dataset or the new one, whole. A second preparation into the folder is
+refused as long as the first runs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
-import json
 import os
+import platform
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli import Parser, UserError, number, run
+from cli import Parser, UserError, number, printable_line, run
+from data_report import Report
 from durable import TEMPORARY_SUFFIX, durable_file
-from manifest import FORMAT_VERSION, KINDS, MANIFEST, fingerprint, shard_file
+from manifest import FORMAT_VERSION, KINDS, MANIFEST, manifest_bytes, shard_file
 from read_examples import BadRow, Example, read_examples
 
 SHARD_TOKENS = 1 << 24  # 48 MiB of tokens and loss mask
 BATCH_EXAMPLES = 512  # handed to a tokenizing thread at once
+LOCK = ".lock"
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -206,7 +211,6 @@ def build_manifest(options: Namespace, selection: Selection, writers: dict[str, 
         for key in ("examples", "tokens", "response_tokens"):
             manifest[f"{split}_{key}"] = writer.total(key)
     manifest["shards"] = {split: writer.shards for split, writer in writers.items()}
-    manifest["fingerprint"] = fingerprint(manifest)
     return manifest
 
 
@@ -219,34 +223,59 @@ def remove_unnamed(output_dir: Path, manifest: dict[str, Any]) -> None:
                 path.unlink()
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parse_options(argv)
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the folder: two preparations would remove each other's shards. The system lets go when the process ends,
+    however it ends. Raises UserError naming the process that holds it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{output_dir}: another preparation is writing there ({file.read().strip()}); wait for "
+                            "it, stop it, or choose another --output_dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def prepare(options: Namespace, selection: Selection, report: Report) -> dict[str, Any]:
+    """Write shards and manifest, remove what is stale, and return the manifest."""
     from tqdm import tqdm
 
-    from data_report import Report
-
-    selection = Selection(options)
-    report = Report()
-    try:
-        writers = {split: ShardWriter(options.output_dir, split) for split in ("train", "val")}
-        examples = tokenized(selection.kept(), options.num_proc)
-        for example in tqdm(examples, desc="tokenizing", unit=" examples", disable=None):
-            writers[example.split].add(example)
-            report.add(example)
-        for split, writer in writers.items():
-            writer.flush()
-            if not writer.shards:
-                kept = selection.read - selection.dropped.total()
-                raise UserError(f"{options.dataset}: no example for the {split} split ({kept} kept of {selection.read} "
-                                "read); use more data, or another --val_fraction or --seed")
-    except OSError as error:
-        raise UserError(f"{options.output_dir}: {error.strerror or error}") from error
+    writers = {split: ShardWriter(options.output_dir, split) for split in ("train", "val")}
+    examples = tokenized(selection.kept(), options.num_proc)
+    for example in tqdm(examples, desc="tokenizing", unit=" examples", disable=None):
+        writers[example.split].add(example)
+        report.add(example)
+    for split, writer in writers.items():
+        writer.flush()
+        if not writer.shards:
+            kept = selection.read - selection.dropped.total()
+            raise UserError(f"{options.dataset}: no example for the {split} split ({kept} kept of {selection.read} "
+                            "read); use more data, or another --val_fraction or --seed")
     manifest = build_manifest(options, selection, writers)
     with durable_file(options.output_dir / MANIFEST) as file:
-        file.write((json.dumps(manifest, indent=2) + "\n").encode())
+        file.write(manifest_bytes(manifest))
     remove_unnamed(options.output_dir, manifest)
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(argv)
+    report = Report()
+    try:
+        with locked(options.output_dir):
+            manifest = prepare(options, Selection(options), report)
+    except OSError as error:
+        raise UserError(f"{options.output_dir}: {error.strerror or error}") from error
     report.show(manifest)
-    print(f"\nwrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh")
+    print(f"\nwrote {printable_line(options.output_dir)}/{MANIFEST}; next: ./start_instruct_training.sh")
     return 0
 
 

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from cli import UserError
+from cli import WATCHED_SIGNALS, UserError, decide, is_decided
 
 _never_destroyed: list[object] = []
 
@@ -98,8 +98,7 @@ def join(device_name: str) -> Processes:
 
 class Signals:
     """What SIGINT, SIGTERM and SIGUSR1 asked of this process. The handler sets a flag and nothing else; only a second
-    SIGINT or SIGTERM, a second or more after the first, leaves at once (checkpoints on disk are whole at any time).
-    Before watch is called there is nothing to save, and signals end the process as usual."""
+    SIGINT or SIGTERM, a second or more after the first, leaves at once (checkpoints on disk are whole at any time)."""
 
     def __init__(self) -> None:
         self.stop = 0  # the signal's number
@@ -107,13 +106,18 @@ class Signals:
         self._first = 0.0
 
     def watch(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        """From now on; signals that were held until now count too."""
+        for number in WATCHED_SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED_SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save = 1
+        elif is_decided():  # another rank has left; this signal is torchrun's
+            os._exit(128 + number)
         elif not self.stop:
             self.stop, self._first = number, time.monotonic()
         elif time.monotonic() - self._first >= 1.0:
+            decide(128 + number)
             os._exit(128 + number)

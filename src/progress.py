@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from argparse import Namespace
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cli import printable, printable_line
+from cli import UserError, printable, printable_line
 from dataloader_instruct import InstructData
 from model import GPT
 from processes import Processes
@@ -68,7 +69,12 @@ class Progress:
     def __init__(self, options: Namespace, folder: Path, step: int) -> None:
         self.options = options
         # After a kill the log may hold steps that are now done again: TensorBoard drops those from step + 1 on.
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self.folder = folder
+        try:
+            self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write there: {error.strerror}") from error
+        threading.excepthook = lambda _: None  # of TensorBoard's writing thread, whose errors _log gets as well
         self.bar = tqdm(total=options.max_steps, initial=step, unit=" steps", disable=None)
         self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
         self.val_loss = math.nan
@@ -78,6 +84,16 @@ class Progress:
         tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
+    def _log(self, method: str, *arguments: object) -> None:
+        """Call a method of TensorBoard's writer. A log that cannot be written is no reason to lose a run."""
+        try:
+            if self.writer:
+                getattr(self.writer, method)(*arguments)
+        except OSError as error:
+            self.writer = None
+            self.say(f"warning: {self.folder}: cannot write the log: {error.strerror or error}; the run goes on "
+                     "without it")
+
     def step(self, step: int, result: StepResult, epoch: float, seconds: float) -> None:
         """Tell of optimizer step number step (the first is 1), which took this long."""
         self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + result.tokens, self.steps + 1
@@ -85,7 +101,7 @@ class Progress:
         scalars = {"train/loss": result.loss, "learning_rate": result.learning_rate, "epoch": epoch,
                    "gradient_norm": result.gradient_norm, "tokens_per_second": result.tokens / seconds}
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+            self._log("add_scalar", tag, value, step)
         self.bar.update()
         self.bar.set_postfix_str(f"loss {result.loss:.4f}, val loss {self.val_loss:.4f}, "
                                  f"{result.tokens / seconds:,.0f} tokens/s")
@@ -100,15 +116,15 @@ class Progress:
 
     def evaluation(self, step: int, loss: float, answers: str) -> None:
         self.val_loss = loss
-        self.writer.add_scalar("val/loss", loss, step)
-        self.writer.add_scalar("val/perplexity", math.exp(min(loss, 700.0)), step)
-        self.writer.add_text("val/answers", answers, step)
+        self._log("add_scalar", "val/loss", loss, step)
+        self._log("add_scalar", "val/perplexity", math.exp(min(loss, 700.0)), step)
+        self._log("add_text", "val/answers", answers, step)
         self.say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
 
     def flush(self) -> None:
         """Before a checkpoint: what the log lacks after a kill is then never older than the checkpoint."""
-        self.writer.flush()
+        self._log("flush")
 
     def close(self) -> None:
         self.bar.close()
-        self.writer.close()
+        self._log("close")

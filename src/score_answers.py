@@ -44,7 +44,7 @@ def scored_answers(options: Namespace) -> Iterator[Scored]:
     from instruct_format import END_OF_TEXT, tokenizer
 
     model = model_of(load(options.checkpoint), options.checkpoint, torch.device("cpu"))
-    data = InstructData(options.data_dir, options.split, model.config.context_length)
+    data = InstructData(options.data_dir, options.split, model.config.context_length, model.config.vocab_size)
     for index in range(min(options.examples or len(data), len(data))):
         tokens, mask = (part.tolist() for part in data.example(index))
         prompt_length = mask.index(1)

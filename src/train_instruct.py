@@ -8,12 +8,13 @@ This file only reads the options, so that --help and wrong flags answer before P
 
 from __future__ import annotations
 
-from cli import run
+from cli import hold_signals, run
 from train_options import parse_options
 
 
 def main(argv: list[str] | None = None) -> int:
     given = parse_options(argv)
+    hold_signals()  # until the trainer watches them: importing PyTorch takes seconds
     from training_run import train
 
     return train(given)

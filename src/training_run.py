@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import platform
+import re
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 import checkpoint
-from cli import CheckpointError, DivergedError, UserError
+from cli import CheckpointError, DivergedError, UserError, printable, printable_line
 from dataloader_instruct import ExampleStream, InstructData, Position
+from durable import free_bytes, lock_folder
 from generate import generate
 from instruct_format import END_OF_TEXT, TEMPLATE, tokenizer
 from manifest import read_manifest
 from model import GPT, GPTConfig
 from processes import Processes, Signals, join
 from progress import Progress, banner
-from train_options import checkpoint_dir_of, complete_options
+from train_options import checkpoint_dir_of, complete_options, option_table, parse_options
 from train_step import StepResult, evaluate, make_optimizer, train_step, wrap
 
 VOCAB_SIZE = 50257
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 3, 48
 MOST_SKIPPED = 3  # non-finite steps in a row that end the run
+
+# What the state of a run has besides what every checkpoint has, and how a usable value is told: a forged file has a
+# fitting checksum too. The name becomes a folder's.
+_RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: 0 <= value < 2**31,
+    "position": lambda value: isinstance(value, list) and len(value) == 2 and all(
+        type(part) is int and 0 <= part < 2**31 for part in value),
+    "skipped": lambda value: type(value) is int,
+    "name": lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,64}", value, re.ASCII) is not None,
+    "options": lambda value: isinstance(value, dict) and _can_be_given(value),
+    "data_fingerprint": lambda value: isinstance(value, str),
+    "optimizer": lambda value: isinstance(value, dict),
+}
+
+
+def _can_be_given(options: dict[str, Any]) -> bool:
+    """Whether each option of a checkpoint is one that the command line takes."""
+    known = {name: options[name] for name in option_table().defaults if options.get(name) is not None}
+    try:
+        parsed = vars(parse_options([f"--{name}={value}" for name, value in known.items() if name != "device"]))
+    except UserError:
+        return False
+    return all(parsed[name] == value and type(parsed[name]) is type(value) for name, value in known.items())
 
 
 @dataclass
@@ -75,25 +99,27 @@ class Run:
 
 def train(given: Namespace) -> int:
     """Run or resume as the options say. Returns the exit code; raises UserError and its kin on every process."""
+    signals = Signals()
+    signals.watch()
     processes = join(given.device or "auto")
     with ExitStack() as held:
         held.callback(processes.close)
         run, error = None, None
         try:
-            run = _set_up(given, processes, held)
+            run = _set_up(given, processes, signals, held)
         except UserError as caught:
             error = caught
         processes.fail_together(error)
         assert run is not None
         run.loss_of = wrap(run.model, processes)
-        run.signals.watch()
         return _loop(run)
 
 
-def _set_up(given: Namespace, processes: Processes, held: ExitStack) -> Run:
+def _set_up(given: Namespace, processes: Processes, signals: Signals, held: ExitStack) -> Run:
     folder = checkpoint_dir_of(given)
     if processes.is_main:
-        held.enter_context(_lock(folder))
+        held.enter_context(lock_folder(folder))
+        checkpoint.remove_temporaries(folder)
     path, state = _state_to_resume(given, folder, processes)
     options = complete_options(given, state["options"] if state else None)
     manifest = read_manifest(Path(options.data_dir))
@@ -105,10 +131,13 @@ def _set_up(given: Namespace, processes: Processes, held: ExitStack) -> Run:
                         f"{TEMPLATE!r}; prepare the data again")
     model, origin = _model(options, state, path)
     _check_sizes(options, model.config)
-    data = {split: InstructData(Path(options.data_dir), split, options.context_length) for split in ("train", "val")}
+    data = {split: InstructData(Path(options.data_dir), split, options.context_length, model.config.vocab_size)
+            for split in ("train", "val")}
+    if any(split.fingerprint != manifest["fingerprint"] for split in data.values()):
+        raise UserError(f"{options.data_dir}: prepared anew while it was being opened; start again")
     model.to(processes.device)
     optimizer = make_optimizer(model, options.weight_decay)
-    run = Run(options, processes, Signals(), folder, manifest["fingerprint"], model, nn.Identity(), optimizer, data,
+    run = Run(options, processes, signals, folder, manifest["fingerprint"], model, nn.Identity(), optimizer, data,
               ExampleStream(data["train"].lengths, options.seed, options.total_batch_size),
               name=time.strftime("%Y%m%d-%H%M%S"))
     if state:
@@ -116,25 +145,19 @@ def _set_up(given: Namespace, processes: Processes, held: ExitStack) -> Run:
     if processes.is_main:
         run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step)
         run.say(banner(options, processes, model, data, origin))
+        _warn_of_a_full_disk(run)
     return run
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder until the file is closed, which the system does when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{folder}: another run is writing there ({file.read().strip()}); wait for it, stop it, or "
-                        "choose another --checkpoint_dir") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there: {error.strerror}") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+def _warn_of_a_full_disk(run: Run) -> None:
+    """Say so when the folder has no room for the files that stay and the one being written."""
+    weights = checkpoint.size_of(run.model.state_dict())
+    needed = (run.options.keep_last + 1) * 3 * weights + weights  # weights and AdamW's two moments; best_model.pt
+    files = [*checkpoint.step_files(run.folder), run.folder / checkpoint.BEST]
+    room = free_bytes(run.folder) + sum(path.stat().st_size for path in files if path.exists())
+    if room < needed:
+        run.say(f"warning: {run.folder}: {run.options.keep_last + 1} step files and {checkpoint.BEST} need {needed:,} "
+                f"bytes, there is room for {room:,}; free some space, or lower --keep_last")
 
 
 def _state_to_resume(given: Namespace, folder: Path, processes: Processes) -> tuple[Path, dict[str, Any] | None]:
@@ -149,12 +172,19 @@ def _state_to_resume(given: Namespace, folder: Path, processes: Processes) -> tu
                             "--checkpoint_dir starts a new one")
         return pretrained, None
     if resume == "latest":
-        path, state = checkpoint.newest_valid(folder, print if processes.is_main else lambda _: None)
+        path, state = checkpoint.newest_valid(folder, _tell if processes.is_main else lambda _: None)
     else:
         path, state = Path(resume), checkpoint.load(Path(resume))
     if "optimizer" not in state:
         raise UserError(f"{path}: weights only, not the state of a run; --pretrained_model {path} starts from it")
+    wrong = [name for name, is_right in _RUN_FIELDS.items() if not is_right(state.get(name))]
+    if wrong:
+        raise CheckpointError(f"{path}: not a complete state of a run: {', '.join(wrong)} missing or not usable")
     return path, state
+
+
+def _tell(text: str) -> None:
+    print(printable_line(text), flush=True)
 
 
 def _model(options: Namespace, state: dict[str, Any] | None, path: Path) -> tuple[GPT, str]:
@@ -195,18 +225,38 @@ def _check_sizes(options: Namespace, config: GPTConfig) -> None:
 def _restore(run: Run, state: dict[str, Any], path: Path) -> None:
     """Put the run where the checkpoint left it."""
     try:
-        run.optimizer.load_state_dict(state["optimizer"])
-        for group in run.optimizer.param_groups[:1]:
-            group["weight_decay"] = run.options.weight_decay
+        groups = run.optimizer.state_dict()["param_groups"]  # ours: a checkpoint adds the moments alone
+        if [group["params"] for group in state["optimizer"]["param_groups"]] != [group["params"] for group in groups]:
+            raise ValueError("its parameters are grouped otherwise")
+        run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        _check_moments(run.optimizer, may_be_absent=state["step"] == state["skipped"])
         run.position = Position(*state["position"])
+        if run.position.index > len(run.data["train"]):
+            raise ValueError(f"position {run.position.index} of {len(run.data['train'])} examples")
         run.step, run.skipped, run.name = state["step"], state["skipped"], state["name"]
         run.val_losses = [list(entry) for entry in state["val_losses"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a complete state of a run ({error!r})") from error
 
 
+def _check_moments(optimizer: torch.optim.AdamW, may_be_absent: bool) -> None:
+    """Raise ValueError unless each parameter has moments of its shape: fused AdamW does not look, and would read and
+    write beyond them."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            shapes = {name: getattr(moments.get(name), "shape", None) for name in ("step", "exp_avg", "exp_avg_sq")}
+            if (moments or not may_be_absent) and shapes != {
+                    "step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+                raise ValueError("the optimizer's moments do not fit the parameters")
+
+
 def _loop(run: Run) -> int:
-    stop = _evaluate(run) if run.evaluation_due else 0
+    stop = run.processes.largest(run.signals.stop)
+    if run.evaluation_due and not stop:  # a signal cut it short before this resume
+        stop = _evaluate(run)
+        if run.step == run.options.max_steps and not stop:
+            _save(run)
     while run.step < run.options.max_steps and not stop:
         begin = time.perf_counter()
         result = train_step(run.loss_of, run.optimizer, run.data["train"], run.stream, run.position, run.step,
@@ -225,7 +275,9 @@ def _loop(run: Run) -> int:
             _save(run)
     if run.progress:
         reason = f"stopped by signal {stop}" if stop else "finished"
-        run.say(f"{reason} at step {run.step}; the run's state is {run.folder / checkpoint.LATEST}")
+        latest = run.folder / checkpoint.LATEST
+        where = f"the run's state is {latest}" if latest.exists() else "there was nothing to save"
+        run.say(f"{reason} at step {run.step}; {where}")
         run.progress.close()
     return 128 + stop if stop else 0
 
@@ -246,6 +298,8 @@ def _check_finite(run: Run, result: StepResult) -> None:
 
 def _evaluate(run: Run) -> int:
     """Evaluate and keep the best weights. Returns the signal that cut it short, or 0."""
+    if not run.val_losses:
+        _save(run)  # best_model.pt is then never alone: a run that is killed after it can be resumed
     loss = evaluate(run.loss_of, run.data["val"], run.options, run.processes, run.signals)
     if loss is None:
         return run.processes.largest(run.signals.stop)
@@ -276,7 +330,7 @@ def _answers(run: Run) -> str:
                 answer.append(token)
                 if run.signals.stop:
                     break
-        text = tokenizer().decode(prompt + answer)
+        text = printable(tokenizer().decode(prompt + answer))
         blocks.append("\n".join("    " + line for line in text.splitlines()))
     return "\n\n---\n\n".join(blocks)
 

@@ -16,6 +16,7 @@ from conftest import ROOT, SRC
 from dataloader_instruct import InstructData
 from durable import durable_file
 from instruct_format import encode_example
+from manifest import manifest_bytes
 from model import GPT, GPTConfig
 from prepare_instruct_dataset import Selection, ShardWriter, Tokenized, build_manifest
 from read_examples import Example, read_examples
@@ -27,8 +28,6 @@ SMALL = GPTConfig(context_length=1024, vocab_size=VOCAB, n_layer=2, n_head=2, n_
 
 def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], int]]]) -> Path:
     """Prepared data from (tokens, number of prompt tokens) of each example of each split."""
-    import json
-
     writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
     selection = Selection(Namespace())
     for split, examples in splits.items():
@@ -38,7 +37,7 @@ def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], int]]])
         writers[split].flush()
     options = Namespace(dataset="made by a test", seed=0, val_fraction=0.05)
     with durable_file(folder / "dataset_info.json") as file:
-        file.write(json.dumps(build_manifest(options, selection, writers)).encode())
+        file.write(manifest_bytes(build_manifest(options, selection, writers)))
     return folder
 
 

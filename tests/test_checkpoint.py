@@ -40,40 +40,6 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert archive.testzip() is None
 
 
-def damages(size: int, seed: int) -> list[tuple[str, int]]:
-    generator = random.Random(seed)
-    return ([("flip", bit) for bit in generator.sample(range(size * 8), 300)]
-            + [("cut", generator.randrange(size)) for _ in range(60)]
-            + [("zero", 4096 * generator.randrange(size // 4096)) for _ in range(50)])
-
-
-def damaged(data: bytes, kind: str, where: int) -> bytes:
-    if kind == "cut":
-        return data[:where]
-    changed = bytearray(data)
-    if kind == "flip":
-        changed[where // 8] ^= 1 << (where % 8)
-    else:
-        changed[where:where + 4096] = bytes(len(changed[where:where + 4096]))
-    return bytes(changed)
-
-
-def test_410_damages_are_410_errors(tmp_path):
-    """300 flipped bits, 60 truncations, 50 zeroed pages: each named, none loads."""
-    path = write_small(tmp_path / "a.pt")
-    data, noticed = path.read_bytes(), 0
-    for kind, where in damages(len(data), seed=0):
-        changed = damaged(data, kind, where)
-        if changed == data:  # a page of zeros in the file's padding
-            noticed += 1
-            continue
-        path.write_bytes(changed)
-        with pytest.raises(CheckpointError, match="a.pt"):
-            load(path)
-        noticed += 1
-    assert noticed == 410
-
-
 @dataclass
 class GPTConfigOfAnotherTrainer:
     context_length: int = 64
@@ -293,6 +259,6 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=r"a.pt: cannot write it: No space left on device \([\d,]+ bytes were "):
+    with pytest.raises(UserError, match=r"a.pt: cannot write it: No space left on device \([\d,]+ bytes are needed, "):
         save(path, state_of(2))
     assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["a.pt"]

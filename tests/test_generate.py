@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from decode_weights import Int8, Streamed, for_decoding
 from generate import GREEDY, Sampling, choose, generate, probabilities
-from model import GPT, GPTConfig
+from helpers import small_model
+from model import GPT, GPTConfig, KVCache
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
@@ -77,3 +79,31 @@ def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context(model):
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="0 tokens"):
         next(generate(model, [], 1))
+
+
+def test_streamed_weights_give_the_logits_of_linear_layers():
+    plain, streamed = small_model(), small_model()
+    for_decoding(streamed, Streamed)
+    tokens = torch.randint(0, plain.config.vocab_size, (200,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for pieces in ((200,), (1,) * 20, (50, 1, 1, 148)):
+            caches = KVCache(plain.config), KVCache(plain.config)
+            for piece in tokens[:sum(pieces)].split(pieces):
+                one, other = (model.logits(model.decode(piece, cache))
+                              for model, cache in zip((plain, streamed), caches))
+                assert torch.allclose(one, other, atol=1e-4, rtol=1e-5)
+
+
+def test_int8_weights_are_within_half_a_step_of_fp32():
+    """The bound of rounding: half a scale per weight, and bf16 inputs (8 bits)."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 64, generator=generator)
+        found, exact = Int8(weight, bias)(x), x @ weight.t() + bias
+        scale = weight.abs().amax(1) / 127
+        bound = x.abs().sum(1)[:, None] * scale * (0.5 + 127 / 256) + 2**-7 * (exact - bias).abs() + 1e-5
+        assert found.dtype == torch.float32 and bool(((found - exact).abs() <= bound).all())
+    model = small_model()
+    for_decoding(model, Int8)
+    assert len(list(generate(model, [1, 2, 3], 10))) == 10

@@ -1,0 +1,187 @@
+"""Decoding one stream against transformers, CTranslate2 and llama.cpp: GPT-2 124M, random weights, on the CPU.
+
+    python benchmarks/decoding.py [--rounds 5] [--peers transformers,ctranslate2_f32,...]
+
+A measurement is a prompt of 8 tokens and 32 greedy tokens after it; ours and the peer's take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from common import Worker, machine, peak_gb, rate, ratio, serve, take_turns
+from hf_tokenizer import as_hugging_face
+
+PROMPT, NEW = list(range(1000, 1008)), 32
+PEERS = {"transformers": "ours_f32", "ctranslate2_f32": "ours_f32", "llama_f32": "ours_f32", "products": "ours_f32",
+         "ctranslate2_int8": "ours_int8", "llama_q8_0": "ours_int8", "ours_f32": "ours_int8",
+         "products_int8": "ours_int8"}
+
+
+def prepare(folder: Path) -> None:
+    """One random GPT-2 in every program's format."""
+    import ctranslate2
+    import torch
+    from gguf import GGMLQuantizationType
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import convert_checkpoint
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder / "hf")
+    tokenizer = as_hugging_face()
+    tokenizer.save_pretrained(folder / "hf")
+    convert_checkpoint.import_weights(str(folder / "hf"), folder / "ours.pt", force=True)
+    for name, quantization in (("ctranslate2_f32", None), ("ctranslate2_int8", "int8")):
+        converter = ctranslate2.converters.TransformersConverter(str(folder / "hf"))
+        converter.convert(str(folder / name), quantization=quantization)
+    write_gguf(folder / "ours.pt", folder / "llama_f32", tokenizer, GGMLQuantizationType.F32)
+    write_gguf(folder / "ours.pt", folder / "llama_q8_0", tokenizer, GGMLQuantizationType.Q8_0)
+
+
+def write_gguf(source: Path, target: Path, tokenizer, kind) -> None:  # type: ignore[no-untyped-def]
+    """Our checkpoint as llama.cpp reads a GPT-2: vectors and positions in fp32, matrices as kind."""
+    import json
+
+    import gguf
+
+    from checkpoint import load
+
+    weights = load(source)["model"]
+    writer = gguf.GGUFWriter(str(target), "gpt2")
+    for name, value in {"context_length": 1024, "embedding_length": 768, "block_count": 12,
+                        "feed_forward_length": 3072, "head_count": 12, "layer_norm_eps": 1e-5}.items():
+        getattr(writer, f"add_{name}")(value)
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_token_types([3 if number == 50256 else 1 for number in range(50257)])
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_eos_token_id(50256)
+    names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.",
+             "transformer.ln_f.": "output_norm.", "transformer.h.": "blk.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
+             "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    tensors = {name: tensor.numpy() for name, tensor in weights.items()}
+    for name, array in [*tensors.items(), ("output.weight", tensors["transformer.wte.weight"])]:
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        is_matrix = array.ndim == 2 and not name.startswith("position")
+        wanted = kind if is_matrix else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def ours(folder: Path, form: str) -> Callable[[], object]:
+    import torch
+
+    from checkpoint import load, model_of
+    from decode_weights import Int8, Streamed, for_decoding
+    from generate import generate
+
+    model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
+    for_decoding(model, {"f32": Streamed, "int8": Int8}[form])
+    return lambda: list(generate(model, PROMPT, NEW))
+
+
+def products(folder: Path, form: str) -> Callable[[], object]:
+    """The matrix products of NEW tokens in ours' layouts, nothing else."""
+    import torch
+
+    from checkpoint import load
+    from decode_weights import Int8, Int8Output, Streamed
+
+    weights = load(folder / "ours.pt")["model"]
+    kinds = {"f32": (Streamed, Streamed), "int8": (Int8, Int8Output)}[form]
+    tensors = {name: tensor for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name}
+    matrices = [kinds["wte" in name](tensor, None) for name, tensor in tensors.items()]
+    inputs = {size: torch.randn(1, size) for size in (768, 3072)}
+    sizes = [tensor.shape[1] for tensor in tensors.values()]
+
+    @torch.inference_mode()
+    def work() -> None:
+        for _ in range(NEW):
+            for matrix, size in zip(matrices, sizes):
+                matrix(inputs[size])
+
+    return work
+
+
+def transformers(folder: Path) -> Callable[[], object]:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder / "hf").eval()
+    prompt = torch.tensor([PROMPT])
+    return lambda: model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=50256)
+
+
+def ctranslate2(folder: Path, name: str) -> Callable[[], object]:
+    import ctranslate2
+
+    kind = {"ctranslate2_f32": "float32", "ctranslate2_int8": "int8"}[name]
+    generator = ctranslate2.Generator(str(folder / name), compute_type=kind, intra_threads=2)
+    words = as_hugging_face().convert_ids_to_tokens(PROMPT)
+    return lambda: generator.generate_batch([words], max_length=NEW, min_length=NEW, sampling_topk=1,
+                                            include_prompt_in_result=False)
+
+
+def llama(folder: Path, name: str) -> Callable[[], object]:
+    from llama_cpp import Llama
+
+    model = Llama(str(folder / name), n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
+
+    def work() -> None:
+        model.reset()
+        for _, _ in zip(range(NEW), model.generate(PROMPT, temp=0.0, repeat_penalty=1.0)):
+            pass
+
+    return work
+
+
+def serve_one(name: str, folder: Path) -> None:
+    if name.startswith("ours"):
+        work = ours(folder, name.removeprefix("ours_"))
+    elif name.startswith("products"):
+        work = products(folder, "int8" if name.endswith("int8") else "f32")
+    else:
+        work = {"t": lambda: transformers(folder), "c": lambda: ctranslate2(folder, name),
+                "l": lambda: llama(folder, name)}[name[0]]()
+
+    def counted() -> float:
+        work()
+        return NEW
+
+    serve(counted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", default=",".join(PEERS))
+    options = parser.parse_args()
+    if options.worker:
+        serve_one(options.worker[0], Path(options.worker[1]))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(Path(temporary))
+        print(f"\n{machine()}")
+        print("| peer | peer, tokens/s | ours | tokens/s | ours / peer (min to max) | peer GB | ours GB |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for peer in options.peers.split(","):
+            us = PEERS[peer]
+            found = take_turns({name: Worker(__file__, name, temporary) for name in (us, peer)}, options.rounds)
+            middle, low, high = ratio(found[us], found[peer])
+            print(f"| {peer} | {rate(found[peer]):.1f} | {us} | {rate(found[us]):.1f} | {middle:.2f} ({low:.2f} to "
+                  f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found[us]):.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Training speed and memory against TRL, and against the bare matrix products: GPT-2 124M, fp32, on the CPU.
+
+    python benchmarks/training.py [--rounds 5] [--dataset FILE] [--peers products,trl_grouped,...]
+
+Each round is one optimizer step of ours (2,048 tokens) and one of the peer's, in turn, on random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from common import DATASET, Worker, machine, peak_gb, rate, ratio, report, serve, take_turns
+from hf_tokenizer import as_hugging_face
+
+CONTEXT, MICRO_BATCH = 1024, 2
+PEERS = ("products", "trl_default", "trl_packed", "trl_grouped")
+
+
+def prepare(dataset: Path, folder: Path) -> None:
+    """Shards for ours, prompt/completion pairs for TRL: the same kept examples."""
+    import prepare_instruct_dataset
+    from instruct_format import prompt_text
+
+    prepare_instruct_dataset.main(["--dataset", str(dataset), "--output_dir", str(folder / "data")])
+    rows = json.loads(dataset.read_text())
+    pairs = [{"prompt": prompt_text(row["instruction"], row["input"]), "completion": row["output"] + "<|endoftext|>"}
+             for row in rows if row["output"].strip()]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+
+
+def ours(folder: Path) -> None:
+    import torch
+
+    from dataloader_instruct import ExampleStream, InstructData, Position
+    from model import GPT, GPTConfig
+    from processes import Processes
+    from train_options import complete_options, parse_options
+    from train_step import ResponseLoss, make_optimizer, train_step
+
+    options = complete_options(parse_options([
+        "--mini_batch_size", str(MICRO_BATCH), "--context_length", str(CONTEXT), "--total_batch_size",
+        str(MICRO_BATCH * CONTEXT)]))
+    model = GPT(GPTConfig())
+    model.init_weights(0)
+    data = InstructData(folder / "data", "train", CONTEXT)
+    stream = ExampleStream(data.lengths, options.seed, options.total_batch_size)
+    optimizer, loss_of = make_optimizer(model, options.weight_decay), ResponseLoss(model)
+    alone, position, step = Processes(0, 1, torch.device("cpu")), Position(), 0
+
+    def work() -> float:
+        nonlocal position, step
+        result = train_step(loss_of, optimizer, data, stream, position, step, options, alone)
+        position, step = result.after, step + 1
+        return result.response_tokens
+
+    serve(work)
+
+
+def products(folder: Path) -> None:
+    """The matrix products of ours' steps alone: the same shapes forward and backward, nothing else."""
+    import torch
+
+    from dataloader_instruct import ExampleStream, InstructData, Position
+
+    data = InstructData(folder / "data", "train", CONTEXT)
+    stream = ExampleStream(data.lengths, 1337, MICRO_BATCH * CONTEXT)
+    sizes = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
+    weights = {name: torch.randn(size[1], size[0]) for name, size in sizes.items()}
+    embedding = torch.randn(50257, 768)
+    position = Position()
+
+    def product(rows: int, weight: torch.Tensor) -> None:
+        """x W', then dx = dy W and dW = dy' x."""
+        x, dy = torch.empty(rows, weight.shape[1]).fill_(0.1), torch.empty(rows, weight.shape[0]).fill_(0.1)
+        torch.mm(x, weight.t())
+        torch.mm(dy, weight)
+        torch.mm(dy.t(), x)
+
+    def work() -> float:
+        nonlocal position
+        examples, position = stream.step(position)
+        tokens, responses = int(data.lengths[examples].sum()), data.response_tokens(examples)
+        for layer in range(12):
+            for name, weight in weights.items():
+                product(tokens if layer < 11 or name == "c_attn" else responses, weight)
+        for begin in range(0, responses, 512):
+            product(min(512, responses - begin), embedding)
+        return responses
+
+    serve(work)
+
+
+def trl(folder: Path, setting: str) -> None:
+    """SFTTrainer, stopped after every optimizer step until the parent asks for the next one."""
+    import time
+
+    from datasets import Dataset
+    from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    common = {"output_dir": str(folder / setting), "max_length": CONTEXT, "max_steps": 10_000, "use_cpu": True,
+              "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "bf16": False,
+              "gradient_checkpointing": False}
+    settings = {"trl_default": {"per_device_train_batch_size": 8},
+                "trl_packed": {"per_device_train_batch_size": 1, "packing": True},
+                "trl_grouped": {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"}}
+    dropout = {} if setting == "trl_default" else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**dropout))
+
+    class Counting(SFTTrainer):
+        units = 0
+
+        def compute_loss(self, model, inputs, *arguments, **keywords):  # type: ignore[no-untyped-def]
+            self.units += int((inputs["labels"] != -100).sum())
+            return super().compute_loss(model, inputs, *arguments, **keywords)
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+            if not sys.stdin.readline():
+                os._exit(0)
+            self.before, self.begin = trainer.units, time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+            report(trainer.units - self.before, time.perf_counter() - self.begin)
+
+    trainer = Counting(model=model, args=SFTConfig(**common, **settings[setting]), processing_class=as_hugging_face(),
+                       train_dataset=Dataset.from_list(json.loads((folder / "pairs.json").read_text())),
+                       callbacks=[Turns()])
+    trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dataset", type=Path, default=DATASET)
+    parser.add_argument("--peers", default=",".join(PEERS))
+    options = parser.parse_args()
+    if options.worker:
+        name, folder = options.worker[0], Path(options.worker[1])
+        {"ours": ours, "products": products}.get(name, lambda folder: trl(folder, name))(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(options.dataset, Path(temporary))
+        print(f"\n{machine()}")
+        print("| peer | peer, response tokens/s | ours | ours / peer (min to max) | peer GB | ours GB |")
+        print("|---|---|---|---|---|---|", flush=True)
+        for peer in options.peers.split(","):
+            found = take_turns({name: Worker(__file__, name, temporary) for name in ("ours", peer)}, options.rounds)
+            middle, low, high = ratio(found["ours"], found[peer])
+            print(f"| {peer} | {rate(found[peer]):.1f} | {rate(found['ours']):.1f} | {middle:.2f} ({low:.2f} to "
+                  f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found['ours']):.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

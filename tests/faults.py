@@ -1,0 +1,52 @@
+"""Measure what the trainer does when things go wrong, with the real trainer on tiny models.
+
+    python tests/faults.py [NAME...]        all of it takes about an hour on two cores
+
+Prints a line for each fault: what was tried, how often, how many cases held. What did not hold goes to stderr at
+once. Exits with 1 if anything failed.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
+os.environ.pop("LOCAL_RANK", None)
+
+from faults_disk import disk_full, soak  # noqa: E402
+from faults_kill import kills, rank_dies, write_order  # noqa: E402
+from faults_signals import one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
+from faults_tools import Result  # noqa: E402
+
+FAULTS: dict[str, Callable[[], Result]] = {
+    "kill": lambda: kills(200, in_saves=100),
+    "order": write_order,
+    "disk": lambda: disk_full(20),
+    "signals_1": lambda: signals(targets=("the process",)),
+    "signals_2": lambda: signals(targets=("one rank", "all ranks", "the launcher")),
+    "second": lambda: second_ctrl_c(2),
+    "rank": lambda: rank_dies(5),
+    "two_runs": lambda: two_runs(5),
+    "diverge": one_rank_diverges,
+    "soak": lambda: soak(100_000),
+}
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - set(FAULTS)
+    if unknown:
+        print(f"error: no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}", file=sys.stderr)
+        return 2
+    failed = False
+    for name in names or FAULTS:
+        begin = time.monotonic()
+        result = FAULTS[name]()
+        failed = failed or bool(result.failures)
+        print(f"{name}: {result} [{time.monotonic() - begin:.0f} s]", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""What a run says and does about the disk: the warning before it is full, and a log that cannot be written."""
+
+from collections import namedtuple
+
+import pytest
+
+import checkpoint
+import durable
+from cli import UserError
+from helpers import options_of, random_examples, resume_flags, small_model, write_data, write_pretrained
+from progress import Progress
+from train_options import parse_options
+from training_run import train
+
+Usage = namedtuple("Usage", "free")
+
+
+@pytest.mark.parametrize("free, warns", [(4 * 10**6, False), (3 * 10**6, True)])
+def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeypatch, capsys, free, warns):
+    """Three step files and best_model.pt of a model with 362,112 bytes of weights: 3,621,120 bytes."""
+    data = write_data(tmp_path / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
+    pretrained = write_pretrained(tmp_path / "pretrained.pt", small_model())
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: Usage(free))
+    flags = [*resume_flags(data, pretrained), "--max_steps", "1", "--keep_last", "2", "--checkpoint_dir",
+             str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb")]
+    assert train(parse_options(flags)) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == warns
+    told = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
+    assert all(told in line for line in warnings)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    for name in ("step_000003.pt.tmp", "latest.pt.tmp", "best_model.pt.tmp", "notes.tmp", "step_000002.pt"):
+        (tmp_path / name).write_text("")
+    checkpoint.remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp", "step_000002.pt"]
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    progress = Progress(options_of("--max_steps", 2), tmp_path / "tb", 0)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(progress.writer, "add_scalar", fail)
+    for step in (1, 2):
+        progress.evaluation(step, 1.0, "answers")
+    progress.close()
+    out = capsys.readouterr().out
+    assert out.count("cannot write the log: No space left on device; the run goes on without it") == 1
+    assert "step 2: val loss 1.0000" in out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there: Not a directory"):
+        Progress(options_of(), tmp_path / "file" / "tb", 0)
