@@ -62,8 +62,8 @@ def write_gguf(source: Path, target: Path, tokenizer, kind) -> None:  # type: ig
     writer.add_token_types([3 if number == 50256 else 1 for number in range(50257)])
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
     writer.add_eos_token_id(50256)
-    names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.",
-             "transformer.ln_f.": "output_norm.", "transformer.h.": "blk.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
+    names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.", "transformer.h.": "blk.",
+             "transformer.ln_f.": "output_norm.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
              "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     tensors = {name: tensor.numpy() for name, tensor in weights.items()}
     for name, array in [*tensors.items(), ("output.weight", tensors["transformer.wte.weight"])]:

@@ -96,7 +96,8 @@ def rank_dies(times: int) -> Result:
                     seconds[-1] = time.monotonic() - seconds[-1]
             code = run.wait()
             starts = run.output().count("\nmodel ") + run.output().startswith("model ")
-            result.check(f"run {number}", f"exit {code}: {run.output()[-300:]}" * (code != 0),
+            reasons = {line.strip()[:200] for line in run.output().splitlines() if "Error: " in line}
+            result.check(f"run {number}", f"exit {code}: {reasons}" * (code != 0),
                          f"{starts} starts" * (starts != 4), here.differs(run.folder, 2), orphans(run.folder))
             result.notes += f"started again after {', '.join(f'{each:.0f}' for each in seconds)} s; "
     result.notes = result.notes.removesuffix("; ")
