@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 class Progress:
     """Tells steps and evaluations to the terminal (a bar), to a pipe or file (lines), and to TensorBoard."""
 
-    def __init__(self, options: Namespace, folder: Path, step: int) -> None:
+    def __init__(self, options: Namespace, folder: Path, step: int, val_loss: float | None) -> None:
         self.options = options
         # After a kill the log may hold steps that are now done again: TensorBoard drops those from step + 1 on.
         self.folder = folder
@@ -77,7 +77,7 @@ class Progress:
         threading.excepthook = lambda _: None  # of TensorBoard's writing thread, whose errors _log gets as well
         self.bar = tqdm(total=options.max_steps, initial=step, unit=" steps", disable=None)
         self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
-        self.val_loss = math.nan
+        self.val_loss = "-" if val_loss is None else f"{val_loss:.4f}"  # the last one
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
@@ -103,11 +103,11 @@ class Progress:
         for tag, value in scalars.items():
             self._log("add_scalar", tag, value, step)
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {result.loss:.4f}, val loss {self.val_loss:.4f}, "
+        self.bar.set_postfix_str(f"loss {result.loss:.4f}, val loss {self.val_loss}, "
                                  f"{result.tokens / seconds:,.0f} tokens/s")
         if self.bar.disable and (step % self.options.log_freq == 0 or step == self.options.max_steps):
             left = (self.options.max_steps - step) * self.seconds / self.steps
-            self.say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.val_loss:.4f} "
+            self.say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.val_loss} "
                      f"lr {result.learning_rate:.3e} gradient_norm {result.gradient_norm:.3f} "
                      f"tokens/s {self.tokens / self.seconds:,.0f} "
                      f"response_tokens/s {self.response_tokens / self.seconds:,.0f} epoch {epoch:.3f} "
@@ -115,7 +115,7 @@ class Progress:
             self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
 
     def evaluation(self, step: int, loss: float, answers: str) -> None:
-        self.val_loss = loss
+        self.val_loss = f"{loss:.4f}"
         self._log("add_scalar", "val/loss", loss, step)
         self._log("add_scalar", "val/perplexity", math.exp(min(loss, 700.0)), step)
         self._log("add_text", "val/answers", answers, step)

@@ -143,7 +143,8 @@ def _set_up(given: Namespace, processes: Processes, signals: Signals, held: Exit
     if state:
         _restore(run, state, path)
     if processes.is_main:
-        run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step)
+        run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step,
+                                run.val_losses[-1][1] if run.val_losses else None)
         run.say(banner(options, processes, model, data, origin))
         _warn_of_a_full_disk(run)
     return run
@@ -192,10 +193,12 @@ def _model(options: Namespace, state: dict[str, Any] | None, path: Path) -> tupl
     if state is None and options.from_scratch:
         n_layer, n_head, n_embd = (int(size) for size in options.from_scratch.split(","))
         try:
-            model = GPT(GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd))
+            config = GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd)
         except ValueError as error:
             raise UserError(f"--from_scratch {options.from_scratch}: {error}") from error
-        model.init_weights(options.seed)
+        with torch.device("meta"):  # without PyTorch's own initial values, which would only be replaced
+            model = GPT(config)
+        model.to_empty(device="cpu").init_weights(options.seed)
         return model, "random weights"
     if state is None:
         path = Path(options.pretrained_model)
@@ -203,13 +206,12 @@ def _model(options: Namespace, state: dict[str, Any] | None, path: Path) -> tupl
             raise UserError(f"{path}: no pre-trained model; put yours there, or import one with: python "
                             "src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
         config, weights = checkpoint.load_pretrained(path)
-        model = GPT(config)
-        model.load_state_dict(weights)
-        return model, f"weights of {path}"
-    mapped = checkpoint.model_of(state, path, torch.device("cpu"))
-    model = GPT(mapped.config)
-    model.load_state_dict(mapped.state_dict())
-    return model, f"resumed from {path} at step {state['step']}"
+        origin = f"weights of {path}"
+    else:
+        mapped = checkpoint.model_of(state, path, torch.device("cpu"))
+        config, weights, origin = mapped.config, mapped.state_dict(), f"resumed from {path} at step {state['step']}"
+    copies = {name: tensor.clone() for name, tensor in weights.items()}
+    return checkpoint.build_model(config, copies, torch.device("cpu")), origin
 
 
 def _check_sizes(options: Namespace, config: GPTConfig) -> None:
