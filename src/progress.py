@@ -68,9 +68,9 @@ class Progress:
 
     def __init__(self, options: Namespace, folder: Path, step: int, val_loss: float | None) -> None:
         self.options = options
-        # After a kill the log may hold steps that are now done again: TensorBoard drops those from step + 1 on.
         self.folder = folder
         try:
+            # After a kill the log may hold steps that are now done again: TensorBoard drops those from step + 1 on.
             self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
         except OSError as error:
             raise UserError(f"{folder}: cannot write there: {error.strerror}") from error

@@ -38,7 +38,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
-    progress = Progress(options_of("--max_steps", 2), tmp_path / "tb", 0)
+    progress = Progress(options_of("--max_steps", 2), tmp_path / "tb", 0, None)
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -52,4 +52,4 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, mo
     assert "step 2: val loss 1.0000" in out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there: Not a directory"):
-        Progress(options_of(), tmp_path / "file" / "tb", 0)
+        Progress(options_of(), tmp_path / "file" / "tb", 0, None)
