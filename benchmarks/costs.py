@@ -91,7 +91,7 @@ def start(folder: Path, dataset: Path, rounds: int) -> None:
         "import torch": lambda: seconds([PYTHON, "-c", "import torch"]),
         "chat.py, 124M, to the end of its first token": lambda: seconds(chat),
         "chat.py --quantize int8": lambda: seconds([*chat, "--quantize", "int8"]),
-        "train_instruct.py, 124M, 52k examples, to its first step": lambda: seconds(
+        "train_instruct.py, 124M, 52k examples, until its first step begins": lambda: seconds(
             [*train, "--checkpoint_dir", str(folder / f"run{next(count)}")], until="run "),
         "train_instruct.py --help": lambda: seconds([PYTHON, str(SRC / "train_instruct.py"), "--help"]),
     }, rounds)
