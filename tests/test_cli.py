@@ -138,6 +138,7 @@ def test_a_wrong_flag_does_not_cost_the_last_demo(tmp_path):
         assert kept.read_text() == "a model"
 
 
+@pytest.mark.slow  # .ci/run runs the demo itself
 def test_the_demo_runs_from_end_to_end(tmp_path):
     """Two steps of it, in another folder: every script is called, and only demo/ appears."""
     (tmp_path / "src").symlink_to(SRC)
