@@ -84,13 +84,12 @@ def join(device_name: str) -> Processes:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device_name = device_named(device_name)
     if device_name == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{local_rank + 1} or more processes for {torch.cuda.device_count()} GPUs; start fewer")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if here > torch.cuda.device_count():  # every process of the machine notices, so none waits for another
+            raise UserError(f"{here} processes for {torch.cuda.device_count()} GPUs; start fewer")
         torch.cuda.set_device(local_rank)
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     if world_size > 1:
-        # Without it gloo's first connections are refused in a third of torchrun's restarts (torch 2.13).
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         dist.init_process_group("nccl" if device_name == "cuda" else "gloo", timeout=timedelta(minutes=10),
                                 device_id=device if device_name == "cuda" else None)
     return Processes(rank, world_size, device)
