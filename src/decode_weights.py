@@ -6,10 +6,13 @@ quarter of the bytes.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from cli import UserError
 from model import GPT
 
 
@@ -23,30 +26,36 @@ class Streamed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
 class Int8(nn.Module):
-    """A linear layer of int8 weights, one scale a row (its largest magnitude is 127); inputs are rounded to bf16."""
+    """A linear layer of int8 weights, one scale a row (its largest magnitude is 127), through FBGEMM: it rounds the
+    inputs of a call too, to 8 bits between their smallest and largest, and computes in integers."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        scales = weight.abs().amax(1).div_(127).clamp_min_(1e-12).bfloat16()
-        self.weight, self.scales, self.bias = _rounded(weight, scales), scales, bias
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        scales = weight.abs().amax(1).div_(127).clamp_min_(1e-12).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch moves quantized tensors to a package of their own, later
+            rounded = torch.quantize_per_channel(weight, scales, torch.zeros_like(scales).long(), 0, torch.qint8)
+            try:
+                self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+            except RuntimeError as error:  # PyTorch was built without integer products for this processor
+                raise UserError(f"--quantize int8 does not work here ({str(error).splitlines()[0]}); leave it out"
+                                ) from error
+        # Without these instructions the products add up in 16 bits, and inputs of 7 bits keep them from overflowing.
+        self.seven_bits = not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
-        product = torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales).float()
-        return product if self.bias is None else product.add_(self.bias)
-
-
-def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
-    return (weight / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return torch.ops.quantized.linear_dynamic.default(x, self.packed, self.seven_bits)
 
 
 class Int8Output(Int8):
-    """The output matrix in int8. Its scores come in bf16, too coarse to choose among the likeliest tokens, so those
-    are computed again from the fp32 rows."""
+    """The output matrix in int8. That is too coarse to choose among the likeliest tokens, so their scores are computed
+    again from the fp32 rows."""
 
     EXACT = 128
 
@@ -58,7 +67,7 @@ class Int8Output(Int8):
         """(n, n_embd) -> (n, vocab_size)."""
         scores = super().forward(x)
         likeliest = scores.topk(min(self.EXACT, scores.size(1)), sorted=False).indices
-        return scores.scatter(1, likeliest, (self.exact[likeliest] @ x[:, :, None]).squeeze(2))
+        return scores.scatter_(1, likeliest, (self.exact[likeliest] @ x[:, :, None]).squeeze(2))
 
 
 @torch.no_grad()

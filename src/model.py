@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # Takes the layer's number and its queries, keys and values, each (n_tokens, n_head, head_size);
 # returns the attended values, same shape.
@@ -115,31 +116,59 @@ class KVCache:
         return attended[0].transpose(0, 1)
 
 
+class _Unset:
+    """A layer that leaves its parameters unset, for init_weights or a checkpoint to fill: PyTorch's own initial values
+    would only be replaced, and computing them takes a second at every start."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Linear(_Unset, nn.Linear):
+    pass
+
+
+class Embedding(_Unset, nn.Embedding):
+    pass
+
+
+class LayerNorm(_Unset, nn.LayerNorm):
+    pass
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.head_size = config.n_head, config.head_size
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 uses the tanh form
+        """(n_tokens, n_embd) -> same shape. What training would keep of the GELU's results for the backward pass, a
+        fifth of all it keeps, is computed again there instead."""
+        wide = self.c_fc(x)
+        if torch.is_grad_enabled():
+            return checkpoint(self._narrow, wide, use_reentrant=False, preserve_rng_state=False)
+        return self._narrow(wide)
+
+    def _narrow(self, wide: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(wide, approximate="tanh"))  # GPT-2 uses the tanh form
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
@@ -158,10 +187,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = LayerNorm(config.n_embd)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         x = self.wte(tokens) + self.wpe(positions)
@@ -171,7 +200,10 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 over a flat buffer of tokens. forward and decode give hidden states; logits turns those into scores."""
+    """GPT-2 over a flat buffer of tokens. forward and decode give hidden states; logits turns those into scores.
+
+    A new one has no values yet: init_weights or load_state_dict sets them.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decode_weights import Int8, Streamed, for_decoding
+from decode_weights import Int8, Int8Output, Streamed, for_decoding
 from generate import GREEDY, Sampling, choose, generate, probabilities
 from helpers import small_model
 from model import GPT, GPTConfig, KVCache
@@ -94,16 +94,27 @@ def test_streamed_weights_give_the_logits_of_linear_layers():
                 assert torch.allclose(one, other, atol=1e-4, rtol=1e-5)
 
 
-def test_int8_weights_are_within_half_a_step_of_fp32():
-    """The bound of rounding: half a scale per weight, and bf16 inputs (8 bits)."""
+def test_int8_products_are_within_the_bound_of_their_rounding():
+    """Half a step for every weight; for every input half a step of the range of all inputs (0 included) in 255 steps,
+    and as much again where rounding the zero point moves that range."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
     for rows in (1, 3, 40):
         x = torch.randn(rows, 64, generator=generator)
         found, exact = Int8(weight, bias)(x), x @ weight.t() + bias
-        scale = weight.abs().amax(1) / 127
-        bound = x.abs().sum(1)[:, None] * scale * (0.5 + 127 / 256) + 2**-7 * (exact - bias).abs() + 1e-5
+        scale, step = weight.abs().amax(1) / 127, (x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
+        bound = x.abs().sum(1)[:, None] * scale / 2 + step * (weight.abs() + scale[:, None] / 2).sum(1) + 1e-4
         assert found.dtype == torch.float32 and bool(((found - exact).abs() <= bound).all())
+        assert not torch.equal(found, exact)
+
+
+def test_int8_scores_of_the_likeliest_tokens_are_those_of_fp32():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(997, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    found, exact = Int8Output(weight)(x), x @ weight.t()
+    for row in range(3):
+        best = exact[row].topk(10).indices
+        assert torch.allclose(found[row, best], exact[row, best], atol=1e-4)
     model = small_model()
     for_decoding(model, Int8)
     assert len(list(generate(model, [1, 2, 3], 10))) == 10
