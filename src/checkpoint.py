@@ -1,7 +1,6 @@
 """One checkpoint file: durable save, safe load, validation, the newest valid one, a model from it.
 
-A checkpoint is what torch.save writes (a zip of tensors and plain values) with one addition: the zip's comment, the
-last bytes of the file, holds the SHA-256 of everything before it, so any flipped bit or missing byte is noticed.
+A checkpoint is what torch.save writes (a zip of tensors and plain values), sealed with a checksum; see durable.py.
 Whatever the file, nothing in it is ever executed: it is loaded with weights_only=True, and the few classes that other
 trainers pickle along (a config dataclass, numpy arrays) become inert objects.
 """
@@ -11,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from cli import CheckpointError, UserError
-from durable import TEMPORARY_SUFFIX, HashingFile, durable_file, sha256_of, sync_folder
+from durable import TEMPORARY_SUFFIX, durable_file, is_sealed, seal, sync_folder
 from model import GPT, GPTConfig
 
 FORMAT = "gpt2-instruct"
 FORMAT_VERSION = 1
 LATEST, BEST = "latest.pt", "best_model.pt"
-_MARK = b"gpt2-instruct sha256="
-_COMMENT_BYTES = len(_MARK) + 64
 _STEP_FILE = re.compile(r"step_(\d{6,})\.pt")
 
 # What other trainers call the sizes of a model.
@@ -76,47 +74,32 @@ class _Inert:
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write state to path durably, with the checksum that load looks for. Raises UserError when it cannot."""
     with durable_file(path, needed=size_of(state)) as file:
+        # From a GPU torch.save writes copies, which are gone when it has written them.
+        file.lasting = all(tensor.device.type == "cpu" for tensor in tensors_of(state))
         torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)  # type: ignore[arg-type]
-        _seal(file)
+        seal(file)
 
 
-def size_of(value: object) -> int:
-    """The bytes of the tensors in a state. A checkpoint file has a few hundred more for each tensor."""
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """All tensors in a state."""
     if isinstance(value, Tensor):
-        return value.nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return sum(map(size_of, parts))
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
 
 
-def _seal(file: HashingFile) -> None:
-    """Replace the zip's empty comment (the last two bytes, its length of 0) by the SHA-256 of the whole zip."""
-    comment = _MARK + file.sha256.hexdigest().encode()
-    file.file.seek(-2, os.SEEK_END)
-    file.file.write(len(comment).to_bytes(2, "little") + comment)
+def size_of(state: object) -> int:
+    """The bytes of the tensors in a state. A checkpoint file has a few hundred more for each tensor."""
+    return sum(tensor.nbytes for tensor in tensors_of(state))
 
 
-def _verify(path: Path) -> bool:
-    """True for an intact file of ours, False for one without our mark. Raises CheckpointError for a damaged one."""
-    length = _COMMENT_BYTES.to_bytes(2, "little")
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _COMMENT_BYTES - 2))
-        tail = file.read()
-    if tail[2:2 + len(_MARK)] != _MARK:
-        return False
-    digest = sha256_of(path, end=size - len(tail))
-    digest.update(b"\0\0")
-    if tail != length + _MARK + digest.hexdigest().encode():
-        raise CheckpointError(f"{path}: damaged (its checksum does not fit); use another checkpoint")
-    return True
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint of ours, memory-mapped, on the CPU.
+def load(path: Path, checked: Future[bool] | None = None) -> dict[str, Any]:
+    """Load a checkpoint of ours, memory-mapped, on the CPU. checked is is_sealed(path) where that is under way.
 
     Raises CheckpointError when the file is damaged, unsafe, or not a checkpoint of this project.
     """
-    state, sealed = _load_any(path)
+    state, sealed = _load_any(path, checked)
     if not sealed or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this project, or damaged (it has no checksum); "
                               "--pretrained_model takes weights from elsewhere")
@@ -129,10 +112,10 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _load_any(path: Path) -> tuple[dict[str, Any], bool]:
+def _load_any(path: Path, checked: Future[bool] | None = None) -> tuple[dict[str, Any], bool]:
     """Load ours or another program's zip checkpoint; also say whether it carries our checksum, which then fits."""
     try:
-        sealed = _verify(path)
+        sealed = checked.result() if checked else is_sealed(path)
         _check_zip(path)
         unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
         refused = sorted(name for name in unsafe if name not in _HARMLESS and not name.endswith("Config"))
@@ -270,33 +253,52 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.pt"
 
 
-def step_files(folder: Path) -> list[Path]:
-    """The step_NNNNNN.pt files of a folder, newest (by number) first."""
+def step_files(folder: Path, newest: Path | None = None) -> list[Path]:
+    """The step_NNNNNN.pt files of a folder, newest (by number) first, from this one on if it is given."""
     found = [(int(match[1]), path) for path in folder.glob("step_*.pt") if (match := _STEP_FILE.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    files = [path for _, path in sorted(found, reverse=True)]
+    return files[files.index(newest):] if newest in files else files
 
 
-def save_step(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
-    """Save the run's state as step_NNNNNN.pt, point latest.pt at it, and keep the newest keep_last step files.
-
-    latest.pt is a second name (hard link) of the same file where the file system has those, else a copy. Older files
-    go only after the new one was read back and verified.
-    """
+def save_step(folder: Path, state: dict[str, Any]) -> Path:
+    """Save the run's state as step_NNNNNN.pt and point latest.pt at it: a second name (hard link) of the same file
+    where the file system has those, else a copy. settle comes after it."""
     path = step_path(folder, state["step"])
     save(path, state)
-    if not _verify(path):
-        raise CheckpointError(f"{path}: damaged while it was written; the disk may be failing")
-    latest, temporary = folder / LATEST, folder / (LATEST + TEMPORARY_SUFFIX)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-        temporary.replace(latest)
-    except OSError:
-        save(latest, state)
-    for old in [old for old in step_files(folder) if old != path][max(0, keep_last - 1):]:
-        old.unlink(missing_ok=True)
-    sync_folder(folder)
+    point_latest(path, state)
     return path
+
+
+def point_latest(path: Path, state: dict[str, Any]) -> None:
+    """Make latest.pt of the same folder this file, which holds state. Raises UserError when the disk refuses."""
+    latest, temporary = path.with_name(LATEST), path.with_name(LATEST + TEMPORARY_SUFFIX)
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        save(latest, state)
+        return
+    try:
+        temporary.replace(latest)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{latest}: cannot replace it: {error.strerror or error}") from error
+
+
+def settle(path: Path, keep_last: int) -> None:
+    """Read a new step file back, verify it, and only then remove older ones, so that keep_last stay. Files of higher
+    steps stay too: a run that went back has yet to reach them.
+
+    Raises CheckpointError when the file is not what was written or the disk fails.
+    """
+    try:
+        if not is_sealed(path):
+            raise CheckpointError(f"{path}: damaged while it was written; the disk may be failing")
+        for old in step_files(path.parent, path)[keep_last:]:
+            old.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it back or remove older ones: {error.strerror or error}") from error
 
 
 def remove_temporaries(folder: Path) -> None:

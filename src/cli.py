@@ -83,6 +83,11 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     return parse
 
 
+def drop_output() -> None:
+    """From now on what goes to stdout goes nowhere: its reader has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def hold_signals() -> None:
     """Keep the watched signals pending, in this thread and in all threads and processes that it starts, until
     somebody takes them: none is lost, and none ends a process that is not ready for it."""
@@ -125,7 +130,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of a pipe, head for instance, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         code = 0
     except Exception:
         if not is_rank:

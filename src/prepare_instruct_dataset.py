@@ -11,11 +11,9 @@ refused as long as the first runs.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
-import platform
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -27,13 +25,12 @@ from typing import Any, NamedTuple
 
 from cli import Parser, UserError, number, printable_line, run
 from data_report import Report
-from durable import TEMPORARY_SUFFIX, durable_file
+from durable import TEMPORARY_SUFFIX, durable_file, lock_folder
 from manifest import FORMAT_VERSION, KINDS, MANIFEST, manifest_bytes, shard_file
 from read_examples import BadRow, Example, read_examples
 
 SHARD_TOKENS = 1 << 24  # 48 MiB of tokens and loss mask
 BATCH_EXAMPLES = 512  # handed to a tokenizing thread at once
-LOCK = ".lock"
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -227,17 +224,7 @@ def remove_unnamed(output_dir: Path, manifest: dict[str, Any]) -> None:
 def locked(output_dir: Path) -> Iterator[None]:
     """Hold the folder: two preparations would remove each other's shards. The system lets go when the process ends,
     however it ends. Raises UserError naming the process that holds it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{output_dir}: another preparation is writing there ({file.read().strip()}); wait for "
-                            "it, stop it, or choose another --output_dir") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+    with lock_folder(output_dir, "preparation", "--output_dir") as file:
         try:
             yield
         finally:

@@ -88,6 +88,8 @@ def complete_options(given: Namespace, saved: Mapping[str, Any] | None = None) -
     changes: dict[str, list[str]] = {FIXED: [], TRAJECTORY: [], FREE: []}
     for name, default in table.defaults.items():
         value = getattr(given, name)
+        if name == "context_length" and saved is not None:
+            value = value or None  # 0 asks for the model's, which the run has settled
         before = default if saved is None else saved.get(name, default)
         if saved is not None and value is not None and value != before:
             changes[table.on_resume[name]].append(f"--{name} was {before}, now {value}")

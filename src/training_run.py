@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,49 +14,25 @@ import torch
 import torch.nn as nn
 
 import checkpoint
-from cli import CheckpointError, DivergedError, UserError, printable, printable_line
+from cli import DivergedError, UserError, printable
 from dataloader_instruct import ExampleStream, InstructData, Position
 from durable import free_bytes, lock_folder
 from generate import generate
-from instruct_format import END_OF_TEXT, TEMPLATE, tokenizer
+from instruct_format import END_OF_TEXT, TEMPLATE, VOCAB_SIZE, tokenizer
 from manifest import read_manifest
 from model import GPT, GPTConfig
 from processes import Processes, Signals, join
 from progress import Progress, banner
-from train_options import checkpoint_dir_of, complete_options, option_table, parse_options
+from resume import restore, state_to_resume
+from train_options import checkpoint_dir_of, complete_options
 from train_step import StepResult, evaluate, make_optimizer, train_step, wrap
 
-VOCAB_SIZE = 50257
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 3, 48
 MOST_SKIPPED = 3  # non-finite steps in a row that end the run
 
-# What the state of a run has besides what every checkpoint has, and how a usable value is told: a forged file has a
-# fitting checksum too. The name becomes a folder's.
-_RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "step": lambda value: 0 <= value < 2**31,
-    "position": lambda value: isinstance(value, list) and len(value) == 2 and all(
-        type(part) is int and 0 <= part < 2**31 for part in value),
-    "skipped": lambda value: type(value) is int,
-    "name": lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,64}", value, re.ASCII) is not None,
-    "options": lambda value: isinstance(value, dict) and _can_be_given(value),
-    "data_fingerprint": lambda value: isinstance(value, str),
-    "optimizer": lambda value: isinstance(value, dict),
-}
-
-
-def _can_be_given(options: dict[str, Any]) -> bool:
-    """Whether each option of a checkpoint is one that the command line takes."""
-    known = {name: options[name] for name in option_table().defaults if options.get(name) is not None}
-    try:
-        parsed = vars(parse_options([f"--{name}={value}" for name, value in known.items() if name != "device"]))
-    except UserError:
-        return False
-    return all(parsed[name] == value and type(parsed[name]) is type(value) for name, value in known.items())
-
-
 @dataclass
 class Run:
-    """Everything a run has. The fields from step on are what a checkpoint adds to model and optimizer."""
+    """Everything a run has. The fields from step to val_losses are what a checkpoint adds to model and optimizer."""
 
     options: Namespace
     processes: Processes
@@ -76,6 +50,9 @@ class Run:
     skipped: int = 0  # non-finite steps in a row, up to now
     val_losses: list[list[float]] = field(default_factory=list)  # [step, loss]
     progress: Progress | None = None  # on the main process only
+    behind: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    settling: Future[None] | None = None  # the verification of the last saved file
+    saved: Path | None = None  # the file that was saved last, or that the run was resumed from
 
     def state(self) -> dict[str, Any]:
         options = {name: value for name, value in vars(self.options).items()
@@ -120,7 +97,7 @@ def _set_up(given: Namespace, processes: Processes, signals: Signals, held: Exit
     if processes.is_main:
         held.enter_context(lock_folder(folder))
         checkpoint.remove_temporaries(folder)
-    path, state = _state_to_resume(given, folder, processes)
+    path, state = state_to_resume(given, folder, processes.is_main)
     options = complete_options(given, state["options"] if state else None)
     manifest = read_manifest(Path(options.data_dir))
     if state and state["data_fingerprint"] != manifest["fingerprint"]:
@@ -141,10 +118,14 @@ def _set_up(given: Namespace, processes: Processes, signals: Signals, held: Exit
               ExampleStream(data["train"].lengths, options.seed, options.total_batch_size),
               name=time.strftime("%Y%m%d-%H%M%S"))
     if state:
-        _restore(run, state, path)
+        restore(run, state, path)
     if processes.is_main:
+        if state and path.name != checkpoint.LATEST and path.parent.samefile(folder):
+            checkpoint.point_latest(path, state)  # what a restart of the processes goes on from
+        held.callback(run.behind.shutdown)
         run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step,
                                 run.val_losses[-1][1] if run.val_losses else None)
+        held.callback(run.progress.close)
         run.say(banner(options, processes, model, data, origin))
         _warn_of_a_full_disk(run)
     return run
@@ -161,33 +142,6 @@ def _warn_of_a_full_disk(run: Run) -> None:
                 f"bytes, there is room for {room:,}; free some space, or lower --keep_last")
 
 
-def _state_to_resume(given: Namespace, folder: Path, processes: Processes) -> tuple[Path, dict[str, Any] | None]:
-    """The checkpoint to go on from, or None for a new run, which must not overwrite an old one."""
-    resume, pretrained = given.resume, Path()
-    there = [path for path in (folder / checkpoint.LATEST, folder / checkpoint.BEST) if path.exists()]
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / checkpoint.LATEST).exists():
-        resume = "latest"  # torchrun started the processes again because one of them died
-    if resume is None:
-        if there:
-            raise UserError(f"{there[0]}: a run is here already; --resume latest goes on with it, another "
-                            "--checkpoint_dir starts a new one")
-        return pretrained, None
-    if resume == "latest":
-        path, state = checkpoint.newest_valid(folder, _tell if processes.is_main else lambda _: None)
-    else:
-        path, state = Path(resume), checkpoint.load(Path(resume))
-    if "optimizer" not in state:
-        raise UserError(f"{path}: weights only, not the state of a run; --pretrained_model {path} starts from it")
-    wrong = [name for name, is_right in _RUN_FIELDS.items() if not is_right(state.get(name))]
-    if wrong:
-        raise CheckpointError(f"{path}: not a complete state of a run: {', '.join(wrong)} missing or not usable")
-    return path, state
-
-
-def _tell(text: str) -> None:
-    print(printable_line(text), flush=True)
-
-
 def _model(options: Namespace, state: dict[str, Any] | None, path: Path) -> tuple[GPT, str]:
     """The model to train, on the CPU and in memory of its own, and where it comes from."""
     if state is None and options.from_scratch:
@@ -196,9 +150,8 @@ def _model(options: Namespace, state: dict[str, Any] | None, path: Path) -> tupl
             config = GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd)
         except ValueError as error:
             raise UserError(f"--from_scratch {options.from_scratch}: {error}") from error
-        with torch.device("meta"):  # without PyTorch's own initial values, which would only be replaced
-            model = GPT(config)
-        model.to_empty(device="cpu").init_weights(options.seed)
+        model = GPT(config)
+        model.init_weights(options.seed)
         return model, "random weights"
     if state is None:
         path = Path(options.pretrained_model)
@@ -224,35 +177,6 @@ def _check_sizes(options: Namespace, config: GPTConfig) -> None:
                         f"{options.context_length}: it counts tokens, not examples; the default is 65536")
 
 
-def _restore(run: Run, state: dict[str, Any], path: Path) -> None:
-    """Put the run where the checkpoint left it."""
-    try:
-        groups = run.optimizer.state_dict()["param_groups"]  # ours: a checkpoint adds the moments alone
-        if [group["params"] for group in state["optimizer"]["param_groups"]] != [group["params"] for group in groups]:
-            raise ValueError("its parameters are grouped otherwise")
-        run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        _check_moments(run.optimizer, may_be_absent=state["step"] == state["skipped"])
-        run.position = Position(*state["position"])
-        if run.position.index > len(run.data["train"]):
-            raise ValueError(f"position {run.position.index} of {len(run.data['train'])} examples")
-        run.step, run.skipped, run.name = state["step"], state["skipped"], state["name"]
-        run.val_losses = [list(entry) for entry in state["val_losses"]]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a complete state of a run ({error!r})") from error
-
-
-def _check_moments(optimizer: torch.optim.AdamW, may_be_absent: bool) -> None:
-    """Raise ValueError unless each parameter has moments of its shape: fused AdamW does not look, and would read and
-    write beyond them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {})
-            shapes = {name: getattr(moments.get(name), "shape", None) for name in ("step", "exp_avg", "exp_avg_sq")}
-            if (moments or not may_be_absent) and shapes != {
-                    "step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
-                raise ValueError("the optimizer's moments do not fit the parameters")
-
-
 def _loop(run: Run) -> int:
     stop = run.processes.largest(run.signals.stop)
     if run.evaluation_due and not stop:  # a signal cut it short before this resume
@@ -275,12 +199,12 @@ def _loop(run: Run) -> int:
         save_asked = run.processes.largest(run.signals.save)
         if at_end or stop or save_asked or run.step % run.options.checkpoint_freq == 0:
             _save(run)
+    run.processes.fail_together(_settled(run))
     if run.progress:
         reason = f"stopped by signal {stop}" if stop else "finished"
         latest = run.folder / checkpoint.LATEST
         where = f"the run's state is {latest}" if latest.exists() else "there was nothing to save"
         run.say(f"{reason} at step {run.step}; {where}")
-        run.progress.close()
     return 128 + stop if stop else 0
 
 
@@ -292,8 +216,8 @@ def _check_finite(run: Run, result: StepResult) -> None:
     run.say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not "
             f"move; train examples {result.examples}")
     if run.skipped >= MOST_SKIPPED:
-        files = checkpoint.step_files(run.folder)
-        last = f"the last good checkpoint is {files[0]}" if files else "there is no checkpoint yet"
+        run.processes.fail_together(_settled(run))
+        last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
         raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
                             f"{run.step}; {last}; try a lower --learning_rate")
 
@@ -338,13 +262,27 @@ def _answers(run: Run) -> str:
 
 
 def _save(run: Run) -> None:
+    """Save the run's state on the main process. A file that turns out to be damaged ends the run only after this."""
     run.signals.save = 0
-    error = None
+    error = _settled(run)
     if run.progress:
         run.progress.flush()
         try:
-            path = checkpoint.save_step(run.folder, run.state(), run.options.keep_last)
-            run.say(f"saved {path}")
+            run.saved = checkpoint.save_step(run.folder, run.state())
+            run.say(f"saved {run.saved}")
+            if not error:
+                run.settling = run.behind.submit(checkpoint.settle, run.saved, run.options.keep_last)
         except UserError as caught:
-            error = caught
+            error = error or caught
     run.processes.fail_together(error)
+
+
+def _settled(run: Run) -> UserError | None:
+    """Wait until the last saved file is verified, which happens behind the steps that follow it; what was wrong."""
+    settling, run.settling = run.settling, None
+    try:
+        if settling:
+            settling.result()
+    except UserError as error:
+        return error
+    return None

@@ -17,7 +17,11 @@ SRC = ROOT / "src"
 TIMEOUT = 120  # seconds; only so that a hanging script fails instead of stopping the run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach the network
-os.environ.pop("LOCAL_RANK", None)
+
+
+def pytest_configure() -> None:
+    """The tests are not a rank. Here, not at import: the workers, which are ranks, import this file too."""
+    os.environ.pop("LOCAL_RANK", None)
 
 
 class Outcome(NamedTuple):

@@ -77,14 +77,14 @@ def _temporary_size(folder: Path) -> int:
     return max(sizes)
 
 
-def rank_dies(times: int) -> Result:
-    """One of two ranks under launch.py is killed three times in each run, which has to end by itself."""
-    result = Result("kill -9 of one of two ranks, three times a run")
-    with lab() as here:
+def rank_dies(times: int, kills: int = 3, shared: Lab | None = None) -> Result:
+    """One of two ranks under launch.py is killed, three times in each run, which has to end by itself."""
+    result = Result(f"kill -9 of one of two ranks, {kills} times a run")
+    with lab(shared) as here:
         for number in range(times):
             choose, seconds = random.Random(number), []
             run = Trainer(here, here.new_folder(), 2, here.flags("--checkpoint_freq", 2))
-            for kill in range(3):
+            for kill in range(kills):
                 wait_for(lambda run=run, kill=kill: run.saved()[-1:] > [5 * kill + 1] and len(run.ranks()) == 2, run)
                 time.sleep(choose.random() * 0.05)
                 ranks = run.ranks()
@@ -98,7 +98,7 @@ def rank_dies(times: int) -> Result:
             starts = run.output().count("\nmodel ") + run.output().startswith("model ")
             reasons = {line.strip()[:200] for line in run.output().splitlines() if "Error: " in line}
             result.check(f"run {number}", f"exit {code}: {reasons}" * (code != 0),
-                         f"{starts} starts" * (starts != 4), here.differs(run.folder, 2), orphans(run.folder))
+                         f"{starts} starts" * (starts != kills + 1), here.differs(run.folder, 2), orphans(run.folder))
             result.notes += f"started again after {', '.join(f'{each:.0f}' for each in seconds)} s; "
     result.notes = result.notes.removesuffix("; ")
     return result
@@ -156,14 +156,14 @@ def _file_complaints(events: list[tuple[str, str]], name: str) -> list[str]:
 
 
 def _save_complaints(events: list[tuple[str, str]], folder: Path, step: int) -> list[str]:
-    """Write, sync, rename, sync the folder, read back, latest.pt, only then remove the old one, sync the folder."""
+    """Write, sync, rename, sync the folder, latest.pt, sync it again, read back, only then remove the old one, sync."""
     name = f"step_{step:06d}.pt"
     complaints = _file_complaints(events, name)
     if complaints:
         return complaints
     start = events.index(("rena", f"{name}.tmp > {name}"))
-    wanted = [("fsync", str(folder)), ("read", name), ("link", f"{name} > latest.pt.tmp"),
-              ("rena", "latest.pt.tmp > latest.pt")]
+    wanted = [("fsync", str(folder)), ("link", f"{name} > latest.pt.tmp"), ("rena", "latest.pt.tmp > latest.pt"),
+              ("fsync", str(folder)), ("read", name)]
     if step > 2:
         wanted.append(("unlink", f"step_{step - 2:06d}.pt"))
     wanted.append(("fsync", str(folder)))

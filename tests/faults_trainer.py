@@ -64,7 +64,7 @@ def stop_at_phases() -> None:
 
     wrapped(training_run, "train_step", "step")
     wrapped(training_run, "evaluate", "an evaluation")
-    wrapped(checkpoint, "_seal", "save")  # everything is written, nothing renamed
+    wrapped(checkpoint, "seal", "save")  # everything is written, nothing renamed
     InstructData.micro_batch = counted  # type: ignore[method-assign]
     training_run.generate = slow_answer  # type: ignore[attr-defined]
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, checked on the way in, and never executed."""
 
+import hashlib
 import importlib
 import os
 import pickle
@@ -15,8 +16,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
-from checkpoint import load, load_pretrained, newest_valid, save, save_step, step_files
+from checkpoint import load, load_pretrained, newest_valid, save, save_step, settle, step_files
 from cli import CheckpointError, UserError
+from durable import durable_file
 from helpers import SMALL, small_model
 from model import GPTConfig
 
@@ -211,7 +213,7 @@ def test_steps_are_kept_by_number_and_foreign_files_are_left_alone(tmp_path):
     for name in ("best_model.pt", "step_x.pt", "step_5.pt", "notes.txt"):
         (tmp_path / name).write_text("mine")
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
-        save_step(tmp_path, state_of(step), keep_last=2)
+        settle(save_step(tmp_path, state_of(step)), keep_last=2)
     assert [path.name for path in step_files(tmp_path)] == ["step_1000001.pt", "step_1000000.pt"]
     assert load(tmp_path / "latest.pt")["step"] == 1_000_001
     assert sorted(path.name for path in tmp_path.iterdir() if path.name not in
@@ -219,9 +221,17 @@ def test_steps_are_kept_by_number_and_foreign_files_are_left_alone(tmp_path):
         "best_model.pt", "notes.txt", "step_5.pt", "step_x.pt"]
 
 
+def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        settle(save_step(tmp_path, state_of(step)), keep_last=5)
+    settle(save_step(tmp_path, state_of(3)), keep_last=2)
+    assert [int(path.stem[-6:]) for path in step_files(tmp_path)] == [5, 4, 3, 2]
+    assert load(tmp_path / "latest.pt")["step"] == 3
+
+
 def test_latest_falls_back_to_the_newest_valid_file_and_says_so(tmp_path):
     for step in (1, 2, 3):
-        save_step(tmp_path, state_of(step), keep_last=3)
+        settle(save_step(tmp_path, state_of(step)), keep_last=3)
     told: list[str] = []
     os.truncate(tmp_path / "step_000003.pt", 4000)  # latest.pt is the same file
     path, state = newest_valid(tmp_path, told.append)
@@ -246,8 +256,10 @@ def test_without_hard_links_latest_is_a_copy(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
+    settle(save_step(tmp_path, state_of(3)), keep_last=2)
+    os.link(tmp_path / "step_000003.pt", tmp_path / "latest.pt.tmp")  # left by a kill between two calls
     monkeypatch.setattr(os, "link", refuse)
-    save_step(tmp_path, state_of(4), keep_last=1)
+    settle(save_step(tmp_path, state_of(4)), keep_last=1)
     assert load(tmp_path / "latest.pt")["step"] == 4 == load(tmp_path / "step_000004.pt")["step"]
 
 
@@ -262,3 +274,41 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a.pt: cannot write it: No space left on device \([\d,]+ bytes are needed, "):
         save(path, state_of(2))
     assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_older_files_stay_when_the_new_one_is_damaged_on_the_disk(tmp_path):
+    for step in (1, 2):
+        settle(save_step(tmp_path, state_of(step)), keep_last=2)
+    path = save_step(tmp_path, state_of(3))
+    with path.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointError, match="step_000003.pt: damaged"):
+        settle(path, keep_last=1)
+    assert [each.name for each in step_files(tmp_path)] == ["step_000003.pt", "step_000002.pt", "step_000001.pt"]
+    assert newest_valid(tmp_path, lambda _: None)[1]["step"] == 2
+    path.unlink()
+    with pytest.raises(UserError, match="step_000003.pt: cannot read it back"):
+        settle(path, keep_last=1)
+
+
+def test_pieces_of_any_size_are_written_and_hashed_in_their_order(tmp_path):
+    generator = random.Random(0)
+    pieces = [generator.randbytes(size) for size in (1, 70_000, 5 << 20, 3, 4 << 20, 65_536, 0, 40 << 20, 17)]
+    with durable_file(tmp_path / "file") as file:
+        for piece in pieces:
+            file.write(memoryview(piece))
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert file.sha256.hexdigest() == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+@pytest.mark.parametrize("size", [100, 70_000, 5 << 20])
+def test_a_write_that_fails_behind_the_caller_is_told(tmp_path, size):
+    (tmp_path / "file").write_text("before")
+    told = "file: cannot write it: No space left on device"
+    with (Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(UserError, match=told),
+          durable_file(tmp_path / "file") as file):
+        file.file = full
+        for _ in range(3):
+            file.write(b"x" * size)
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "before")]

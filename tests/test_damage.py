@@ -15,15 +15,14 @@ import pytest
 import torch
 
 import chat
-from checkpoint import BEST, LATEST, load, load_pretrained, newest_valid, save, save_step
+from checkpoint import BEST, LATEST, load, load_pretrained, newest_valid, save, save_step, settle
 from cli import CheckpointError, UserError
 from conftest import run_script
 from helpers import open_data, random_examples, small_model, write_data, write_pretrained
 from instruct_format import TEMPLATE
 from manifest import MANIFEST
 from model import GPTConfig
-from processes import Processes
-from training_run import _state_to_resume
+from resume import state_to_resume
 
 PAGE = 4096
 DAMAGES = {"flip": 300, "cut": 60, "zero": 50}
@@ -67,8 +66,8 @@ def run_state(step: int) -> dict:
 def write_folder(folder: Path) -> list[Path]:
     """latest.pt, step_000003.pt and best_model.pt, three files of their own, and an older step_000002.pt."""
     folder.mkdir()
-    save_step(folder, run_state(2), keep_last=2)
-    save_step(folder, run_state(3), keep_last=2)
+    settle(save_step(folder, run_state(2)), keep_last=2)
+    settle(save_step(folder, run_state(3)), keep_last=2)
     save(folder / BEST, {key: value for key, value in run_state(3).items() if key != "optimizer"})
     files = [folder / LATEST, folder / "step_000003.pt", folder / BEST]
     for path in files:
@@ -79,7 +78,7 @@ def write_folder(folder: Path) -> list[Path]:
 
 
 def resumed(folder: Path, resume: str) -> tuple[Path, dict | None]:
-    return _state_to_resume(Namespace(resume=resume), folder, Processes(0, 1, torch.device("cpu")))
+    return state_to_resume(Namespace(resume=resume), folder, True)
 
 
 def test_410_damages_to_checkpoints_are_noticed_by_resume_and_by_chat(tmp_path, capsys):

@@ -15,7 +15,7 @@ from conftest import run_script
 from durable import lock_folder
 from faults import FAULTS
 from faults_disk import disk_full, soak
-from faults_kill import kills, write_order
+from faults_kill import kills, rank_dies, write_order
 from faults_signals import DIVERGENCES, one_rank_diverges, second_ctrl_c, signals
 from faults_tools import Lab, Result
 
@@ -23,6 +23,7 @@ SHORT = {
     "USR1 to the launcher": lambda lab: signals(("save",), ("the launcher",), (signal.SIGUSR1,), lab),
     "a second Ctrl-C": lambda lab: second_ctrl_c(1, ("the process",), lab),
     "kill": lambda lab: kills(1, in_saves=1, threads=1, undisturbed=1, shared=lab),
+    "a rank dies": lambda lab: rank_dies(1, 1, lab),
     "NaN on one rank": lambda lab: one_rank_diverges(DIVERGENCES[2:], lab),
     "soak": lambda _: soak(2000),
     "a signal in the first second": lambda lab: signals(("first second",), ("the process",), (signal.SIGUSR1,), lab),

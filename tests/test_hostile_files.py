@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import durable
 from checkpoint import load, load_pretrained
 from cli import CheckpointError, UserError, printable_line
 from conftest import SRC, run_script
@@ -30,7 +30,7 @@ from test_checkpoint import Malicious, hostile_files
 def seal(path: Path) -> None:
     """Give a zip the checksum that marks a checkpoint of ours: anybody can compute it."""
     data = path.read_bytes()
-    comment = checkpoint._MARK + hashlib.sha256(data).hexdigest().encode()
+    comment = durable._MARK + hashlib.sha256(data).hexdigest().encode()
     path.write_bytes(data[:-2] + len(comment).to_bytes(2, "little") + comment)
 
 
@@ -43,7 +43,7 @@ def test_hostile_files_with_our_checksum_do_nothing_either(tmp_path):
     for path in files.values():
         if zipfile.is_zipfile(path):
             seal(path)
-            assert checkpoint._verify(path)
+            assert durable.is_sealed(path)
         for function in (load, load_pretrained):
             with pytest.raises(CheckpointError, match=path.name):
                 function(path)

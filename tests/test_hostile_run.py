@@ -14,10 +14,9 @@ from checkpoint import LATEST, save
 from cli import CheckpointError
 from conftest import run_script, write_jsonl
 from helpers import options_of
-from processes import Processes
+from resume import _check_moments, state_to_resume
 from test_damage import run_state
 from test_hostile_texts import PAYLOADS, RAW
-from training_run import _check_moments, _state_to_resume
 
 FORGED: dict[str, Any] = {
     "position of another type": {"position": "ab"}, "negative position": {"position": [0, -5]},
@@ -43,12 +42,11 @@ def test_a_forged_state_is_refused(tmp_path, monkeypatch, case):
     path = tmp_path / "step_000003.pt"
     state = {**run_state(3), "options": {k: v for k, v in vars(options_of("--pretrained_model", "x")).items()
                                          if k not in ("resume", "override", "device")}}
-    processes = Processes(0, 1, torch.device("cpu"))
     save(path, state)
-    _state_to_resume(Namespace(resume=str(path)), tmp_path, processes)
+    state_to_resume(Namespace(resume=str(path)), tmp_path, True)
     save(path, {**state, **FORGED[case]})
     with pytest.raises(CheckpointError, match="step_000003.pt"):
-        _state_to_resume(Namespace(resume=str(path)), tmp_path, processes)
+        state_to_resume(Namespace(resume=str(path)), tmp_path, True)
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 10**7}, {"vocab_size": 10**30}, {"n_embd": 2**40}])

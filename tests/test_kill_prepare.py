@@ -16,7 +16,7 @@ import pytest
 import prepare_instruct_dataset
 from cli import UserError
 from conftest import ROOT, SRC, TIMEOUT, run_script, write_jsonl
-from durable import TEMPORARY_SUFFIX
+from durable import LOCK, TEMPORARY_SUFFIX
 from helpers import open_data
 from manifest import KINDS, MANIFEST, read_manifest, shard_file
 
@@ -57,7 +57,7 @@ def files_of(output: Path) -> set[Path]:
 
 
 def named_files(output: Path) -> set[Path]:
-    return {output / MANIFEST, output / prepare_instruct_dataset.LOCK} | {
+    return {output / MANIFEST, output / LOCK} | {
         shard_file(output, split, shard, kind) for split, shards in read_manifest(output)["shards"].items()
         for shard in shards for kind in KINDS}
 
@@ -66,7 +66,7 @@ def phase_of(output: Path, before: str | None, after: str, ended: bool) -> str:
     """Where the kill fell, told from what it left. Asserts that the folder holds one whole dataset."""
     if not (output / MANIFEST).exists():
         assert before is None
-        return "writing" if files_of(output) - {output / prepare_instruct_dataset.LOCK} else "before writing"
+        return "writing" if files_of(output) - {output / LOCK} else "before writing"
     found = {data.fingerprint for data in open_data(output).values()}  # opening checks every SHA-256
     assert len(found) == 1 and found <= {before, after}
     stray = files_of(output) - named_files(output)
@@ -183,6 +183,6 @@ def test_a_second_preparation_into_the_folder_is_refused(tmp_path, sources, monk
         first.wait()
     assert files_of(output) == named_files(output) and not [
         path for path in files_of(output) if path.name.endswith(TEMPORARY_SUFFIX)]
-    assert (output / prepare_instruct_dataset.LOCK).read_bytes() == b""
+    assert (output / LOCK).read_bytes() == b""
     open_data(output)
     prepare(sources["small"], output, monkeypatch)

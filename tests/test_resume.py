@@ -281,3 +281,28 @@ def test_random_weights_and_small_models_train(inputs, tmp_path):
     assert run(inputs, tmp_path, *resume_flags(*inputs), "--from_scratch", "1,1,8", "--max_steps", 2, fresh=False) == 0
     assert checkpoint.load(tmp_path / "latest.pt")["model_config"]["n_embd"] == 8
     assert SMALL.n_embd == 32 and os.path.exists(tmp_path / "best_model.pt")
+
+
+def test_latest_is_the_file_that_a_run_was_resumed_from(inputs, whole, tmp_path, monkeypatch):
+    """So a restart of the processes, before anything new is saved, does not go on from a later one."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr("training_run._loop", lambda run: 0)
+    assert run(inputs, folder, "--resume", folder / "step_000005.pt", fresh=False) == 0
+    assert (folder / "latest.pt").samefile(folder / "step_000005.pt")
+
+
+def test_a_context_length_of_0_is_no_change_on_resume(inputs, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    assert run(inputs, folder, "--resume", "latest", "--context_length", 0, fresh=False) == 0
+
+
+def test_a_reader_who_leaves_ends_no_run(inputs, tmp_path):
+    """stdout is a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = [*resume_flags(*inputs), "--max_steps", "3", "--checkpoint_dir", tmp_path, "--tensorboard_dir", tmp_path]
+    done = subprocess.run([sys.executable, SRC / "train_instruct.py", *map(str, flags)], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 3
