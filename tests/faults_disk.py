@@ -85,24 +85,24 @@ def soak(steps: int) -> Result:
         samples = []  # (memory in MiB, open files, bytes of checkpoints)
         while run.process.poll() is None:
             time.sleep(max(0.02, steps / 300_000))
-            if (sample := _sample(run)) and run.saved():
+            if (sample := _sample(run)) and (saved := run.saved()) and saved[-1] < steps:  # not while it is ending
                 samples.append(sample)
         log = sum(path.stat().st_size for path in run.folder.glob("tb/*/*"))
         warm, late = samples[len(samples) // 5:len(samples) // 2], samples[len(samples) * 3 // 4:]
-        memory = [statistics.median(sample[0] for sample in part) for part in (warm, late)]
-        files = [max(sample[1] for sample in part) for part in (warm, late)]
+        memory, files = ([statistics.median(sample[number] for sample in part) for part in (warm, late)]
+                         for number in (0, 1))  # medians: a save has more files open for a moment
         step_bytes = (run.folder / checkpoint.LATEST).stat().st_size
         bound = 3 * step_bytes + 2 * (run.folder / checkpoint.BEST).stat().st_size
-        disk = max(sample[2] for sample in samples)
+        most_files, disk = (max(sample[number] for sample in samples) for number in (1, 2))
         result.check("exit code", f"exit {run.wait()}: {run.output()[-300:]}" * (run.wait() != 0))
         result.check("memory", f"{memory[0]:.1f} MiB, later {memory[1]:.1f}" * (memory[1] > memory[0] + 4))
         result.check("open files", f"{files[0]}, later {files[1]}" * (files[1] > files[0]))
         result.check("disk", f"{disk:,} bytes, {bound:,} expected" * (disk > bound))
         result.check("files at the end", "" if len(list(run.folder.glob("*.pt"))) == 4 else "not four")
         took = time.monotonic() - run.begin
-    result.notes = (f"memory {memory[0]:.1f} MiB, in the last quarter {memory[1]:.1f}; open files {files[0]}, then "
-                    f"{files[1]}; checkpoints at most {disk:,} bytes; TensorBoard's log {log:,} bytes, "
-                    f"{log / steps:.0f} a step; {1000 * took / steps:.2f} ms a step, start and saves included")
+    result.notes = (f"memory {memory[0]:.1f} MiB, in the last quarter {memory[1]:.1f}; open files {files[0]:.0f}, "
+                    f"then {files[1]:.0f}, in a save at most {most_files}; checkpoints at most {disk:,} bytes; TensorBoard's "
+                    f"log {log:,} bytes, {log / steps:.0f} a step; {1000 * took / steps:.2f} ms a step, start and saves included")
     return result
 
 
