@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sqlite3
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -66,9 +67,12 @@ class Selection:
         self.options = options
         self.read = 0
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
-        self.seen: set[bytes] = set()
         self.splits_are_given: bool | None = None  # by the rows; known from the first one on
-        self.given_split: dict[bytes, str] = {}  # of prompts whose row names its split
+        self.seen = sqlite3.connect("", isolation_level=None)  # a temporary file, so memory does not grow with the rows
+        self.seen.execute("PRAGMA journal_mode=OFF")
+        self.seen.execute("CREATE TABLE examples (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.seen.execute("CREATE TABLE prompts (digest BLOB PRIMARY KEY, split TEXT) WITHOUT ROWID")
+        self.seen.execute("BEGIN")
 
     def kept(self) -> Iterator[tuple[str, tuple[str, str, str]]]:
         """Yield (split, (instruction, input, output)). Raises UserError at the first bad row unless --skip_bad."""
@@ -92,10 +96,8 @@ class Selection:
         if not row.output:
             return "empty_output"
         digest = _digest(row.instruction, row.input, row.output)
-        if digest in self.seen:
-            return "exact_repeat"
-        self.seen.add(digest)
-        return None
+        is_new = self.seen.execute("INSERT OR IGNORE INTO examples VALUES (?)", (digest,)).rowcount
+        return None if is_new else "exact_repeat"
 
     def _split(self, row: Example) -> str:
         """The side of a prompt: given by the row, or by a seeded hash of the prompt, so equal prompts go together.
@@ -107,7 +109,9 @@ class Selection:
         if row.split is None:
             digest = _digest(str(self.options.seed), row.instruction, row.input)
             return "val" if int.from_bytes(digest[:8], "big") < self.options.val_fraction * 2**64 else "train"
-        side = self.given_split.setdefault(_digest(row.instruction, row.input), row.split)
+        prompt = _digest(row.instruction, row.input)
+        self.seen.execute("INSERT OR IGNORE INTO prompts VALUES (?, ?)", (prompt, row.split))
+        side, = self.seen.execute("SELECT split FROM prompts WHERE digest = ?", (prompt,)).fetchone()
         if side != row.split:
             raise BadRow(f"this prompt stands in split {side!r} already")
         return side
@@ -261,6 +265,9 @@ def main(argv: list[str] | None = None) -> int:
             manifest = prepare(options, Selection(options), report)
     except OSError as error:
         raise UserError(f"{options.output_dir}: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        raise UserError(f"the temporary file that finds repeated rows: {error}; free some space there, or set "
+                        "SQLITE_TMPDIR to another folder") from error
     report.show(manifest)
     print(f"\nwrote {printable_line(options.output_dir)}/{MANIFEST}; next: ./start_instruct_training.sh")
     return 0
