@@ -2,7 +2,8 @@
 
     python benchmarks/decoding.py [--rounds 5] [--peers transformers,ctranslate2_f32,...]
 
-A measurement is a prompt of 8 tokens and 32 greedy tokens after it; ours and the peer's take turns.
+A measurement is a prompt of 60 tokens, as the template and a question make, and 128 greedy tokens after it; ours and
+the peer's take turns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from common import Worker, machine, peak_gb, rate, ratio, serve, take_turns
 from hf_tokenizer import as_hugging_face
 
-PROMPT, NEW = list(range(1000, 1008)), 32
+PROMPT, NEW = list(range(1000, 1060)), 128
 PEERS = {"transformers": "ours_f32", "ctranslate2_f32": "ours_f32", "llama_f32": "ours_f32", "products": "ours_f32",
          "ctranslate2_int8": "ours_int8", "llama_q8_0": "ours_int8", "ours_f32": "ours_int8",
          "products_int8": "ours_int8"}
@@ -82,33 +83,34 @@ def ours(folder: Path, form: str) -> Callable[[], object]:
     import torch
 
     from checkpoint import load, model_of
-    from decode_weights import Int8, Streamed, for_decoding
+    from decode_weights import for_decoding
     from generate import generate
 
     model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
-    for_decoding(model, {"f32": Streamed, "int8": Int8}[form])
+    for_decoding(model, int8=form == "int8")
     return lambda: list(generate(model, PROMPT, NEW))
 
 
 def products(folder: Path, form: str) -> Callable[[], object]:
-    """The matrix products of NEW tokens in ours' layouts, nothing else."""
+    """The matrix products of the layers for the prompt and NEW tokens in ours' layouts; those of attention are not."""
     import torch
 
     from checkpoint import load
-    from decode_weights import Int8, Int8Output, Streamed
+    from decode_weights import OneRow
 
     weights = load(folder / "ours.pt")["model"]
-    kinds = {"f32": (Streamed, Streamed), "int8": (Int8, Int8Output)}[form]
-    tensors = {name: tensor for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name}
-    matrices = [kinds["wte" in name](tensor, None) for name, tensor in tensors.items()]
-    inputs = {size: torch.randn(1, size) for size in (768, 3072)}
-    sizes = [tensor.shape[1] for tensor in tensors.values()]
+    layers = [OneRow(tensor, weights.get(name.removesuffix("weight") + "bias"), form == "int8")
+              for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name]
+    inputs = {(rows, size): torch.randn(rows, size) for rows in (1, len(PROMPT)) for size in (768, 3072)}
 
     @torch.inference_mode()
     def work() -> None:
+        for layer in layers:
+            if layer.n_out < 50_000:  # only the prompt's last token gets scores
+                layer(inputs[len(PROMPT), layer.n_in])
         for _ in range(NEW):
-            for matrix, size in zip(matrices, sizes):
-                matrix(inputs[size])
+            for layer in layers:
+                layer(inputs[1, layer.n_in])
 
     return work
 

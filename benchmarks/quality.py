@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from checkpoint import load, model_of
 from dataloader_instruct import InstructData
-from decode_weights import Int8, Streamed, for_decoding
+from decode_weights import for_decoding
 from model import GPT, KVCache
 
 
@@ -29,7 +29,7 @@ def quality(models: dict[str, GPT], data: InstructData, examples: int) -> None:
         tokens, mask = (torch.from_numpy(part.astype("int64")) for part in data.example(number))
         rows, found = mask[1:] == 1, {}
         for name, model in models.items():
-            found[name] = model.logits(model.decode(tokens, KVCache(model.config)))[:-1][rows]
+            found[name] = read(model, tokens)[:-1][rows]
             losses[name] += float(F.cross_entropy(found[name], tokens[1:][rows], reduction="sum"))
         agreed += int((found["fp32"].argmax(1) == found["int8"].argmax(1)).sum())
         count += int(rows.sum())
@@ -37,6 +37,12 @@ def quality(models: dict[str, GPT], data: InstructData, examples: int) -> None:
     fp32, int8 = perplexity["fp32"], perplexity["int8"]
     print(f"same likeliest token at {agreed} of {count} positions ({100 * agreed / count:.2f} %); perplexity fp32 "
           f"{fp32:.5f}, int8 {int8:.5f}, ratio {int8 / fp32:.5f}")
+
+
+def read(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores (n_tokens, n_vocab), a token at a time as in decoding: a prompt would be read in fp32."""
+    cache = KVCache(model.config)
+    return torch.cat([model.logits(model.decode(token, cache)) for token in tokens.split(1)])
 
 
 def growth(model: GPT, name: str) -> None:
@@ -64,8 +70,8 @@ def main() -> None:
     options = parser.parse_args()
     models = {name: model_of(load(options.checkpoint), options.checkpoint, torch.device("cpu"))
               for name in ("fp32", "int8")}
-    for name, form in (("fp32", Streamed), ("int8", Int8)):
-        for_decoding(models[name], form)
+    for name, model in models.items():
+        for_decoding(model, int8=name == "int8")
     quality(models, InstructData(options.data_dir, "val", models["fp32"].config.context_length), options.examples)
     for name, model in models.items():
         growth(model, name)

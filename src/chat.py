@@ -38,7 +38,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--checkpoint", type=Path, help="default: best_model.pt of checkpoints_instruct/, or latest.pt")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
-    parser.add_argument("--quantize", choices=("int8",), help="compute in 8 bits: nearly three times as fast on a CPU")
+    parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits: more than twice as fast on a CPU")
     parser.add_argument("--prompt", help="answer this once and exit")
     parser.add_argument("--input", default="", help="the input that goes with --prompt, or with the first question")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=256,
@@ -193,7 +193,7 @@ def open_chat(options: Namespace) -> Chat:
     import torch
 
     from checkpoint import load, model_of
-    from decode_weights import Int8, Streamed, for_decoding
+    from decode_weights import for_decoding
     from instruct_format import TEMPLATE
     from processes import device_named
 
@@ -207,8 +207,8 @@ def open_chat(options: Namespace) -> Chat:
     model = model_of(state, path, device)
     if options.quantize and device.type != "cpu":
         raise UserError(f"--quantize int8 is for CPUs, not for {device.type}; leave it out, or add --device cpu")
-    if device.type == "cpu" and (options.quantize or torch.backends.mkldnn.is_available()):
-        for_decoding(model, Int8 if options.quantize else Streamed)
+    if device.type == "cpu":
+        for_decoding(model, int8=options.quantize is not None)
     losses = [loss for step, loss in state["val_losses"] if step == state["step"]]
     loss = f", val loss {losses[0]:.4f}" if losses else ""
     print(printable_line(f"{path}: step {state['step']}{loss}, on {device.type}; /help lists the commands"),

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Takes the layer's number and its queries, keys and values, each (n_tokens, n_head, head_size);
-# returns the attended values, same shape.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Takes the layer's number and its queries, keys and values (n_tokens, 3, n_head, head_size);
+# returns the attended values (n_tokens, n_head, head_size).
+Attend = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def attend_packed(documents: Documents) -> Attend:
     the reference for the tests.
     """
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(1)
         if q.is_cuda and q.dtype is torch.bfloat16:
             from torch.nn.attention.varlen import varlen_attn
 
@@ -93,26 +94,24 @@ class KVCache:
     """Keys and values of one growing sequence, preallocated for a whole context."""
 
     def __init__(self, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        shape = (config.n_layer, config.n_head, config.context_length, config.head_size)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (config.n_layer, 2, config.n_head, config.context_length, config.head_size)
+        self.cached = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
         self.capacity = config.context_length
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Store the new keys and values after the cached ones; attend to all of them.
 
         The mask is counted from the lower right corner: the last query sees every key.
         """
-        end = self.length + q.size(0)
-        self.keys[layer, :, self.length:end] = k.transpose(0, 1)
-        self.values[layer, :, self.length:end] = v.transpose(0, 1)
+        new, end = qkv.size(0), self.length + qkv.size(0)
+        q, kv = qkv.permute(1, 2, 0, 3).split((1, 2))  # (1 or 2, n_head, new, head_size)
+        cached = self.cached[layer, :, :, :end]
+        cached[:, :, self.length:] = kv
         mask = None
-        if 1 < q.size(0) < end:
-            mask = torch.ones(q.size(0), end, dtype=torch.bool, device=q.device).tril(self.length)
-        attended = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], self.keys[layer, None, :, :end], self.values[layer, None, :, :end],
-            attn_mask=mask, is_causal=q.size(0) == end)
+        if 1 < new < end:
+            mask = torch.ones(new, end, dtype=torch.bool, device=qkv.device).tril(self.length)
+        attended = F.scaled_dot_product_attention(q, cached[:1], cached[1:], attn_mask=mask, is_causal=new == end)
         return attended[0].transpose(0, 1)
 
 
@@ -175,7 +174,7 @@ class Block(nn.Module):
         """x (n_tokens, n_embd) -> same shape, or (n_rows, n_embd) when only some rows are wanted."""
         attn = self.attn
         qkv = attn.c_attn(self.ln_1(x)).view(x.size(0), 3, attn.n_head, attn.head_size)
-        attended = attend(self.layer, *qkv.unbind(1)).reshape(x.size(0), -1)
+        attended = attend(self.layer, qkv).reshape(x.size(0), -1)
         if rows is not None:
             x, attended = x.index_select(0, rows), attended.index_select(0, rows)
         x = x + attn.c_proj(attended)

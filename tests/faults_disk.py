@@ -101,8 +101,9 @@ def soak(steps: int) -> Result:
         result.check("files at the end", "" if len(list(run.folder.glob("*.pt"))) == 4 else "not four")
         took = time.monotonic() - run.begin
     result.notes = (f"memory {memory[0]:.1f} MiB, in the last quarter {memory[1]:.1f}; open files {files[0]:.0f}, "
-                    f"then {files[1]:.0f}, in a save at most {most_files}; checkpoints at most {disk:,} bytes; TensorBoard's "
-                    f"log {log:,} bytes, {log / steps:.0f} a step; {1000 * took / steps:.2f} ms a step, start and saves included")
+                    f"then {files[1]:.0f}, in a save at most {most_files}; checkpoints at most {disk:,} bytes; "
+                    f"TensorBoard's log {log:,} bytes, {log / steps:.0f} a step; {1000 * took / steps:.2f} ms a step, "
+                    "start and saves included")
     return result
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from decode_weights import Int8, Int8Output, Streamed, for_decoding
+from decode_weights import OneRow, for_decoding
 from generate import GREEDY, Sampling, choose, generate, probabilities
 from helpers import small_model
 from model import GPT, GPTConfig, KVCache
@@ -81,40 +81,50 @@ def test_an_empty_prompt_is_refused(model):
         next(generate(model, [], 1))
 
 
-def test_streamed_weights_give_the_logits_of_linear_layers():
-    plain, streamed = small_model(), small_model()
-    for_decoding(streamed, Streamed)
+def test_decoding_gives_the_logits_of_linear_layers():
+    plain, decoding = small_model(), small_model()
+    for_decoding(decoding, int8=False)
     tokens = torch.randint(0, plain.config.vocab_size, (200,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for pieces in ((200,), (1,) * 20, (50, 1, 1, 148)):
             caches = KVCache(plain.config), KVCache(plain.config)
             for piece in tokens[:sum(pieces)].split(pieces):
                 one, other = (model.logits(model.decode(piece, cache))
-                              for model, cache in zip((plain, streamed), caches))
+                              for model, cache in zip((plain, decoding), caches))
                 assert torch.allclose(one, other, atol=1e-4, rtol=1e-5)
 
 
-def test_int8_products_are_within_the_bound_of_their_rounding():
-    """Half a step for every weight; for every input half a step of the range of all inputs (0 included) in 255 steps,
-    and as much again where rounding the zero point moves that range."""
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", [(1, 5), (16, 16), (97, 33), (384, 64), (385, 64), (2304, 768), (50257, 8)])
+def test_one_row_is_a_linear_layer_whatever_the_shape_and_the_threads(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
-    for rows in (1, 3, 40):
-        x = torch.randn(rows, 64, generator=generator)
-        found, exact = Int8(weight, bias)(x), x @ weight.t() + bias
-        scale, step = weight.abs().amax(1) / 127, (x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
-        bound = x.abs().sum(1)[:, None] * scale / 2 + step * (weight.abs() + scale[:, None] / 2).sum(1) + 1e-4
+    weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    x = torch.randn(1, shape[1], generator=generator)
+    for given in (bias, None):
+        layer = OneRow(weight, given, int8=False)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
+        for _ in range(2):  # the first call leaves the layer as it was
+            assert torch.allclose(layer(x).double(), expected, atol=1e-4, rtol=1e-5)
+        assert torch.allclose(layer(x.repeat(3, 1)).double(), expected.repeat(3, 1), atol=1e-4, rtol=1e-5)
+
+
+def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias():
+    """A step is a 255th of the range of the weights that share a row of the table."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(800, 64, generator=generator), 1000 * torch.randn(800, generator=generator)
+    layer = OneRow(weight, bias, int8=True)
+    width = layer.table.size(1) - 8  # a row ends with its step and its smallest value, in fp32
+    steps = torch.cat([part.amax(0, keepdim=True).sub(part.amin(0)).div(255).expand(len(part), -1)
+                       for part in weight.split(width)])
+    for x in (*torch.eye(64).split(1), torch.randn(1, 64, generator=generator)):
+        found, exact = layer(x), x @ weight.t() + bias
+        bound = (x.abs() @ steps.t()) / 2 + 1e-3  # the last for sums with numbers of some thousands
         assert found.dtype == torch.float32 and bool(((found - exact).abs() <= bound).all())
         assert not torch.equal(found, exact)
 
 
-def test_int8_scores_of_the_likeliest_tokens_are_those_of_fp32():
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(997, 64, generator=generator), torch.randn(3, 64, generator=generator)
-    found, exact = Int8Output(weight)(x), x @ weight.t()
-    for row in range(3):
-        best = exact[row].topk(10).indices
-        assert torch.allclose(found[row, best], exact[row, best], atol=1e-4)
+def test_an_int8_model_answers():
     model = small_model()
-    for_decoding(model, Int8)
+    for_decoding(model, int8=True)
     assert len(list(generate(model, [1, 2, 3], 10))) == 10
