@@ -272,6 +272,8 @@ def save_step(folder: Path, state: dict[str, Any]) -> Path:
 def point_latest(path: Path, state: dict[str, Any]) -> None:
     """Make latest.pt of the same folder this file, which holds state. Raises UserError when the disk refuses."""
     latest, temporary = path.with_name(LATEST), path.with_name(LATEST + TEMPORARY_SUFFIX)
+    if latest.exists() and latest.samefile(path):  # renaming a file to its other name leaves both
+        return
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)

@@ -103,7 +103,9 @@ class InstructData:
 
 def _open_array(path: Path, sha256: str) -> np.ndarray:
     try:
-        if sha256_of(path).hexdigest() != sha256:
+        with path.open("rb", buffering=0) as file:
+            digest = sha256_of(file).hexdigest()
+        if digest != sha256:
             raise UserError(f"{path}: damaged or changed (its SHA-256 is not the manifest's); prepare the data again")
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
     except UserError:

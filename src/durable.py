@@ -30,7 +30,8 @@ class HashingFile:
     """A binary file that is only appended to, and the SHA-256 of what was written so far.
 
     One thread hashes and one writes; where lasting is set, both behind the caller, who has the next piece ready
-    meanwhile. Pieces of 4 MiB and more are not copied: their memory then has to stay as it is until flush.
+    meanwhile. Pieces of 4 MiB and more are not copied: but for the first of them, their memory then has to stay as it
+    is until flush. (torch.save begins with its pickle, which is gone before the tensors'.)
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -41,6 +42,7 @@ class HashingFile:
         self.error: OSError | None = None  # why a write failed: torch.save raises something else after it
         self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._small = bytearray()
+        self._had_large = False
         self._unsynced = 0
         self._pending: deque[Future[Any]] = deque()
 
@@ -54,8 +56,9 @@ class HashingFile:
             self._small.clear()
         if len(data) >= _BLOCK:
             self._pass_on(data)
-            if not self.lasting:
+            if not (self.lasting and self._had_large):
                 self._wait(0)
+            self._had_large = True
         return len(data)
 
     def flush(self) -> None:
@@ -159,14 +162,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path, end: int | None = None) -> "hashlib._Hash":
-    """The SHA-256 object of a file's first end bytes (default: all)."""
+def sha256_of(file: BinaryIO, end: int | None = None) -> "hashlib._Hash":
+    """The SHA-256 object of an open file's first end bytes (default: all)."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        left = os.fstat(file.fileno()).st_size if end is None else end
-        while left > 0 and (block := file.read(min(_BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
+    left = file.seek(0, os.SEEK_END) if end is None else end
+    file.seek(0)
+    while left > 0 and (block := file.read(min(_BLOCK, left))):
+        digest.update(block)
+        left -= len(block)
     return digest
 
 
@@ -181,13 +184,13 @@ def seal(file: HashingFile) -> None:
 def is_sealed(path: Path) -> bool:
     """True for an intact file of ours, False for one without our mark. Raises CheckpointError for a damaged one."""
     length = _COMMENT_BYTES.to_bytes(2, "little")
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _COMMENT_BYTES - 2))
         tail = file.read()
-    if tail[2:2 + len(_MARK)] != _MARK:
-        return False
-    digest = sha256_of(path, end=size - len(tail))
+        if tail[2:2 + len(_MARK)] != _MARK:
+            return False
+        digest = sha256_of(file, end=size - len(tail))
     digest.update(b"\0\0")
     if tail != length + _MARK + digest.hexdigest().encode():
         raise CheckpointError(f"{path}: damaged (its checksum does not fit); use another checkpoint")

@@ -295,11 +295,35 @@ def test_older_files_stay_when_the_new_one_is_damaged_on_the_disk(tmp_path):
 def test_pieces_of_any_size_are_written_and_hashed_in_their_order(tmp_path):
     generator = random.Random(0)
     pieces = [generator.randbytes(size) for size in (1, 70_000, 5 << 20, 3, 4 << 20, 65_536, 0, 40 << 20, 17)]
+    for lasting in (False, True):
+        with durable_file(tmp_path / "file") as file:
+            file.lasting = lasting
+            for piece in pieces:
+                file.write(memoryview(piece))
+        assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+        assert file.sha256.hexdigest() == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_memory_may_change_after_a_write_but_for_lasting_pieces_after_the_first_large_one(tmp_path, lasting):
+    memory, written = bytearray(32 << 20), b""
     with durable_file(tmp_path / "file") as file:
-        for piece in pieces:
-            file.write(memoryview(piece))
-    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
-    assert file.sha256.hexdigest() == hashlib.sha256(b"".join(pieces)).hexdigest()
+        file.lasting = lasting
+        for value in b"1" if lasting else b"123":
+            memory[:] = bytes([value]) * len(memory)
+            written += memory
+            file.write(memory)
+            memory[:] = bytes(len(memory))
+    assert (tmp_path / "file").read_bytes() == written
+    assert file.sha256.hexdigest() == hashlib.sha256(written).hexdigest()
+
+
+def test_a_state_with_a_large_pickle_is_saved_whole(tmp_path):
+    """Its bytes are gone when torch.save has returned."""
+    state = {**state_of(1), "val_losses": [[step, 1.5] for step in range(250_000)]}
+    for _ in range(3):
+        save(tmp_path / "large.pt", state)
+        assert load(tmp_path / "large.pt")["val_losses"] == state["val_losses"]
 
 
 @pytest.mark.parametrize("size", [100, 70_000, 5 << 20])
