@@ -15,9 +15,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from cli import CheckpointError, Parser, UserError, number, printable, printable_line, run
@@ -185,11 +186,27 @@ def _read_line(prompt: str) -> str | None:
         raise UserError(f"standard input is not UTF-8 ({error.reason})") from error
 
 
+def _file_number(path: Path) -> int | None:
+    """What tells a file from another that takes its name; None for a file that is gone."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _check(path: Path, checked: Future[bool]) -> None:
+    try:
+        checked.set_result(is_sealed(path))
+    except BaseException as error:
+        checked.set_exception(error)
+
+
 def open_chat(options: Namespace) -> Chat:
     """Load the checkpoint and say on stderr which one it is."""
     path = find_checkpoint(options.checkpoint)
-    file_number = path.stat().st_ino
-    checked = ThreadPoolExecutor(1).submit(is_sealed, path)  # beside the imports, which take longer
+    before = _file_number(path)
+    checked: Future[bool] = Future()
+    Thread(target=_check, args=(path, checked), daemon=True).start()  # beside the imports, which take longer
     import torch
 
     from checkpoint import load, model_of
@@ -199,7 +216,7 @@ def open_chat(options: Namespace) -> Chat:
 
     device = torch.device(device_named(options.device))
     state = load(path, checked)
-    if path.stat().st_ino != file_number:  # a run has saved a better one meanwhile
+    if _file_number(path) not in (before, None):  # a run has saved a better one meanwhile
         state = load(path)
     if state.get("template") != TEMPLATE:
         raise CheckpointError(f"{path}: fine-tuned with template {state.get('template')!r}, chat knows {TEMPLATE!r}"

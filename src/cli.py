@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,9 +84,13 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     return parse
 
 
-def drop_output() -> None:
-    """From now on what goes to stdout goes nowhere: its reader has left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@contextmanager
+def unread_output() -> Iterator[None]:
+    """What is printed in here may go unread: when its reader, of a pipe, has left, it goes nowhere from now on."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def hold_signals() -> None:
@@ -120,18 +125,17 @@ def run(main: Callable[[], int]) -> NoReturn:
     is_rank = "LOCAL_RANK" in os.environ
     if is_rank and is_decided():
         leave_with(0)  # torchrun started it again, but the run is decided
+    code = 0
     try:
-        code = main()
-        sys.stdout.flush()
+        with unread_output():
+            code = main()
+            sys.stdout.flush()
     except UserError as error:
         code = report_error(error)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of a pipe, head for instance, has left
-        drop_output()
-        code = 0
     except Exception:
         if not is_rank:
             raise

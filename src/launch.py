@@ -32,6 +32,7 @@ def main() -> int:
     processes, flags = int(sys.argv[1]), sys.argv[2:]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # A new store for every start: in the shared one restarted processes find each other's old addresses (torch 2.13).
+    # Its port is free when it is chosen; should another program take it first, that start fails and one is left less.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if "TORCHRUN_FLAGS" not in os.environ:  # on several machines, another launcher's trainer may hold it for this run
         lock_folder(checkpoint_dir_of(parse_options(flags))).close()

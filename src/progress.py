@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cli import UserError, drop_output, printable, printable_line
+from cli import UserError, printable, printable_line, unread_output
 from dataloader_instruct import InstructData
 from model import GPT
 from processes import Processes
@@ -80,12 +80,10 @@ class Progress:
         self.val_loss = "-" if val_loss is None else f"{val_loss:.4f}"  # the last one
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the bar. A reader who has left, of a pipe, is no reason to end a run."""
-        try:
+        """Print a line without breaking the bar."""
+        with unread_output():
             tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:
-            drop_output()
 
     def _log(self, method: str, *arguments: object) -> None:
         """Call a method of TensorBoard's writer. A log that cannot be written is no reason to lose a run."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import checkpoint
-from cli import CheckpointError, UserError, printable_line
+from cli import CheckpointError, UserError, printable_line, unread_output
 from dataloader_instruct import Position
 from train_options import option_table, parse_options
 
@@ -67,7 +67,19 @@ def state_to_resume(given: Namespace, folder: Path, is_main: bool) -> tuple[Path
 
 
 def _tell(text: str) -> None:
-    print(printable_line(text), flush=True)
+    with unread_output():
+        print(printable_line(text), flush=True)
+
+
+def follow(run: Run) -> UserError | None:
+    """Make latest.pt the file in the run's folder that it was resumed from: what a restart of the processes goes on
+    from. Returns what went wrong."""
+    if run.processes.is_main and run.saved and run.saved.parent.samefile(run.folder):
+        try:
+            checkpoint.point_latest(run.saved, run.state())
+        except UserError as error:
+            return error
+    return None
 
 
 def restore(run: Run, state: dict[str, Any], path: Path) -> None:

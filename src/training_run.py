@@ -23,12 +23,13 @@ from manifest import read_manifest
 from model import GPT, GPTConfig
 from processes import Processes, Signals, join
 from progress import Progress, banner
-from resume import restore, state_to_resume
+from resume import follow, restore, state_to_resume
 from train_options import checkpoint_dir_of, complete_options
 from train_step import StepResult, evaluate, make_optimizer, train_step, wrap
 
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 3, 48
 MOST_SKIPPED = 3  # non-finite steps in a row that end the run
+
 
 @dataclass
 class Run:
@@ -88,6 +89,7 @@ def train(given: Namespace) -> int:
             error = caught
         processes.fail_together(error)
         assert run is not None
+        processes.fail_together(follow(run))
         run.loss_of = wrap(run.model, processes)
         return _loop(run)
 
@@ -120,8 +122,6 @@ def _set_up(given: Namespace, processes: Processes, signals: Signals, held: Exit
     if state:
         restore(run, state, path)
     if processes.is_main:
-        if state and path.name != checkpoint.LATEST and path.parent.samefile(folder):
-            checkpoint.point_latest(path, state)  # what a restart of the processes goes on from
         held.callback(run.behind.shutdown)
         run.progress = Progress(options, Path(options.tensorboard_dir) / run.name, run.step,
                                 run.val_losses[-1][1] if run.val_losses else None)
@@ -216,10 +216,11 @@ def _check_finite(run: Run, result: StepResult) -> None:
     run.say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not "
             f"move; train examples {result.examples}")
     if run.skipped >= MOST_SKIPPED:
-        run.processes.fail_together(_settled(run))
+        error = _settled(run)
         last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
-        raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
-                            f"{run.step}; {last}; try a lower --learning_rate")
+        run.processes.fail_together(error or DivergedError(
+            f"loss or gradients were not finite for {run.skipped} steps in a row, up to step {run.step}; {last}; try a "
+            "lower --learning_rate"))
 
 
 def _evaluate(run: Run) -> int:

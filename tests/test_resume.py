@@ -283,12 +283,28 @@ def test_random_weights_and_small_models_train(inputs, tmp_path):
     assert SMALL.n_embd == 32 and os.path.exists(tmp_path / "best_model.pt")
 
 
-def test_latest_is_the_file_that_a_run_was_resumed_from(inputs, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("back", [True, False])
+def test_latest_is_the_file_that_a_run_was_resumed_from(inputs, whole, tmp_path, monkeypatch, back):
     """So a restart of the processes, before anything new is saved, does not go on from a later one."""
     folder = shutil.copytree(whole, tmp_path / "run")
     monkeypatch.setattr("training_run._loop", lambda run: 0)
-    assert run(inputs, folder, "--resume", folder / "step_000005.pt", fresh=False) == 0
-    assert (folder / "latest.pt").samefile(folder / "step_000005.pt")
+    path = checkpoint.step_files(folder)[-1 if back else 0]
+    (folder / "latest.pt").unlink()  # shutil copies a hard link as a file of its own
+    os.link(checkpoint.step_files(folder)[0], folder / "latest.pt")
+    assert run(inputs, folder, "--resume", path, fresh=False) == 0
+    assert (folder / "latest.pt").samefile(path)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_that_cannot_start_leaves_latest_as_it_was(inputs, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = checkpoint.load(folder / "latest.pt")["step"]
+    oldest = checkpoint.step_files(folder)[-1]
+    (tmp_path / "a file").write_text("")
+    flags = ["--resume", oldest, "--tensorboard_dir", tmp_path / "a file"]
+    with pytest.raises(UserError, match="a file"):
+        run(inputs, folder, *flags, fresh=False)
+    assert checkpoint.load(folder / "latest.pt")["step"] == before > checkpoint.load(oldest)["step"]
 
 
 def test_a_context_length_of_0_is_no_change_on_resume(inputs, whole, tmp_path):
