@@ -36,6 +36,7 @@ class OneRow(nn.Module):
         threads = torch.get_num_threads()
         self.n_parts = -(-self.n_out // (WIDTH * threads)) * threads
         width = -(-self.n_out // (self.n_parts * 16)) * 16  # whole vectors
+        self.n_parts = -(-self.n_out // width)
         table = weight.new_zeros(self.n_parts, self.n_in, width)
         for part, rows in zip(table, weight.split(width)):
             part[:, :rows.size(0)] = rows.t()

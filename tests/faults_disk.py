@@ -89,8 +89,8 @@ def soak(steps: int) -> Result:
                 samples.append(sample)
         log = sum(path.stat().st_size for path in run.folder.glob("tb/*/*"))
         warm, late = samples[len(samples) // 5:len(samples) // 2], samples[len(samples) * 3 // 4:]
-        memory, files = ([statistics.median(sample[number] for sample in part) for part in (warm, late)]
-                         for number in (0, 1))  # medians: a save has more files open for a moment
+        memory = [statistics.median(sample[0] for sample in part) for part in (warm, late)]
+        files = [min(sample[1] for sample in part) for part in (warm, late)]  # a save has more open for a moment
         step_bytes = (run.folder / checkpoint.LATEST).stat().st_size
         bound = 3 * step_bytes + 2 * (run.folder / checkpoint.BEST).stat().st_size
         most_files, disk = (max(sample[number] for sample in samples) for number in (1, 2))
@@ -100,8 +100,8 @@ def soak(steps: int) -> Result:
         result.check("disk", f"{disk:,} bytes, {bound:,} expected" * (disk > bound))
         result.check("files at the end", "" if len(list(run.folder.glob("*.pt"))) == 4 else "not four")
         took = time.monotonic() - run.begin
-    result.notes = (f"memory {memory[0]:.1f} MiB, in the last quarter {memory[1]:.1f}; open files {files[0]:.0f}, "
-                    f"then {files[1]:.0f}, in a save at most {most_files}; checkpoints at most {disk:,} bytes; "
+    result.notes = (f"memory {memory[0]:.1f} MiB, in the last quarter {memory[1]:.1f}; open files {files[0]}, then "
+                    f"{files[1]}, in a save at most {most_files}; checkpoints at most {disk:,} bytes; "
                     f"TensorBoard's log {log:,} bytes, {log / steps:.0f} a step; {1000 * took / steps:.2f} ms a step, "
                     "start and saves included")
     return result

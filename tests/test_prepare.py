@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,22 @@ def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path: Path) 
     assert manifest["total_examples"] == len(kept) + 5
     examples = [example for split in ("train", "val") for example in examples_of(tmp_path / "out", split)]
     assert Counter(examples) == expected_of(kept)
+
+
+def test_no_room_for_the_file_that_finds_repeats_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def small(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        database = connect(*arguments, **options)
+        database.execute("PRAGMA max_page_count = 4")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    rows = [{"instruction": str(number), "input": "", "output": "x"} for number in range(2000)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(UserError, match="repeated rows: database or disk is full"):
+        prepare_instruct_dataset.main(["--dataset", str(data), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "dataset_info.json").exists()
 
 
 def test_fields_that_join_to_the_same_text_are_no_repeats(tmp_path: Path) -> None:
