@@ -15,7 +15,8 @@ case "${1:-}" in
     demo)
         shift
         make_environment requirements.txt
-        exec "$python" src/demo.py "$@" ;;
+        source src/demo.sh "$@"
+        exit ;;
 esac
 
 use_environment
@@ -23,4 +24,4 @@ nproc=1
 [[ "${1:-}" =~ ^[0-9]+$ ]] && { nproc=$1; shift; }
 resume=()
 [[ $# -gt 0 && "$1" != -* ]] && { resume=(--resume "$1"); shift; }
-exec "$python" src/launch.py "$nproc" "${resume[@]}" "$@"
+PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m training.launch "$nproc" "${resume[@]}" "$@"

@@ -4,25 +4,18 @@ Everything is a function of the example lengths, the seed and a position of two 
 same plan on its own, and a run resumes anywhere without replaying anything.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cli import UserError
-from durable import sha256_of
+from data.shards import Document, Prepared, open_shards
+from errors import UserError
 from instruct_format import VOCAB_SIZE
-from manifest import KINDS, read_manifest, shard_file
-
-_TYPES = {"tokens": np.uint16, "loss_mask": np.uint8, "starts": np.int64}
 
 
 @dataclass(frozen=True)
@@ -43,95 +36,63 @@ class MicroBatch:
     targets: Tensor  # (n_response,) int64: those next tokens
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What some examples amount to, and how they are dealt to all ranks."""
+
+    examples: Sequence[int]
+    tokens: int
+    response_tokens: int
+    micro_batches: list[list[int]]  # examples of each; rank r computes r, r + world_size, ...
+
+
 class InstructData:
     """One split of prepared data, memory-mapped, without the examples longer than context_length.
 
-    lengths (n_examples,) int32 is all that planning needs; fingerprint says which data these are. Raises UserError
-    when a shard is missing, not the one the manifest names (SHA-256), or not what a model of vocab_size can be trained
-    on.
+    lengths (n_examples,) int32 is all that planning needs. Raises UserError where open_shards does, and when no
+    example is short enough.
     """
 
-    def __init__(self, data_dir: Path, split: str, context_length: int, vocab_size: int = VOCAB_SIZE) -> None:
-        self.shards: list[dict[str, np.ndarray]] = []
-        lengths, self.first_example = [], [0]
-        manifest = read_manifest(data_dir)
-        self.fingerprint: str = manifest["fingerprint"]
-        for entry in manifest["shards"][split]:
-            shard = {kind: _open_array(shard_file(data_dir, split, entry, kind), entry["sha256"][kind])
-                     for kind in KINDS}
-            wrong = _what_is_wrong(shard, entry, min(vocab_size, VOCAB_SIZE))
-            if wrong:
-                raise UserError(f"{data_dir / split / entry['name']}: {wrong}; prepare the data again")
-            self.shards.append(shard)
-            lengths.append(np.diff(shard["starts"], append=len(shard["tokens"])).astype(np.int32))
-            self.first_example.append(self.first_example[-1] + len(shard["starts"]))
-        everything = np.concatenate(lengths)
+    def __init__(self, prepared: Prepared, split: str, context_length: int, vocab_size: int = VOCAB_SIZE) -> None:
+        self.shards = open_shards(prepared, split, vocab_size)
+        self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
+        everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
         self.kept = np.flatnonzero(everything <= context_length).astype(np.int32)
-        self.lengths = everything[self.kept]
+        self.lengths = everything[self.kept].astype(np.int32)
         self.left_out = len(everything) - len(self.kept)
         if not len(self.kept):
-            raise UserError(f"{data_dir}: no example of the {split} split fits a context_length of {context_length}; "
-                            f"the shortest has {everything.min()} tokens")
+            raise UserError(f"{prepared.folder}: no example of the {split} split fits a context_length of "
+                            f"{context_length}; the shortest has {everything.min()} tokens")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def example(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (n,) uint16 and loss mask (n,) uint8 of one kept example."""
+    def example(self, number: int) -> Document:
+        """One kept example."""
         original = int(self.kept[number])
         shard_number = int(np.searchsorted(self.first_example, original, side="right")) - 1
         shard = self.shards[shard_number]
         start = int(shard["starts"][original - self.first_example[shard_number]])
         end = start + int(self.lengths[number])
-        return shard["tokens"][start:end], shard["loss_mask"][start:end]
+        return Document(shard["tokens"][start:end], shard["loss_mask"][start:end])
 
-    def response_tokens(self, examples: Sequence[int]) -> int:
-        return sum(int(self.example(number)[1].sum()) for number in examples)
+    def plan(self, examples: Sequence[int], most_tokens: int, world_size: int) -> Plan:
+        """Deal examples to micro-batches of at most most_tokens tokens, for this many ranks."""
+        response_tokens = sum(int(self.example(number).loss_mask.sum()) for number in examples)
+        return Plan(examples, int(self.lengths[examples].sum()), response_tokens,
+                    deal(examples, self.lengths, most_tokens, world_size))
 
     def micro_batch(self, examples: Sequence[int]) -> MicroBatch:
         """The examples one after another. No examples make one document without targets, so that a rank which has
         none takes part in the step all the same."""
         parts = [self.example(number) for number in examples]
-        parts = parts or [(np.zeros(1, dtype=np.uint16), np.zeros(1, dtype=np.uint8))]
-        lengths = [len(tokens) for tokens, _ in parts]
-        tokens = torch.from_numpy(np.concatenate([tokens for tokens, _ in parts]).astype(np.int64))
-        mask = np.concatenate([mask for _, mask in parts])
+        parts = parts or [Document(np.zeros(1, dtype=np.uint16), np.zeros(1, dtype=np.uint8))]
+        lengths = [len(part.tokens) for part in parts]
+        tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts]).astype(np.int64))
+        mask = np.concatenate([part.loss_mask for part in parts])
         mask[[0, *accumulate(lengths[:-1])]] = 0  # nothing comes before a document's first token
         predicted = torch.from_numpy(np.flatnonzero(mask))
         return MicroBatch(tokens, lengths, predicted - 1, tokens[predicted])
-
-
-def _open_array(path: Path, sha256: str) -> np.ndarray:
-    try:
-        with path.open("rb", buffering=0) as file:
-            digest = sha256_of(file).hexdigest()
-        if digest != sha256:
-            raise UserError(f"{path}: damaged or changed (its SHA-256 is not the manifest's); prepare the data again")
-        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; prepare the data again") from error
-    except Exception as error:  # a forged file with a fitting SHA-256 fails anywhere in numpy's reader
-        raise UserError(f"{path}: not an array that can be read ({type(error).__name__}); prepare the data again"
-                        ) from error
-
-
-def _what_is_wrong(shard: dict[str, np.ndarray], entry: dict[str, Any], vocab_size: int) -> str | None:
-    """None for a shard as ShardWriter writes it. A SHA-256 shows what was changed later, not what was forged."""
-    if any(shard[kind].dtype != dtype or shard[kind].ndim != 1 for kind, dtype in _TYPES.items()):
-        return "its arrays are of another type"
-    tokens, mask, starts = (shard[kind] for kind in KINDS)
-    if (len(tokens), len(mask), len(starts)) != (entry["tokens"], entry["tokens"], entry["examples"]):
-        return "it has not as many tokens or examples as the manifest says"
-    ends = np.append(starts[1:], len(tokens))
-    if not len(starts) or starts[0] != 0 or (ends <= starts).any():
-        return "its starts do not fit its tokens"
-    if mask.max() > 1 or mask[starts].any() or not mask[ends - 1].all():
-        return "its loss mask is not 0 where an example begins and 1 where it ends"
-    if tokens.max() >= vocab_size:
-        return f"it has token {tokens.max()}, the vocabulary has {vocab_size}"
-    return None
 
 
 class ExampleStream:
@@ -141,7 +102,8 @@ class ExampleStream:
     """
 
     def __init__(self, lengths: np.ndarray, seed: int, total_batch_size: int) -> None:
-        self.lengths, self.seed = lengths, seed
+        self.lengths = lengths
+        self.seed = seed
         self.most_tokens = total_batch_size * 127 // 128
         self._epoch, self._order = -1, np.empty(0, dtype=np.int32)
 
@@ -177,12 +139,12 @@ def deal(examples: Sequence[int], lengths: np.ndarray, most_tokens: int, world_s
     tokens = sum(int(lengths[example]) for example in examples)
     count = -(-max(tokens, 1) // (most_tokens * world_size)) * world_size
     while True:
-        hands: list[list[int]] = [[] for _ in range(count)]
+        micro_batches: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, number) for number in range(count)]
         for example in longest_first:
             load, number = loads[0]
-            hands[number].append(example)
+            micro_batches[number].append(example)
             heapq.heapreplace(loads, (load + int(lengths[example]), number))
         if max(loads)[0] <= most_tokens:
-            return hands
+            return micro_batches
         count += world_size

@@ -3,41 +3,37 @@
 Data preparation and chat both call it, so the prompt a model was trained on is the prompt it is asked with.
 """
 
-from __future__ import annotations
-
-import os
+import hashlib
+from base64 import b64decode
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
-from cli import UserError
+from errors import UserError
 
 TEMPLATE = "instruction-input-response/1"  # travels in the data manifest and in every checkpoint
 TOKENIZER = "gpt2"
 END_OF_TEXT = 50256
 VOCAB_SIZE = 50257
-_RANKS = Path(__file__).parent / "gpt2_ranks"  # tiktoken's own cache file for r50k_base: gpt2's ranks and pattern
+_RANKS = Path(__file__).parent / "gpt2_ranks" / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"  # see README.txt beside it
+_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
-    """The GPT-2 tokenizer, from the ranks that ship with the project; tiktoken checks their SHA-256.
-
-    Raises UserError when that file is missing or damaged.
-    """
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(_RANKS)
-    try:
-        return tiktoken.get_encoding("r50k_base")
-    except Exception as error:  # tiktoken drops a damaged file and tries the network, which fails in many ways
+    """The GPT-2 tokenizer, from the ranks that ship with the project. Raises UserError when those are not as they
+    were."""
+    data = _RANKS.read_bytes() if _RANKS.exists() else b""
+    if hashlib.sha256(data).hexdigest() != _RANKS_SHA256:
         raise UserError(f"{_RANKS}: the tokenizer's ranks are missing or damaged; "
-                        "restore them with: git checkout -- src/gpt2_ranks") from error
-    finally:
-        if before is None:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-        else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = before
+                        "restore them with: git checkout -- src/gpt2_ranks")
+    ranks = {b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+    return tiktoken.Encoding(TOKENIZER, pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": END_OF_TEXT})
 
 
 def prompt_text(instruction: str, input: str = "") -> str:
@@ -62,3 +58,10 @@ def encode_example(instruction: str, input: str, output: str) -> tuple[list[int]
     prompt = encode_prompt(instruction, input)
     response = [*tokenizer().encode_ordinary(output.strip()), END_OF_TEXT]
     return prompt + response, [0] * len(prompt) + [1] * len(response)
+
+
+def trained_spans(loss_mask: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of each run of ones in a loss mask: the responses, each with the <|endoftext|> that ends it. What
+    stands before a span is its prompt."""
+    edges = np.flatnonzero(np.diff(np.asarray(loss_mask, dtype=np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2]))

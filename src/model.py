@@ -4,18 +4,15 @@ Parameter names are those of the published checkpoints (transformer.wte, transfo
 matrix is the token embedding itself, so it has no parameter of its own. No loss, no files, no optimizer in here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
+from torch import Tensor, nn
 
 # Takes the layer's number and its queries, keys and values (n_tokens, 3, n_head, head_size);
 # returns the attended values (n_tokens, n_head, head_size).
@@ -60,7 +57,7 @@ class Documents:
     starts: Tensor  # (n_documents + 1,) int32, the end of the buffer included
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Documents":
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         positions = torch.arange(int(starts[-1])) - starts[:-1].long().repeat_interleave(torch.tensor(lengths))
         return Documents(tuple(lengths), positions.to(device, non_blocking=True), starts.to(device, non_blocking=True))
@@ -115,46 +112,27 @@ class KVCache:
         return attended[0].transpose(0, 1)
 
 
-class _Unset:
-    """A layer that leaves its parameters unset, for init_weights or a checkpoint to fill: PyTorch's own initial values
-    would only be replaced, and computing them takes a second at every start."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Linear(_Unset, nn.Linear):
-    pass
-
-
-class Embedding(_Unset, nn.Embedding):
-    pass
-
-
-class LayerNorm(_Unset, nn.LayerNorm):
-    pass
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.head_size = config.n_head, config.head_size
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n_tokens, n_embd) -> same shape. What training would keep of the GELU's results for the backward pass, a
         fifth of all it keeps, is computed again there instead."""
         wide = self.c_fc(x)
         if torch.is_grad_enabled():
-            return checkpoint(self._narrow, wide, use_reentrant=False, preserve_rng_state=False)
+            return torch.utils.checkpoint.checkpoint(self._narrow, wide, use_reentrant=False,
+                                                     preserve_rng_state=False)
         return self._narrow(wide)
 
     def _narrow(self, wide: Tensor) -> Tensor:
@@ -165,9 +143,9 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.ln_1 = LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config.n_embd)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
@@ -186,10 +164,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = Embedding(config.context_length, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd)
+        self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         x = self.wte(tokens) + self.wpe(positions)
@@ -199,10 +177,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 over a flat buffer of tokens. forward and decode give hidden states; logits turns those into scores.
-
-    A new one has no values yet: init_weights or load_state_dict sets them.
-    """
+    """GPT-2 over a flat buffer of tokens. forward and decode give hidden states; logits turns those into scores."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -2,23 +2,24 @@
 
     ./start_instruct_training.sh [NPROC] [flags...]        through torchrun, on NPROC GPUs (or CPU processes)
     python src/train_instruct.py [flags...]                one process
-
-This file only reads the options, so that --help and wrong flags answer before PyTorch is imported.
 """
 
-from __future__ import annotations
-
-from cli import hold_signals, run
-from train_options import parse_options
+from cli import run
+from training.ending import block_signals, is_decided, leave
+from training.options import parse_options
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse_options(argv)
-    hold_signals()  # until the trainer watches them: importing PyTorch takes seconds
-    from training_run import train
+    parse_options(argv)  # --help and wrong flags answer before PyTorch is imported
+    if is_decided():
+        return 0  # torchrun started this process again, but the run is over
+    block_signals()  # until the run watches them: importing PyTorch takes seconds
+    from training.loop import train
+    from training.setup import open_run
 
-    return train(given)
+    with open_run(argv) as opened:
+        return train(opened)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, leave)

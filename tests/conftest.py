@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,21 @@ SRC = ROOT / "src"
 TIMEOUT = 120  # seconds; only so that a hanging script fails instead of stopping the run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of models this small only wait for each other
 
 
 def pytest_configure() -> None:
     """The tests are not a rank. Here, not at import: the workers, which are ranks, import this file too."""
     os.environ.pop("LOCAL_RANK", None)
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before() -> Iterator[None]:
+    """A trainer that runs in this process sets signal handlers; other tests want theirs."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Outcome(NamedTuple):
@@ -49,12 +60,17 @@ def run_script(name: str, *flags: str | Path, cwd: Path | None = None, stdin: st
     return run_command(sys.executable, SRC / name, *flags, cwd=cwd, stdin=stdin, env=env, timeout=timeout)
 
 
+def run_launcher(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
+    """Run src/training/launch.py as start_instruct_training.sh does."""
+    return run_command(sys.executable, "-m", "training.launch", *arguments, cwd=cwd, env={"PYTHONPATH": str(SRC)})
+
+
 def write_checkpoint(path: Path, **changes: Any) -> Path:
     """A checkpoint of ours with a random model of 2 layers and width 32; changes replace entries of its state,
     or with context_length / vocab_size those of its model."""
-    from checkpoint import save
     from instruct_format import TEMPLATE
     from model import GPT, GPTConfig
+    from weights.checkpoint import save
 
     sizes = {"context_length": 64, "vocab_size": 50257}
     sizes.update((name, changes.pop(name)) for name in list(changes) if name in sizes)

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 os.environ.pop("LOCAL_RANK", None)
 
 from faults_disk import disk_full, soak  # noqa: E402
-from faults_kill import kills, rank_dies, write_order  # noqa: E402
+from faults_kill import kills, rank_dies, rank_dies_early, write_order  # noqa: E402
 from faults_signals import one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
 from faults_tools import Result  # noqa: E402
 
@@ -28,6 +28,7 @@ FAULTS: dict[str, Callable[[], Result]] = {
     "signals_2": lambda: signals(targets=("one rank", "all ranks", "the launcher")),
     "second": lambda: second_ctrl_c(2),
     "rank": lambda: rank_dies(5),
+    "rank_early": lambda: rank_dies_early(4),
     "two_runs": lambda: two_runs(5),
     "diverge": one_rank_diverges,
     "soak": lambda: soak(100_000),

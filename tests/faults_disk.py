@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import checkpoint
 from conftest import SRC
 from faults_tools import Lab, Result, Trainer, lab, newest
 from helpers import small_model, write_pretrained
 from model import GPTConfig
+from weights import checkpoint
 
 STEP_BYTES = 1_120_000  # of a step file of the small model
 

@@ -105,6 +105,24 @@ def rank_dies(times: int, kills: int = 3, shared: Lab | None = None) -> Result:
     return result
 
 
+def rank_dies_early(times: int, shared: Lab | None = None) -> Result:
+    """One of two ranks is killed before the first checkpoint: the run ends at once, with one line that says so."""
+    result = Result("kill -9 of one of two ranks before the first checkpoint")
+    with lab(shared) as here:
+        for number in range(times):
+            marker = f"{here.new_folder()}.marker"
+            run = Trainer(here, here.new_folder(), 2, here.flags("--checkpoint_freq", 100),
+                          {"phase": "step", "at": 2, "seconds": 3, "marker": marker})
+            wait_for(lambda marker=marker: os.path.exists(marker + ".0"), run)
+            os.kill(run.ranks()[number % 2], signal.SIGKILL)
+            code, out = run.wait(), run.output()
+            starts = out.count("\nmodel ") + out.startswith("model ")
+            told = out.count("error: a process of the run died")
+            result.check(f"rank {number % 2}", f"exit {code}" * (code != 1), f"{starts} starts" * (starts != 1),
+                         f"told {told} times" * (told != 1), orphans(run.folder))
+    return result
+
+
 def write_order(shared: Lab | None = None) -> Result:
     """Every save of a run, as strace sees it."""
     result = Result("system calls of every save, traced")
@@ -153,12 +171,12 @@ def _file_complaints(events: list[tuple[str, str]], name: str) -> list[str]:
         return missing
     places = [events.index(entry) for entry in wanted]
     after = [call for call, path in takewhile(lambda event: event[0] != "rena", events[places[2] + 1:])
-             if path.startswith("/")]  # the folder's; the one before may be settled meanwhile
+             if path.startswith("/")]  # the folder's
     return ["wrong order"] * (places != sorted(places)) + ["the folder is not synced"] * ("fsync" not in after)
 
 
 def _save_complaints(events: list[tuple[str, str]], folder: Path, step: int) -> list[str]:
-    """Write, sync, rename, sync the folder, latest.pt, sync it again, read back, only then remove the old one, sync."""
+    """Write, sync, rename, sync the folder, latest.pt, sync it again, only then remove the old one, sync."""
     name = f"step_{step:06d}.pt"
     complaints = _file_complaints(events, name)
     if complaints:
@@ -167,7 +185,7 @@ def _save_complaints(events: list[tuple[str, str]], folder: Path, step: int) -> 
     events = events[:events.index(following)] if following in events else events
     start = events.index(("rena", f"{name}.tmp > {name}"))
     wanted = [("fsync", str(folder)), ("link", f"{name} > latest.pt.tmp"), ("rena", "latest.pt.tmp > latest.pt"),
-              ("fsync", str(folder)), ("read", name)]
+              ("fsync", str(folder))]
     if step > 2:
         wanted.append(("unlink", f"step_{step - 2:06d}.pt"))
     wanted.append(("fsync", str(folder)))

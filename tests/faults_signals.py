@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import faults_tools
 from faults_tools import STEPS, Lab, Result, Trainer, lab, newest, orphans, wait_for
+from weights import checkpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PHASES = ("first second", "step", "accumulation", "evaluation", "save", "sampling")
@@ -142,7 +142,7 @@ def one_rank_diverges(cases: Sequence[tuple[list[int], bool]] = DIVERGENCES, sha
             told = [step for step in range(1, STEPS + 1) if f"\nstep {step} skipped: loss nan" in run.output()]
             error = f"3 steps in a row, up to step 11; the last good checkpoint is {run.folder}/step_000010.pt"
             finite = all(tensor.isfinite().all() for path in run.folder.glob("*.pt")
-                         for tensor in faults_tools.checkpoint.load(path)["model"].values())
+                         for tensor in checkpoint.load(path)["model"].values())
             result.check(f"steps {bad}", f"exit {code}" * (code != (4 if ends else 0)),
                          "the ranks differ" * (hashes[0] != hashes[1]), f"told of {told}" * (told != bad),
                          "no example ids" * (run.output().count("; train examples [") != len(bad)),

@@ -15,10 +15,10 @@ from itertools import count
 from pathlib import Path
 from threading import Lock
 
-import checkpoint
 from conftest import ROOT, SRC
 from helpers import random_examples, resume_flags, same_state, small_model, trajectory, write_data, write_pretrained
 from model import GPTConfig
+from weights import checkpoint
 
 STEPS = 24
 FINAL = f"step_{STEPS:06d}.pt"
@@ -58,13 +58,11 @@ class Lab:
                                            else small_model())
         self.step_bytes = 3 * self.pretrained.stat().st_size  # nearly
         self._whole: dict[int, Path] = {}
-        self._launcher = folder / "src"  # launch.py starts the train_instruct.py beside it
-        self._launcher.mkdir()
-        for path in SRC.glob("*.py"):
-            (self._launcher / path.name).symlink_to(path)
-        (self._launcher / "gpt2_ranks").symlink_to(SRC / "gpt2_ranks")
-        (self._launcher / "train_instruct.py").unlink()
-        (self._launcher / "train_instruct.py").symlink_to(ROOT / "tests" / "faults_trainer.py")
+        self.faulty = folder / "src"  # src/ with another trainer: the launcher starts the one of its own folder
+        self.faulty.mkdir()
+        for path in SRC.iterdir():
+            trainer = path.name == "train_instruct.py"
+            (self.faulty / path.name).symlink_to(ROOT / "tests" / "faults_trainer.py" if trainer else path)
 
     def new_folder(self) -> Path:
         return self.folder / f"run{next(self._runs)}"
@@ -97,10 +95,11 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         self.folder, self.processes = folder, processes
         self.log = folder / f"output{len(list(folder.glob('output*')))}"
-        source = lab._launcher if fault else SRC
-        script = [source / "train_instruct.py"] if processes == 1 else [source / "launch.py", processes]
+        source = lab.faulty if fault else SRC
+        script = [source / "train_instruct.py"] if processes == 1 else ["-m", "training.launch", processes]
         command = [sys.executable, *script, *flags, "--checkpoint_dir", folder, "--tensorboard_dir", folder / "tb"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault or {}), "FAULT_SRC": str(SRC)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault or {}), "FAULT_SRC": str(SRC),
+                       "PYTHONPATH": str(source)}
         self.begin = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([str(part) for part in command], cwd=lab.folder, stdout=log, stderr=log,

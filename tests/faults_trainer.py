@@ -20,6 +20,7 @@ sys.path.insert(0, os.environ.get("FAULT_SRC", str(Path(__file__).resolve().pare
 
 import train_instruct  # noqa: E402
 from cli import run  # noqa: E402
+from training.ending import leave  # noqa: E402
 
 visits = {"count": 0, "micro_batches": 0, "in": ""}
 
@@ -45,11 +46,12 @@ def wrapped(module: Any, name: str, phase: str) -> None:
 
 
 def stop_at_phases() -> None:
-    import checkpoint
-    import training_run
-    from dataloader_instruct import InstructData
+    import torch
 
-    micro_batch, generate = InstructData.micro_batch, training_run.generate
+    from dataloader_instruct import InstructData
+    from training import loop
+
+    micro_batch, generate, save = InstructData.micro_batch, loop.generate, torch.save
 
     def counted(*arguments: Any) -> Any:
         visits["micro_batches"] += 1
@@ -62,41 +64,44 @@ def stop_at_phases() -> None:
             yield token
             visit("sampling")
 
-    wrapped(training_run, "train_step", "step")
-    wrapped(training_run, "evaluate", "an evaluation")
-    wrapped(checkpoint, "seal", "save")  # everything is written, nothing renamed
+    def slow_save(*arguments: Any) -> None:
+        save(*arguments)
+        visit("save")  # everything is written, nothing renamed
+
+    wrapped(loop, "train_step", "step")
+    wrapped(loop, "evaluate", "an evaluation")
     InstructData.micro_batch = counted  # type: ignore[method-assign]
-    training_run.generate = slow_answer  # type: ignore[attr-defined]
+    loop.generate = slow_answer  # type: ignore[attr-defined]
+    torch.save = slow_save
 
 
 def feed_nan() -> None:
-    import train_step
-    import training_run
+    from training import loop, step
 
-    real_step, real_loss, current = training_run.train_step, train_step.F.linear_cross_entropy, {"step": 0}
+    real_step, real_loss, current = loop.train_step, step.F.linear_cross_entropy, {"step": 0}
 
     def loss(*arguments: Any, **keywords: Any) -> Any:
         bad = current["step"] in FAULT["nan"] and int(RANK) == FAULT["rank"]
         return real_loss(*arguments, **keywords) * (float("nan") if bad else 1.0)
 
-    def step(loss_of: Any, optimizer: Any, data: Any, stream: Any, position: Any, number: int, *rest: Any) -> Any:
-        current["step"] = number + 1
-        result = real_step(loss_of, optimizer, data, stream, position, number, *rest)
+    def watched(learner: Any, *rest: Any) -> Any:
+        current["step"] += 1
+        result = real_step(learner, *rest)
         digest = hashlib.sha256()
-        for parameter in loss_of.parameters():
-            for tensor in (parameter, *optimizer.state[parameter].values()):
+        for parameter in learner.model.parameters():
+            for tensor in (parameter, *learner.optimizer.state[parameter].values()):
                 digest.update(tensor.detach().numpy().tobytes())
         with Path(f"{FAULT['marker']}.{RANK}").open("a") as file:
-            file.write(f"{number + 1} {digest.hexdigest()}\n")
+            file.write(f"{current['step']} {digest.hexdigest()}\n")
         return result
 
-    train_step.F.linear_cross_entropy = loss
-    training_run.train_step = step  # type: ignore[assignment]
+    step.F.linear_cross_entropy = loss
+    loop.train_step = watched  # type: ignore[assignment]
 
 
-def prepared_hold(hold: Any = train_instruct.hold_signals) -> None:
-    """In place of hold_signals: the trainer's own imports come after it, so it is the first moment to wrap them."""
-    hold()
+def prepared_block(block: Any = train_instruct.block_signals) -> None:
+    """In place of block_signals: the trainer's own imports come after it, so it is the first moment to wrap them."""
+    block()
     if "phase" in FAULT:
         stop_at_phases()
     if "nan" in FAULT:
@@ -104,5 +109,5 @@ def prepared_hold(hold: Any = train_instruct.hold_signals) -> None:
 
 
 if __name__ == "__main__":
-    train_instruct.hold_signals = prepared_hold
-    run(train_instruct.main)
+    train_instruct.block_signals = prepared_block
+    run(train_instruct.main, leave)

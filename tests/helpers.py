@@ -6,57 +6,73 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint
+import prepare_instruct_dataset
 from conftest import ROOT, SRC
+from data.shapes import Example, read_examples
+from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
-from durable import durable_file
-from instruct_format import encode_example
-from manifest import manifest_bytes
+from instruct_format import END_OF_TEXT, encode_example, tokenizer
 from model import GPT, GPTConfig
-from prepare_instruct_dataset import Selection, ShardWriter, Tokenized, build_manifest
-from read_examples import Example, read_examples
-from train_options import complete_options, parse_options
+from training.options import parse_options
+from weights import checkpoint
 
 VOCAB = 1009  # a prime: real token ids modulo this keep the real lengths and masks
 SMALL = GPTConfig(context_length=1024, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
 
 
-def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], int]]]) -> Path:
-    """Prepared data from (tokens, number of prompt tokens) of each example of each split."""
-    writers = {split: ShardWriter(folder, split) for split in ("train", "val")}
-    selection = Selection(Namespace())
+def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], list[int]]]]) -> Path:
+    """Prepared data from (tokens, loss mask) of each example of each split."""
+    writer = DataWriter(folder)
     for split, examples in splits.items():
-        for tokens, prompt_tokens in examples:
-            writers[split].add(Tokenized(split, np.array(tokens, dtype=np.uint16), prompt_tokens))
-            selection.read += 1
-        writers[split].flush()
-    options = Namespace(dataset="made by a test", seed=0, val_fraction=0.05)
-    with durable_file(folder / "dataset_info.json") as file:
-        file.write(manifest_bytes(build_manifest(options, selection, writers)))
+        for tokens, mask in examples:
+            writer.add(split, Document(np.array(tokens, dtype=np.uint16), np.array(mask, dtype=np.uint8)))
+    writer.finish({"source": "made by a test"})
     return folder
 
 
-def real_examples(source: Path, count: int) -> list[tuple[list[int], int]]:
+def prepare(source: Path, output: Path, *flags: object) -> dict:
+    """Prepare a file in this process. Returns the manifest."""
+    arguments = ["--dataset", source, "--output_dir", output, *flags]
+    assert prepare_instruct_dataset.main([str(argument) for argument in arguments]) == 0
+    return open_prepared(output).manifest
+
+
+def texts_of(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """(prompt, response) of every example of each split, decoded from the shards; masks and ends are checked."""
+    texts: dict[str, list[tuple[str, str]]] = {"train": [], "val": []}
+    for split, data in open_data(folder, 1 << 30).items():
+        for number in range(len(data)):
+            tokens, mask = (part.tolist() for part in data.example(number))
+            begin = mask.index(1)
+            assert mask == [0] * begin + [1] * (len(mask) - begin) and tokens.index(END_OF_TEXT) == len(tokens) - 1
+            prompt, response = (tokenizer().decode_bytes(part).decode() for part in (tokens[:begin], tokens[begin:-1]))
+            texts[split].append((prompt, response))
+    return texts
+
+
+def real_examples(source: Path, count: int) -> list[tuple[list[int], list[int]]]:
     """The first examples of a file, tokenized with the template, ids modulo VOCAB."""
     examples = []
-    for _, row in read_examples(str(source)):
+    for _, row in islice(read_examples(str(source)), count):
         assert isinstance(row, Example)
         tokens, mask = encode_example(row.instruction, row.input, row.output)
-        examples.append(([token % VOCAB for token in tokens], mask.index(1)))
-        if len(examples) == count:
-            break
+        examples.append(([token % VOCAB for token in tokens], mask))
     return examples
 
 
-def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[int], int]]:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(2, longest + 1, count)
-    return [(generator.integers(0, VOCAB, length).tolist(), int(generator.integers(1, length))) for length in lengths]
+def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """(tokens, loss mask) of examples with one response each."""
+    generator, examples = np.random.default_rng(seed), []
+    for length in generator.integers(2, longest + 1, count):
+        tokens, prompt = generator.integers(0, VOCAB, length).tolist(), int(generator.integers(1, length))
+        examples.append((tokens, [0] * prompt + [1] * (len(tokens) - prompt)))
+    return examples
 
 
 def small_model(seed: int = 0, config: GPTConfig = SMALL) -> GPT:
@@ -77,12 +93,13 @@ def write_pretrained(path: Path, model: GPT) -> Path:
 
 
 def options_of(*flags: object) -> Namespace:
-    """Complete trainer options from flags."""
-    return complete_options(parse_options([str(flag) for flag in flags]))
+    """The trainer's options from flags."""
+    return parse_options([str(flag) for flag in flags])
 
 
 def open_data(folder: Path, context_length: int = 1024) -> dict[str, InstructData]:
-    return {split: InstructData(folder, split, context_length) for split in ("train", "val")}
+    prepared = open_prepared(folder)
+    return {split: InstructData(prepared, split, context_length) for split in ("train", "val")}
 
 
 def run_ranks(script: Path, world_size: int, *arguments: object, timeout: float = 240) -> None:
@@ -109,9 +126,10 @@ def resume_flags(data_dir: Path, pretrained: Path) -> list[str]:
 
 
 def same_state(one: object, other: object) -> bool:
-    """Equal to the bit, tensors and plain values alike."""
+    """Equal to the bit, tensors and plain values alike: 0.0 is not -0.0."""
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+        return (isinstance(other, torch.Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
+                and torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other))))
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):

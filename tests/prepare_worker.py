@@ -2,14 +2,14 @@
 
 import sys
 
-import data_report  # noqa: F401  (so that all imports are over when it begins)
 import instruct_format
 import prepare_instruct_dataset
 from cli import run
+from data import shards
 
 
 def main() -> int:
-    prepare_instruct_dataset.SHARD_TOKENS = int(sys.argv[1])
+    shards.SHARD_TOKENS = int(sys.argv[1])
     instruct_format.tokenizer()
     print("begin", flush=True)
     return prepare_instruct_dataset.main(sys.argv[2:])

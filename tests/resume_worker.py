@@ -8,10 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import train_instruct
 from cli import run
 from helpers import resume_flags
-from train_options import parse_options
-from training_run import train
+from training.ending import leave
 
 
 def main(data_dir: str, pretrained: str, folder: str, *steps: str) -> int:
@@ -24,7 +24,7 @@ def main(data_dir: str, pretrained: str, folder: str, *steps: str) -> int:
         if step != "whole":
             source = Path(folder) / "whole" / f"step_{int(step):06d}.pt"
             arguments = ["--resume", str(source), *arguments[-4:]]
-        assert train(parse_options(arguments)) == 0
+        assert train_instruct.main(arguments) == 0
         if main_process and step != "whole":
             for path in target.glob("step_*.pt"):
                 if path.name != "step_000024.pt":
@@ -34,4 +34,4 @@ def main(data_dir: str, pretrained: str, folder: str, *steps: str) -> int:
 
 
 if __name__ == "__main__":
-    run(lambda: main(*sys.argv[1:]))
+    run(lambda: main(*sys.argv[1:]), leave)

@@ -12,8 +12,9 @@ import torch
 from cli import run
 from dataloader_instruct import ExampleStream, Position
 from helpers import open_data, options_of, small_model
-from processes import Processes, join
-from train_step import evaluate, make_optimizer, train_step, wrap
+from training.ending import leave
+from training.processes import Processes, join
+from training.step import Learner, evaluate, learning_rate, train_step
 
 STEPS = {"float32": 20, "float64": 3}
 
@@ -23,17 +24,19 @@ def take_steps(data_dir: Path, mini_batch_size: str, dtype: str, processes: Proc
                          "--learning_rate", 1e-3, "--warmup_steps", 5, "--max_steps", 20, "--grad_clip", 0.5)
     data = open_data(data_dir, options.context_length)
     model = small_model().to(getattr(torch, dtype))
-    optimizer = make_optimizer(model, options.weight_decay)
-    loss_of = wrap(model, processes)
+    learner = Learner.of(model, options, processes)
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
+    most_tokens = options.mini_batch_size * options.context_length
     position, results, gradients = Position(), [], {}
     for step in range(STEPS[dtype]):
-        result = train_step(loss_of, optimizer, data["train"], stream, position, step, options, processes)
+        examples, position = stream.step(position)
+        plan = data["train"].plan(examples, most_tokens, processes.world_size)
+        result = train_step(learner, data["train"], plan, learning_rate(step, options))
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        position = result.after
-        results.append([result.loss, result.gradient_norm, result.examples])
+        results.append([result.loss, result.gradient_norm, examples])
+    plan = data["val"].plan(range(len(data["val"])), most_tokens, processes.world_size)
     return {"results": results, "gradients": gradients, "model": model.state_dict(),
-            "val_loss": evaluate(loss_of, data["val"], options, processes)}
+            "val_loss": evaluate(learner, data["val"], plan)}
 
 
 def main(data_dir: str, output: str, *mini_batch_sizes: str) -> int:
@@ -47,4 +50,4 @@ def main(data_dir: str, output: str, *mini_batch_sizes: str) -> int:
 
 
 if __name__ == "__main__":
-    run(lambda: main(*sys.argv[1:]))
+    run(lambda: main(*sys.argv[1:]), leave)

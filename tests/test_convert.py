@@ -9,22 +9,24 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import convert_checkpoint
-from checkpoint import load, load_pretrained, model_of
-from cli import CheckpointError, UserError
 from conftest import run_script
+from errors import CheckpointError, UserError
+from helpers import same_state
 from model import Documents
+from weights.checkpoint import load, model_of
+from weights.pretrained import load_folder, load_pretrained
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> tuple[Path, GPT2LMHeadModel]:
     """A small GPT-2 saved by transformers, every parameter random."""
-    folder = tmp_path_factory.mktemp("published") / "gpt2-tiny"
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=48, n_layer=3, n_head=4))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=48, n_layer=3, n_head=4)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    model.eval().save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("published") / "gpt2-tiny"
+    model.save_pretrained(folder)
     return folder, model
 
 
@@ -37,12 +39,14 @@ def changed_copy(source: Path, target: Path, **changes: object) -> Path:
     return target
 
 
-def test_an_imported_folder_has_the_logits_of_transformers(published, tmp_path):
+def import_to(output: Path, source: Path, *flags: str) -> int:
+    return convert_checkpoint.main(["import", str(source), "--output", str(output), *flags])
+
+
+def test_an_imported_folder_has_the_logits_of_transformers(published, tmp_path, capsys):
     folder, reference = published
     output = tmp_path / "checkpoints" / "best_model.pt"
-    code, stdout, stderr = run_script("convert_checkpoint.py", "import", folder, "--output", output)
-    assert (code, stderr) == (0, "")
-    assert stdout.startswith(f"wrote {output}: ")
+    assert import_to(output, folder) == 0 and capsys.readouterr().out.startswith(f"wrote {output}: ")
     model = model_of(load(output), output, torch.device("cpu"))
     tokens = torch.randint(0, 300, (32,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -50,22 +54,18 @@ def test_an_imported_folder_has_the_logits_of_transformers(published, tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=0)
     config, weights = load_pretrained(output)
     assert (config.n_layer, config.n_head, config.n_embd) == (3, 4, 48)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert same_state(weights, dict(model.state_dict()))
 
 
 def test_shards_and_16_bit_weights_are_read(published, tmp_path):
     folder, reference = published
     reference.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    _, found = convert_checkpoint.read_folder(tmp_path / "shards")
-    _, whole = convert_checkpoint.read_folder(folder)
-    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+    assert same_state(load_folder(tmp_path / "shards"), load_folder(folder))
     half = changed_copy(folder, tmp_path / "half")
     save_file({name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()},
               half / "model.safetensors")
-    convert_checkpoint.import_weights(str(half), tmp_path / "half.pt", force=False)
-    _, weights = load_pretrained(tmp_path / "half.pt")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert same_state(load_folder(half)[1], {k: value.half().float() for k, value in load_folder(folder)[1].items()})
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -79,36 +79,30 @@ def test_shards_and_16_bit_weights_are_read(published, tmp_path):
     ({"vocab_size": 50257}, "its config says vocab_size 50257"),
 ])
 def test_what_is_not_gpt2_as_published_is_exit_code_3(published, tmp_path, changes, message):
-    folder = changed_copy(published[0], tmp_path / "other", **changes)
     with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint.import_weights(str(folder), tmp_path / "out.pt", force=False)
+        import_to(tmp_path / "out.pt", changed_copy(published[0], tmp_path / "other", **changes))
     assert not (tmp_path / "out.pt").exists()
 
 
 def test_wrong_sources_are_one_line(published, tmp_path):
-    folder, _ = published
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    without_weights = changed_copy(folder, tmp_path / "bare")
-    (without_weights / "model.safetensors").unlink()
-    damaged = changed_copy(folder, tmp_path / "damaged")
+    folder, existing = published[0], tmp_path / "mine.pt"
+    bare, damaged, not_json = (changed_copy(folder, tmp_path / name) for name in ("bare", "damaged", "not_json"))
+    (bare / "model.safetensors").unlink()
     (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
-    not_json = changed_copy(folder, tmp_path / "not_json")
     (not_json / "config.json").write_text("[")
-    existing = tmp_path / "mine.pt"
     existing.write_text("mine")
     for source, output, message, kind in [
-            (empty, "out.pt", "config.json: not readable", UserError),
-            (without_weights, "out.pt", "no .safetensors file", UserError),
+            (tmp_path, "out.pt", "config.json: not readable", UserError),
+            (bare, "out.pt", "no .safetensors file", UserError),
             (damaged, "out.pt", "not a readable safetensors file", CheckpointError),
             (not_json, "out.pt", "not readable as a model's configuration", UserError),
             (folder / "config.json", "out.pt", "not a folder", UserError),
             (folder, existing.name, "exists; --force replaces it", UserError)]:
-        with pytest.raises(kind, match=message):
-            convert_checkpoint.import_weights(str(source), tmp_path / output, force=False)
+        with pytest.raises(kind, match=message) as caught:
+            import_to(tmp_path / output, source)
+        assert type(caught.value) is kind and "\n" not in str(caught.value)
     assert existing.read_text() == "mine"
-    convert_checkpoint.import_weights(str(folder), existing, force=True)
-    assert load(existing)["step"] == 0
+    assert import_to(existing, folder, "--force") == 0 and load(existing)["step"] == 0
 
 
 def test_without_a_network_the_hub_is_one_line(tmp_path):

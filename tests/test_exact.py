@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoint import normalize_weights
 from conftest import ROOT
 from dataloader_instruct import ExampleStream, InstructData, Position
 from helpers import SMALL, open_data, options_of, random_examples, real_examples, run_ranks, small_model, write_data
-from processes import Processes
-from train_step import ResponseLoss, evaluate, learning_rate, make_optimizer, train_step
+from model import GPT
+from training.processes import Processes
+from training.step import Learner, ResponseLoss, evaluate, learning_rate, train_step
+from weights.pretrained import normalize_weights
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 WORKER = ROOT / "tests" / "steps_worker.py"
 
 
@@ -60,7 +60,7 @@ def reference_loss_sum(reference: GPT2LMHeadModel, data: InstructData, examples:
 def reference_step(reference: GPT2LMHeadModel, data: InstructData, examples: list[int]) -> tuple[float, float, dict]:
     """Loss, gradient norm and gradients (our names and layout) of one step."""
     reference.zero_grad()
-    count = sum(int(data.example(number)[1].sum()) for number in examples)
+    count = sum(int(data.example(number).loss_mask.sum()) for number in examples)
     loss = 0.0
     for start in range(0, len(examples), 8):
         part = reference_loss_sum(reference, data, examples[start:start + 8]) / count
@@ -81,57 +81,58 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def all_in_one_step(data: InstructData) -> tuple:
-    options = options_of("--total_batch_size", 1 << 20, "--context_length", 1024, "--mini_batch_size", 4,
-                         "--grad_clip", 1e9, "--warmup_steps", 0, "--learning_rate", 1e-3, "--max_steps", 100)
-    return options, ExampleStream(data.lengths, options.seed, 1 << 20)
+def learner_of(model: GPT, *flags: object) -> Learner:
+    return Learner.of(model, options_of(*flags), Processes(0, 1, torch.device("cpu")))
 
 
-def one_epoch(stream: ExampleStream, data: InstructData) -> ExampleStream:
-    """The stream with steps that end with the epoch, so that a step is all examples once."""
-    stream.most_tokens = int(data.lengths.sum())
-    return stream
+def assert_step_equals_transformers(data: InstructData, dtype: torch.dtype, tolerance: float) -> None:
+    """Loss, gradient norm and every gradient of one step on all examples, in micro-batches of 4,096 tokens."""
+    learner, examples = learner_of(small_model().to(dtype), "--grad_clip", 1e9), range(len(data))
+    result = train_step(learner, data, data.plan(examples, 4096, 1), 1e-3)
+    loss, norm, gradients = reference_step(reference_model(dtype), data, list(examples))
+    assert result.loss == pytest.approx(loss, rel=tolerance)
+    assert result.gradient_norm == pytest.approx(norm, rel=tolerance)
+    for name, parameter in learner.model.named_parameters():
+        assert relative(parameter.grad, gradients[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_one_step_equals_transformers(data_dir, dtype, tolerance):
-    """Loss, gradient norm and every gradient of a step of 64 examples."""
-    data = open_data(data_dir)["train"]
-    options, stream = all_in_one_step(data)
-    model = small_model().to(dtype)
-    result = train_step(ResponseLoss(model), make_optimizer(model, 0.01), data, one_epoch(stream, data), Position(), 0,
-                        options, ALONE)
-    assert sorted(result.examples) == list(range(64))
-    loss, norm, gradients = reference_step(reference_model(dtype), data, result.examples)
-    assert result.loss == pytest.approx(loss, rel=tolerance)
-    assert result.gradient_norm == pytest.approx(norm, rel=tolerance)
-    for name, parameter in model.named_parameters():
-        assert relative(parameter.grad, gradients[name]) < tolerance, name
+    assert_step_equals_transformers(open_data(data_dir)["train"], dtype, tolerance)
+
+
+def test_every_trained_span_of_a_document_is_trained(tmp_path):
+    """Several turns, up to the document's end or not: the mask travels from the writer to the gradient."""
+    examples = random_examples(6, 200)
+    spans = [[(3, 9), (20, 50)], [(1, 2), (5, 6), (9, 30)], [(10, 11)]]
+    for (tokens, mask), trained in zip(examples, [*spans, *spans]):
+        mask[:] = [int(any(start <= place < end for start, end in trained)) for place in range(len(tokens))]
+    data = open_data(write_data(tmp_path, {"train": examples, "val": examples[:1]}))["train"]
+    assert [data.example(number).loss_mask.tolist() for number in range(6)] == [mask for _, mask in examples]
+    assert_step_equals_transformers(data, torch.float64, 1e-10)
 
 
 def test_ten_adamw_steps_equal_transformers_and_torch_optim(data_dir):
     data = open_data(data_dir)["train"]
-    options = options_of("--total_batch_size", 2048, "--context_length", 1024, "--learning_rate", 1e-3,
-                         "--warmup_steps", 3, "--max_steps", 10, "--grad_clip", 0.5)
-    stream = ExampleStream(data.lengths, options.seed, options.total_batch_size)
-    model, reference = small_model(), reference_model(torch.float32)
-    optimizer = make_optimizer(model, options.weight_decay)
+    options = options_of("--learning_rate", 1e-3, "--warmup_steps", 3, "--max_steps", 10)
+    stream, position = ExampleStream(data.lengths, 1337, 2048), Position()
+    learner, reference = learner_of(small_model(), "--grad_clip", 0.5), reference_model(torch.float32)
     parameters = list(reference.parameters())
     theirs = torch.optim.AdamW([{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
                                 {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
                                betas=(0.9, 0.95))
-    position = Position()
     for step in range(10):
-        result = train_step(ResponseLoss(model), optimizer, data, stream, position, step, options, ALONE)
-        position = result.after
-        loss, norm, _ = reference_step(reference, data, result.examples)
+        examples, position = stream.step(position)
+        rate = learning_rate(step, options)
+        result = train_step(learner, data, data.plan(examples, 8192, 1), rate)
+        loss, norm, _ = reference_step(reference, data, examples)
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         for group in theirs.param_groups:
-            group["lr"] = learning_rate(step, options)
+            group["lr"] = rate
         theirs.step()
         assert result.loss == pytest.approx(loss, rel=1e-4)
     expected = normalize_weights(reference.state_dict(), Path("transformers"))
-    for name, tensor in model.state_dict().items():
+    for name, tensor in learner.model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
 
 
@@ -194,9 +195,9 @@ def test_a_micro_batch_without_response_tokens_contributes_nothing(data_dir):
        seed=st.integers(0, 100))
 def test_the_loss_of_an_example_does_not_depend_on_its_neighbours(tmp_path_factory, lengths, which, seed):
     """The sum over a packed buffer is the sum of each example alone, whatever stands beside it."""
-    examples = [random_examples(1, 2, seed=seed + i)[0] for i in range(len(lengths))]
     generator = torch.Generator().manual_seed(seed)
-    examples = [(torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist(), max(1, n // 3)) for n in lengths]
+    examples = [(torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist(),
+                 [0] * max(1, n // 3) + [1] * (n - max(1, n // 3))) for n in lengths]
     folder = write_data(tmp_path_factory.mktemp("pack"), {"train": examples, "val": examples[:1]})
     data, loss_of = open_data(folder)["train"], ResponseLoss(small_model().double())
     with torch.no_grad():
@@ -210,13 +211,9 @@ def test_evaluation_equals_transformers_and_covers_the_whole_split(data_dir):
     reference = reference_model(torch.float32)
     with torch.no_grad():
         sums = [float(reference_loss_sum(reference, data, [number])) for number in range(len(data))]
-    count = data.response_tokens(range(len(data)))
-    context = ("--context_length", 1024)
-    found = [evaluate(ResponseLoss(small_model()), data, options_of("--mini_batch_size", size, *context), ALONE)
-             for size in (1, 4, 64)]
+    learner, count = learner_of(small_model()), data.plan(range(len(data)), 4096, 1).response_tokens
+    found = [evaluate(learner, data, data.plan(range(len(data)), size * 1024, 1)) for size in (1, 4, 64)]
     assert found == pytest.approx([sum(sums) / count] * 3, rel=1e-6)
-    first = evaluate(ResponseLoss(small_model()), data, options_of("--eval_examples", 5, *context), ALONE)
-    assert first == pytest.approx(sum(sums[:5]) / data.response_tokens(range(5)), rel=1e-6)
 
 
 def test_the_learning_rate_is_right_at_every_corner():

@@ -11,19 +11,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from conftest import run_script
-from durable import lock_folder
+from conftest import run_launcher
 from faults import FAULTS
 from faults_disk import disk_full, soak
-from faults_kill import kills, rank_dies, write_order
+from faults_kill import kills, rank_dies, rank_dies_early, write_order
 from faults_signals import DIVERGENCES, one_rank_diverges, second_ctrl_c, signals
 from faults_tools import Lab, Result
+from weights.durable import lock_folder
 
 SHORT = {
     "USR1 to the launcher": lambda lab: signals(("save",), ("the launcher",), (signal.SIGUSR1,), lab),
     "a second Ctrl-C": lambda lab: second_ctrl_c(1, ("the process",), lab),
     "kill": lambda lab: kills(1, in_saves=1, threads=1, undisturbed=1, shared=lab),
     "a rank dies": lambda lab: rank_dies(1, 1, lab),
+    "a rank dies early": lambda lab: rank_dies_early(1, lab),
     "NaN on one rank": lambda lab: one_rank_diverges(DIVERGENCES[2:], lab),
     "soak": lambda _: soak(2000),
     "a signal in the first second": lambda lab: signals(("first second",), ("the process",), (signal.SIGUSR1,), lab),
@@ -50,7 +51,7 @@ def test_faults_in_short(results, name):
 def test_the_launcher_refuses_a_folder_in_use_at_once(tmp_path):
     with lock_folder(tmp_path):
         begin = time.monotonic()
-        code, _, stderr = run_script("launch.py", "2", "--checkpoint_dir", str(tmp_path), "--resume", "latest")
+        code, _, stderr = run_launcher("2", "--checkpoint_dir", str(tmp_path), "--resume", "latest")
         assert (code, stderr.count("\n")) == (2, 1) and "another run is writing there (process " in stderr
         assert time.monotonic() - begin < 5
 

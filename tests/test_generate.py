@@ -1,18 +1,25 @@
-"""Sampling draws from the distribution it says, reproducibly, and never a padding token."""
+"""Sampling draws from the distribution it says, and never a padding token; decoding is what linear layers compute."""
+
+from functools import partial
 
 import pytest
 import torch
 
-from decode_weights import OneRow, for_decoding
-from generate import GREEDY, Sampling, choose, generate, probabilities
+from answering.decode_weights import OneRow, for_decoding
+from answering.generate import GREEDY, choose, generate, probabilities
+from answering.settings import Settings
 from helpers import small_model
-from model import GPT, GPTConfig, KVCache
+from model import GPTConfig, KVCache
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+sampling = partial(Settings, Settings().max_new_tokens)  # of temperature, top_k, top_p
 
 
-def expected(temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """The distribution computed one token at a time, in plain Python."""
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4, 100])
+@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.7, 0.95, 1.0])
+def test_the_distribution_equals_a_direct_computation(temperature, top_k, top_p):
+    """One token at a time, in plain Python."""
     weights = [float(torch.exp((value / temperature).double())) for value in LOGITS]
     order = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k or len(weights)]
     kept, mass = [], 0.0
@@ -21,64 +28,38 @@ def expected(temperature: float, top_k: int, top_p: float) -> torch.Tensor:
         mass += weights[token] / sum(weights[i] for i in order)
         if mass >= top_p:
             break
-    total = sum(weights[i] for i in kept)
-    return torch.tensor([weights[i] / total if i in kept else 0.0 for i in range(len(weights))])
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [0, 1, 2, 4, 100])
-@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.7, 0.95, 1.0])
-def test_the_distribution_equals_a_direct_computation(temperature, top_k, top_p):
-    found = probabilities(LOGITS, Sampling(temperature, top_k, top_p))
-    torch.testing.assert_close(found, expected(temperature, top_k, top_p), atol=1e-6, rtol=1e-5)
+    expected = torch.tensor([weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(6)])
+    found = probabilities(LOGITS, sampling(temperature, top_k, top_p))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_draws_follow_the_distribution():
     """20,000 draws: chi-squared below its 0.999 quantile for the kept tokens (seeded, so it never flickers)."""
-    sampling, generator = Sampling(0.8, 5, 0.97), torch.Generator().manual_seed(0)
-    probability = probabilities(LOGITS, sampling)
-    draws = torch.bincount(torch.tensor([choose(LOGITS, sampling, generator) for _ in range(20_000)]), minlength=6)
+    settings, generator = sampling(0.8, 5, 0.97), torch.Generator().manual_seed(0)
+    probability = probabilities(LOGITS, settings)
+    draws = torch.bincount(torch.tensor([choose(LOGITS, settings, generator) for _ in range(20_000)]), minlength=6)
     kept = probability > 0
     assert draws[~kept].sum() == 0
     statistic = ((draws - 20_000 * probability)[kept] ** 2 / (20_000 * probability[kept])).sum()
     assert statistic < 18.47  # 4 degrees of freedom
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(5.0, 0, 1.0), Sampling(1.0, 50_300, 1.0),
-                                      Sampling(1.0, 40, 0.9)])
-def test_padding_rows_are_never_chosen(sampling):
-    logits = torch.zeros(50304)
-    logits[50257:] = 100.0
-    generator = torch.Generator().manual_seed(0)
-    assert all(choose(logits, sampling, generator) < 50257 for _ in range(200))
+@pytest.mark.parametrize("settings", [GREEDY, Settings(), sampling(5.0, 0, 1.0), sampling(1.0, 50_300, 1.0)])
+def test_padding_rows_are_never_chosen(settings):
+    logits, generator = torch.zeros(50304), torch.Generator().manual_seed(0)
+    logits[50257:] = 100.0  # were they not left out, nothing else would be chosen
+    assert all(choose(logits, settings, generator) < 50257 for _ in range(50))
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    model = GPT(GPTConfig(32, 97, 2, 2, 32))
-    model.init_weights(0)
-    return model
-
-
-def test_a_seed_makes_sampling_reproducible(model):
-    def run(seed: int) -> list[int]:
-        return list(generate(model, [1, 2], 20, Sampling(1.0, 0, 1.0), generator=torch.Generator().manual_seed(seed)))
-
-    assert run(1) == run(1)
-    assert run(1) != run(2)
-
-
-def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context(model):
+def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context():
+    model = small_model(config=GPTConfig(32, 97, 2, 2, 32))
     tokens = list(generate(model, [5], 100))
     assert len(tokens) == 31  # the context of 32
     assert list(generate(model, [5], 3)) == tokens[:3]
-    stop = tokens[4]
-    assert list(generate(model, [5], 100, stop_token=stop)) == tokens[:tokens.index(stop)]
-
-
-def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="0 tokens"):
-        next(generate(model, [], 1))
+    assert list(generate(model, [5], 100, stop_token=tokens[4])) == tokens[:tokens.index(tokens[4])]
+    for prompt in ([], [0] * 32):
+        with pytest.raises(ValueError, match=f"{len(prompt)} tokens does not fit a context of 32"):
+            next(generate(model, prompt, 1))
 
 
 def test_decoding_gives_the_logits_of_linear_layers():
@@ -99,14 +80,12 @@ def test_decoding_gives_the_logits_of_linear_layers():
 def test_one_row_is_a_linear_layer_whatever_the_shape_and_the_threads(shape, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
-    x = torch.randn(1, shape[1], generator=generator)
+    weight, bias, x = (torch.randn(size, generator=generator) for size in (shape, shape[0], (1, shape[1])))
     for given in (bias, None):
         layer = OneRow(weight, given, int8=False)
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
-        for _ in range(2):  # the first call leaves the layer as it was
-            assert torch.allclose(layer(x).double(), expected, atol=1e-4, rtol=1e-5)
-        assert torch.allclose(layer(x.repeat(3, 1)).double(), expected.repeat(3, 1), atol=1e-4, rtol=1e-5)
+        for rows in (1, 1, 3):  # the first call leaves the layer as it was
+            assert torch.allclose(layer(x.repeat(rows, 1)).double(), expected.repeat(rows, 1), atol=1e-4, rtol=1e-5)
 
 
 def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias():
@@ -122,9 +101,5 @@ def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias
         bound = (x.abs() @ steps.t()) / 2 + 1e-3  # the last for sums with numbers of some thousands
         assert found.dtype == torch.float32 and bool(((found - exact).abs() <= bound).all())
         assert not torch.equal(found, exact)
-
-
-def test_an_int8_model_answers():
-    model = small_model()
-    for_decoding(model, int8=True)
+    for_decoding(model := small_model(), int8=True)
     assert len(list(generate(model, [1, 2, 3], 10))) == 10

@@ -1,21 +1,19 @@
 """Texts that mean harm: what looks like a special token or the template stays text, and no terminal is driven."""
 
-from __future__ import annotations
-
 import json
 import re
 
 import pytest
 
-import chat
 import cli
 import convert_checkpoint
-import generate
 import prepare_instruct_dataset
+from answering.answer import Answer
+from answering.settings import Settings
 from cli import printable, printable_line
 from conftest import write_jsonl
-from helpers import open_data
-from instruct_format import END_OF_TEXT, encode_prompt, prompt_text, tokenizer
+from helpers import prepare, small_model, texts_of
+from instruct_format import END_OF_TEXT, prompt_text, tokenizer
 
 # Texts that look like the template, or like special tokens
 
@@ -30,51 +28,20 @@ PLACED = [{name: text if name == field else f"plain {name}" for name in FIELDS}
 
 
 @pytest.fixture(scope="module")
-def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Prompt -> response of all 51 examples, decoded from the shards; special tokens and masks are checked."""
+def placed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
+    """Prompt and response of all examples, decoded from the shards; special tokens and masks are checked."""
     folder = tmp_path_factory.mktemp("lookalikes")
-    source = write_jsonl(folder / "a.jsonl", PLACED)
-    assert prepare_instruct_dataset.main(["--dataset", str(source), "--output_dir", str(folder / "out"),
-                                          "--val_fraction", "0.3"]) == 0
-    found = {}
-    for split in open_data(folder / "out").values():
-        for number in range(len(split)):
-            tokens, mask = (part.tolist() for part in split.example(number))
-            prompt = mask.index(1)
-            assert mask == [0] * prompt + [1] * (len(tokens) - prompt)
-            assert tokens.index(END_OF_TEXT) == len(tokens) - 1
-            found[tokenizer().decode(tokens[:prompt])] = tokenizer().decode(tokens[prompt:-1])
-    return found
+    prepare(write_jsonl(folder / "a.jsonl", PLACED), folder / "out", "--val_fraction", 0.3)
+    return sum(texts_of(folder / "out").values(), [])
 
 
-def test_there_are_fifty_lookalikes(placed):
-    assert len(PLACED) >= 50 and len(placed) == len({(row["instruction"], row["input"]) for row in PLACED})
-
-
-@pytest.mark.parametrize("row", [row for row in PLACED if row["output"] == "plain output"], ids=ascii)
-def test_a_lookalike_in_a_prompt_stays_text(placed, row, monkeypatch):
+@pytest.mark.parametrize("row", PLACED, ids=lambda row: ascii("|".join(row.values())))
+def test_a_lookalike_stays_text(placed, row):
     """From the file to the shard and back; and chat asks with the same tokens."""
     prompt = prompt_text(row["instruction"], row["input"])
-    assert placed[prompt] == row["output"]
-    asked: list[list[int]] = []
-    monkeypatch.setattr(generate, "generate", lambda model, prompt, *rest: asked.append(prompt) or iter(()))
-    talk = chat.Chat.__new__(chat.Chat)
-    talk.model, talk.generator, talk.sampling = type("Model", (), {})(), None, None
-    talk.model.config = type("Config", (), {"context_length": 1024})()
-    talk.options = chat.parse_options([])
-    list(talk.stream(row["instruction"], row["input"], chat.Answer()))
-    assert asked == [encode_prompt(row["instruction"], row["input"])]
-    assert END_OF_TEXT not in asked[0] and tokenizer().decode(asked[0]) == prompt
-
-
-@pytest.mark.parametrize("text", LOOKALIKES, ids=ascii)
-def test_a_lookalike_in_a_response_stays_text(tmp_path, text):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"instruction": f"{n}", "input": "", "output": text,
-                                                 "split": ("train", "val")[n % 2]} for n in range(2)])
-    assert prepare_instruct_dataset.main(["--dataset", str(source), "--output_dir", str(tmp_path / "out")]) == 0
-    tokens, mask = (part.tolist() for part in open_data(tmp_path / "out")["val"].example(0))
-    assert tokens.count(END_OF_TEXT) == 1 and tokens[-1] == END_OF_TEXT
-    assert tokenizer().decode(tokens[mask.index(1):-1]) == text and sum(mask) == len(tokens) - mask.index(1)
+    assert placed.count((prompt, row["output"])) == 1 and len(placed) == len(PLACED)
+    asked = Answer(small_model(), row["instruction"], row["input"], Settings()).prompt
+    assert END_OF_TEXT not in asked and tokenizer().decode(asked) == prompt
 
 
 # Texts that drive a terminal
@@ -93,38 +60,35 @@ RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028
                  "\U000e0000-\U000e007f]")
 
 
-@pytest.mark.parametrize("payload", PAYLOADS, ids=ascii)
-def test_no_payload_survives(payload):
-    assert RAW.search(payload) and not RAW.search(printable(payload)) and len(printable(payload)) > len(payload)
+def exit_code(main, *flags: object) -> object:
+    """Run a script's main as the command line does."""
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: main([str(flag) for flag in flags]))
+    return left.value.code
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=ascii)
 def test_preparation_prints_no_payload(tmp_path, capfd, payload):
     """In the fields of a sample, in its file's name and folder, in a column's name, in a bad value, in a bad line."""
-    row = {"instruction": f"a{payload}b", "input": f"c{payload}d", "output": f"e{payload}f"}
+    assert RAW.search(payload) and not RAW.search(printable(payload)) and len(printable(payload)) > len(payload)
+    row = {name: f"{name}{payload}!" for name in FIELDS}
     name = payload.replace("/", "|")
     folder = tmp_path / f"x{name}"
     folder.mkdir()
     rows = [{**row, "split": "train"}, {**row, "instruction": "", "split": "val"}]
-    source = write_jsonl(folder / f"y{name}.jsonl", rows)
-    flags = ["--output_dir", str(folder / "out")]
-    assert prepare_instruct_dataset.main(["--dataset", str(source), *flags]) == 0
+    prepare(write_jsonl(folder / f"y{name}.jsonl", rows), folder / "out")
     out, _ = capfd.readouterr()
     assert not RAW.search(out) and f"wrote {printable_line(folder)}/out/" in out
-    assert all(printable(f"{a}{payload}{b}") in out for a, b in ("ab", "cd", "ef"))
-    wrong = [json.dumps({f"z{payload}": 1}), json.dumps({**row, "split": payload}), payload + "{",
-             json.dumps({**row, "output": 7})]
-    sources = [folder / f"{number}{name}.jsonl" for number in range(len(wrong))]
-    for path, line in zip(sources, wrong):
-        path.write_text(line + "\n", encoding="utf-8")
-    sources += [folder / f"missing{name}.jsonl", folder / f"kind{name}.txt"]
-    sources[-1].write_text("x")
-    for path in sources:
-        with pytest.raises(SystemExit) as left:
-            cli.run(lambda path=path: prepare_instruct_dataset.main(["--dataset", str(path), *flags]))
-        assert left.value.code == 2
+    assert all(printable(text) in out for text in row.values())
+    wrong = [{f"z{payload}": 1}, {**row, "split": payload}, {**row, "output": 7}]
+    paths = [write_jsonl(folder / f"{number}{name}.jsonl", [row]) for number, row in enumerate(wrong)]
+    paths += [folder / f"line{name}.jsonl", folder / f"kind{name}.txt", folder / f"missing{name}.jsonl"]
+    for path in paths[-3:-1]:
+        path.write_text(payload + "{\n", encoding="utf-8")
+    for path in paths:
+        assert exit_code(prepare_instruct_dataset.main, "--dataset", path, "--output_dir", folder / "out") == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == len(sources) and not RAW.search(err)
+    assert out == "" and err.count("\n") == len(paths) and not RAW.search(err)
 
 
 @pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "/" not in payload], ids=ascii)
@@ -132,22 +96,14 @@ def test_an_import_prints_no_payload(tmp_path, capfd, payload):
     """File names, and names and values of a foreign configuration."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    folder = tmp_path / f"x{payload}"
+    folder, output = tmp_path / f"x{payload}", tmp_path / f"y{payload}.pt"
     GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
-    capfd.readouterr()
-
-    def run(*flags: str) -> int:
-        with pytest.raises(SystemExit) as left:
-            cli.run(lambda: convert_checkpoint.main(["import", *flags]))
-        return int(left.value.code or 0)
-
-    output = tmp_path / f"y{payload}.pt"
-    assert run(str(folder), "--output", str(output)) == 0
-    assert run(str(folder), "--output", str(output)) == 2
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": payload}))
-    assert run(str(folder), "--output", str(output), "--force") == 3
-    (folder / "config.json").write_text("junk")
-    assert run(str(folder), "--output", str(output), "--force") == 2
+    capfd.readouterr()
+    for text, *force, code in ((None, 0), (None, 2), (json.dumps({**config, "model_type": payload}), "--force", 3),
+                               ("junk", "--force", 2)):
+        if text:
+            (folder / "config.json").write_text(text)
+        assert exit_code(convert_checkpoint.main, "import", folder, "--output", output, *force) == code
     out, err = capfd.readouterr()
     assert printable_line(output) in out and err.count("\n") == 3 and not RAW.search(out + err)

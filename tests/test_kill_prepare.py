@@ -1,188 +1,138 @@
 """Preparation killed at random moments: the folder holds the old dataset or the new one, and a next run mends it."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import prepare_instruct_dataset
-from cli import UserError
+import helpers
 from conftest import ROOT, SRC, TIMEOUT, run_script, write_jsonl
-from durable import LOCK, TEMPORARY_SUFFIX
+from data.shards import KINDS, MANIFEST, SPLITS, open_prepared, shard_file
 from helpers import open_data
-from manifest import KINDS, MANIFEST, read_manifest, shard_file
+from weights.durable import LOCK
 
 SHARD_TOKENS = 150
-
-
-def rows(count: int, text: str) -> list[dict[str, str]]:
-    return [{"instruction": f"{text} {number}", "input": "", "output": f"Answer {number}"} for number in range(count)]
+FLAGS = ("--val_fraction", "0.3", "--num_proc", "1")
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> dict[str, Path]:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A larger and a smaller dataset: about 45 and 20 shards."""
-    return {"large": write_jsonl(tmp_path / "large.jsonl", rows(300, "Question")),
-            "small": write_jsonl(tmp_path / "small.jsonl", rows(140, "Problem"))}
+    monkeypatch.setattr("data.shards.SHARD_TOKENS", SHARD_TOKENS)
+    return {name: write_jsonl(tmp_path / f"{name}.jsonl", (
+        {"instruction": f"{name} {number}", "input": "", "output": f"Answer {number}"} for number in range(count)))
+        for name, count in (("large", 300), ("small", 140))}
 
 
 def start(source: Path, output: Path) -> subprocess.Popen:
     """A preparation that has said that it begins."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "prepare_worker.py"), str(SHARD_TOKENS), "--dataset", str(source),
-         "--output_dir", str(output), "--val_fraction", "0.3", "--num_proc", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(SRC)})
+    command = [sys.executable, ROOT / "tests" / "prepare_worker.py", SHARD_TOKENS, "--dataset", source, "--output_dir",
+               output, *FLAGS]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(SRC)})
     assert process.stdout and process.stdout.readline() == b"begin\n"
     return process
 
 
-def prepare(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Prepare here, undisturbed. Returns the fingerprint."""
-    monkeypatch.setattr(prepare_instruct_dataset, "SHARD_TOKENS", SHARD_TOKENS)
-    assert prepare_instruct_dataset.main(["--dataset", str(source), "--output_dir", str(output), "--val_fraction",
-                                          "0.3", "--num_proc", "1"]) == 0
-    return read_manifest(output)["fingerprint"]
+def prepare(source: Path, output: Path) -> str:
+    """Prepare here, undisturbed; nothing stale and nothing half-written is left. Returns the fingerprint."""
+    fingerprint = helpers.prepare(source, output, *FLAGS)["fingerprint"]
+    assert dataset_in(output) == (fingerprint, set())
+    return fingerprint
 
 
-def files_of(output: Path) -> set[Path]:
-    return {path for path in output.rglob("*") if path.is_file()}
-
-
-def named_files(output: Path) -> set[Path]:
-    return {output / MANIFEST, output / LOCK} | {
-        shard_file(output, split, shard, kind) for split, shards in read_manifest(output)["shards"].items()
-        for shard in shards for kind in KINDS}
-
-
-def phase_of(output: Path, before: str | None, after: str, ended: bool) -> str:
-    """Where the kill fell, told from what it left. Asserts that the folder holds one whole dataset."""
+def dataset_in(output: Path) -> tuple[str | None, set[Path]]:
+    """The fingerprint of a whole dataset, its SHA-256s checked, or None; and the files that no manifest names."""
+    files = {path for path in output.rglob("*") if path.is_file()} - {output / LOCK, output / MANIFEST}
     if not (output / MANIFEST).exists():
-        assert before is None
-        return "writing" if files_of(output) - {output / LOCK} else "before writing"
-    found = {data.fingerprint for data in open_data(output).values()}  # opening checks every SHA-256
-    assert len(found) == 1 and found <= {before, after}
-    stray = files_of(output) - named_files(output)
-    if found == {before}:
-        return "writing" if stray else "before writing"
-    return "removing" if stray else "ended" if ended else "after removing"
+        return None, files
+    open_data(output)
+    manifest = open_prepared(output).manifest
+    return manifest["fingerprint"], files - {shard_file(output, split, shard, kind) for split in SPLITS
+                                             for shard in manifest["shards"][split] for kind in KINDS}
 
 
-def kill_many(tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kills: int) -> Counter[str]:
+@pytest.mark.parametrize(("kills", "least"), [(5, 0), pytest.param(100, 30, marks=pytest.mark.slow)])
+def test_a_killed_preparation_leaves_a_whole_dataset(tmp_path, sources, kills, least):
     """Every fourth kill strikes in an empty folder, the others over a whole dataset; small and large take turns."""
-    chance, phases = random.Random(0), Counter[str]()
-    fingerprints = {name: prepare(path, tmp_path / f"whole_{name}", monkeypatch) for name, path in sources.items()}
+    chance, while_writing = random.Random(0), 0
+    fingerprints = {name: prepare(path, tmp_path / f"whole_{name}") for name, path in sources.items()}
     begin = time.monotonic()
     assert start(sources["large"], tmp_path / "timed").wait(TIMEOUT) == 0
     seconds = time.monotonic() - begin  # with the start of Python, so some kills come too late
-    output, before = tmp_path / "out", None
     for number in range(kills):
-        name = ("large", "small")[number % 2]
-        if number % 4 == 0:
-            output, before = tmp_path / f"out{number}", None
+        output, name = tmp_path / f"out{number // 4}", ("large", "small")[number % 2]
+        before, _ = dataset_in(output)
         process = start(sources[name], output)
         time.sleep(chance.uniform(0, 0.7 * seconds))
-        ended = process.poll() is not None
         process.kill()
         process.wait()
-        phases[phase_of(output, before, fingerprints[name], ended)] += 1
-        before = prepare(sources[name], output, monkeypatch)
-        assert before == fingerprints[name]
-        assert files_of(output) == named_files(output)  # nothing stale, nothing half-written
-    return phases
+        after, strays = dataset_in(output)
+        assert after in (before, fingerprints[name])
+        while_writing += after == before and bool(strays)
+        assert prepare(sources[name], output) == fingerprints[name]
+    assert while_writing >= least
 
 
-def test_a_killed_preparation_leaves_a_whole_dataset(tmp_path, sources, monkeypatch):
-    assert kill_many(tmp_path, sources, monkeypatch, 5).total() == 5
+def until(left: Iterator[int], real: Callable) -> Callable:
+    """The function while numbers are left; then it raises at every call, so nothing is cleaned up, as in a crash."""
+    def call(*arguments: object, **options: object) -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt  # no handler in between takes it
+        return real(*arguments, **options)
 
-
-@pytest.mark.slow
-def test_a_hundred_killed_preparations_leave_whole_datasets(tmp_path, sources, monkeypatch):
-    phases = kill_many(tmp_path, sources, monkeypatch, 100)
-    print(dict(phases))
-    assert phases["writing"] >= 30, phases
-
-
-def crash_after(patch: pytest.MonkeyPatch, moment: int) -> None:
-    """From the moment-th rename or removal on, all of them raise, so nothing is cleaned up either, as in a crash."""
-    left = [moment]
-
-    def crashing(real):
-        def crash(*arguments: object, **options: object) -> object:
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt  # no handler in between takes it
-            return real(*arguments, **options)
-
-        return crash
-
-    for name in ("replace", "unlink"):
-        patch.setattr(Path, name, crashing(getattr(Path, name)))
+    return call
 
 
 def test_a_crash_before_each_rename_and_removal_leaves_a_whole_dataset(tmp_path, sources, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # this is not about a power cut, and fsync takes long
-    fingerprints = {name: prepare(source, tmp_path / name, monkeypatch) for name, source in sources.items()}
+    old, new = (prepare(sources[name], tmp_path / name) for name in ("large", "small"))
     output, found = tmp_path / "out", []
     for moment in range(0, 10_000, 6):
-        prepare(sources["large"], output, monkeypatch)
+        prepare(sources["large"], output)
         with monkeypatch.context() as patch:
-            crash_after(patch, moment)
+            left = iter(range(moment))
+            for name in ("replace", "unlink"):
+                patch.setattr(Path, name, until(left, getattr(Path, name)))
             try:
-                prepare(sources["small"], output, patch)
+                prepare(sources["small"], output)
                 break
             except KeyboardInterrupt:
                 pass
-        found += {data.fingerprint for data in open_data(output).values()}
-        prepare(sources["small"], output, monkeypatch)
-        assert files_of(output) == named_files(output)
-    assert found == sorted(found, key=[fingerprints["large"], fingerprints["small"]].index)  # the old until the new
-    assert min(found.count(fingerprint) for fingerprint in fingerprints.values()) > 5, found
+        found.append(dataset_in(output)[0])
+        prepare(sources["small"], output)
+    assert found == [old] * found.count(old) + [new] * found.count(new)  # the old until the new
+    assert min(found.count(old), found.count(new)) > 5, found
 
 
-def test_data_in_use_stay_readable_while_they_are_replaced(tmp_path, sources, monkeypatch):
+def test_data_in_use_stay_readable_while_they_are_replaced(tmp_path, sources):
     """A training process has the old shards mapped; the new preparation removes them."""
-    prepare(sources["large"], tmp_path / "out", monkeypatch)
+    prepare(sources["large"], tmp_path / "out")
     old = open_data(tmp_path / "out")["train"]
-    before = [tuple(map(np.copy, old.example(number))) for number in range(len(old))]
-    prepare(sources["small"], tmp_path / "out", monkeypatch)
-    assert open_data(tmp_path / "out")["train"].fingerprint != old.fingerprint
-    for number, arrays in enumerate(before):
-        assert all(np.array_equal(a, b) for a, b in zip(arrays, old.example(number)))
+    before = [[part.tolist() for part in old.example(number)] for number in range(len(old))]
+    prepare(sources["small"], tmp_path / "out")
+    assert len(open_data(tmp_path / "out")["train"]) < len(old)
+    assert before == [[part.tolist() for part in old.example(number)] for number in range(len(old))]
 
 
 def test_a_second_preparation_into_the_folder_is_refused(tmp_path, sources, monkeypatch):
-    """The first is stopped in the middle of its writing; the second names it, and changes nothing."""
-    import signal
+    """It comes in the middle of the first one's writing, names it, and changes nothing."""
+    fsync, refusals, source, output = os.fsync, [], sources["small"], tmp_path / "out"
 
-    output = tmp_path / "out"
-    first = start(sources["large"], output)
-    try:
-        end = time.monotonic() + TIMEOUT
-        while not list(output.rglob("*.npy")):
-            assert time.monotonic() < end and first.poll() is None
-            time.sleep(0.001)
-        first.send_signal(signal.SIGSTOP)
-        code, stdout, stderr = run_script("prepare_instruct_dataset.py", "--dataset", sources["small"],
-                                          "--output_dir", output)
-        assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-        assert stderr.startswith(f"error: {output}: another preparation is writing there (process {first.pid} on ")
-        with pytest.raises(UserError, match="another preparation is writing there"):
-            prepare(sources["small"], output, monkeypatch)
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(TIMEOUT) == 0
-    finally:
-        first.kill()
-        first.wait()
-    assert files_of(output) == named_files(output) and not [
-        path for path in files_of(output) if path.name.endswith(TEMPORARY_SUFFIX)]
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        refusals.append(run_script("prepare_instruct_dataset.py", "--dataset", source, "--output_dir", output))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    fingerprint = prepare(sources["large"], output)
+    [(code, stdout, stderr)] = refusals
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith(f"error: {output}: another preparation is writing there (process {os.getpid()} on ")
     assert (output / LOCK).read_bytes() == b""
-    open_data(output)
-    prepare(sources["small"], output, monkeypatch)
+    assert fingerprint != prepare(source, output)

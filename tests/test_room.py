@@ -1,16 +1,16 @@
 """What a run says and does about the disk: the warning before it is full, and a log that cannot be written."""
 
+import shutil
+import threading
 from collections import namedtuple
 
 import pytest
 
-import checkpoint
-import durable
-from cli import UserError
+import train_instruct
+from errors import UserError
 from helpers import options_of, random_examples, resume_flags, small_model, write_data, write_pretrained
-from progress import Progress
-from train_options import parse_options
-from training_run import train
+from training.progress import Progress
+from weights import checkpoint
 
 Usage = namedtuple("Usage", "free")
 
@@ -20,10 +20,10 @@ def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeyp
     """Three step files and best_model.pt of a model with 362,112 bytes of weights: 3,621,120 bytes."""
     data = write_data(tmp_path / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
     pretrained = write_pretrained(tmp_path / "pretrained.pt", small_model())
-    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: Usage(free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free))
     flags = [*resume_flags(data, pretrained), "--max_steps", "1", "--keep_last", "2", "--checkpoint_dir",
              str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb")]
-    assert train(parse_options(flags)) == 0
+    assert train_instruct.main(flags) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == warns
     told = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
@@ -37,6 +37,21 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp", "step_000002.pt"]
 
 
+def test_only_tensorboards_own_thread_fails_in_silence(tmp_path, monkeypatch):
+    told: list[type] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(failure.exc_type))
+    hook = threading.excepthook
+    progress = Progress(options_of(), tmp_path / "tb", 0, None)
+    writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary"})
+    for kind in (writer, threading.Thread):
+        thread = kind(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert told == [ZeroDivisionError]
+    progress.close()
+    assert threading.excepthook is hook
+
+
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
     progress = Progress(options_of("--max_steps", 2), tmp_path / "tb", 0, None)
 
@@ -45,7 +60,7 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, mo
 
     monkeypatch.setattr(progress.writer, "add_scalar", fail)
     for step in (1, 2):
-        progress.evaluation(step, 1.0, "answers")
+        progress.evaluation(step, 1.0, ["answers"])
     progress.close()
     out = capsys.readouterr().out
     assert out.count("cannot write the log: No space left on device; the run goes on without it") == 1

@@ -1,4 +1,4 @@
-"""Start the trainer under torchrun and leave with its exit code: python src/launch.py NPROC [trainer flags...]
+"""Start the trainer under torchrun and leave with its exit code: python -m training.launch NPROC [trainer flags...]
 
 torchrun starts NPROC processes and restarts them up to three times when one dies (they go on from the newest
 checkpoint). What the trainer itself decided, an error of the user's for instance, is final: it comes back through a
@@ -6,8 +6,6 @@ small file, so that it is neither retried nor buried under a stack trace. SIGINT
 the trainers, which take the time they need to save. On several machines run this on each, with torchrun's own flags in
 TORCHRUN_FLAGS.
 """
-
-from __future__ import annotations
 
 import os
 import shlex
@@ -18,24 +16,29 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
-from cli import EXIT_CODE_FILE, WATCHED_SIGNALS, UserError, hold_signals, run
-from durable import lock_folder
-from train_options import checkpoint_dir_of, parse_options
+from cli import run
+from errors import UserError
+from training.ending import EXIT_CODE_FILE, WATCHED_SIGNALS, block_signals
+from training.options import parse_options
+from weights.durable import lock_folder
 
 MAX_RESTARTS = 3
+TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 
 
 def main() -> int:
-    hold_signals()
+    block_signals()
     if len(sys.argv) < 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
         raise UserError("the first argument is the number of processes, at least 1")
     processes, flags = int(sys.argv[1]), sys.argv[2:]
+    options = parse_options(flags)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # A new store for every start: in the shared one restarted processes find each other's old addresses (torch 2.13).
     # Its port is free when it is chosen; should another program take it first, that start fails and one is left less.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if "TORCHRUN_FLAGS" not in os.environ:  # on several machines, another launcher's trainer may hold it for this run
-        lock_folder(checkpoint_dir_of(parse_options(flags))).close()
+        with lock_folder(Path(options.checkpoint_dir)):
+            pass  # a run that goes on there is told before any process is started
     Thread(target=_pass_on_signals, daemon=True).start()
 
     from torch.distributed import run as torchrun
@@ -43,23 +46,22 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     machines = shlex.split(os.environ.get("TORCHRUN_FLAGS", "")) or ["--standalone"]
-    trainer = str(Path(__file__).with_name("train_instruct.py"))
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[EXIT_CODE_FILE] = str(Path(folder) / "exit_code")
+        decided = Path(folder) / "exit_code"
+        os.environ[EXIT_CODE_FILE] = str(decided)
         code = 0
         try:
-            torchrun.main([*machines, f"--nproc_per_node={processes}", f"--max_restarts={MAX_RESTARTS}", trainer,
+            torchrun.main([*machines, f"--nproc_per_node={processes}", f"--max_restarts={MAX_RESTARTS}", str(TRAINER),
                            *flags])
         except ChildFailedError as error:
             code = max(1, error.get_first_failure()[1].exitcode)
         except SignalException as error:
             code = 128 + error.sigval
-        decided = Path(os.environ[EXIT_CODE_FILE])
         return int(decided.read_text()) if decided.exists() else code
 
 
 def _pass_on_signals() -> None:
-    """Give the signals held by this process to the trainers. Without trainers there is nothing to save."""
+    """Give the signals that this process has blocked to the trainers. Without trainers there is nothing to save."""
     while True:
         number = signal.sigwait(WATCHED_SIGNALS)
         trainers = _children()

@@ -1,13 +1,10 @@
 """The matrix products of decoding on a CPU, where one token reads every weight once and reading is all the time."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import GPT
 

@@ -1,0 +1,1 @@
+"""From a question to an answer: token ids, text, settings, the terminal."""

@@ -1,0 +1,69 @@
+"""What data preparation tells: counts, lengths, a histogram, and samples with the trained parts marked."""
+
+from array import array
+from typing import Any
+
+import numpy as np
+
+from cli import printable
+from data.shards import SPLITS, Document
+from instruct_format import tokenizer, trained_spans
+
+PERCENTILES = (50, 90, 95, 99, 100)
+SAMPLES = 3
+SAMPLE_CHARACTERS = 600
+
+
+class Report:
+    """Collects the lengths of all examples, and the first of them as samples."""
+
+    def __init__(self) -> None:
+        self.lengths = {"prompt": array("I"), "response": array("I"), "total": array("I")}
+        self.samples: list[Document] = []
+
+    def add(self, document: Document) -> None:
+        total, response = len(document.tokens), int(document.loss_mask.sum())
+        for name, length in {"prompt": total - response, "response": response, "total": total}.items():
+            self.lengths[name].append(length)
+        if len(self.samples) < SAMPLES:
+            self.samples.append(document)
+
+    def show(self, manifest: dict[str, Any]) -> None:
+        kept, tokens, response = (sum(manifest[f"{split}_{key}"] for split in SPLITS)
+                                  for key in ("examples", "tokens", "response_tokens"))
+        dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
+        print(f"examples   {manifest['total_examples']:,} read, {kept:,} kept; dropped: {dropped}")
+        for split in SPLITS:
+            print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")
+        print(f"trained on {100 * response / tokens:.1f} % of the tokens (responses)\n")
+        print("tokens an example" + "".join(f"{'max' if p == 100 else f'p{p}':>7}" for p in PERCENTILES))
+        for name, lengths in self.lengths.items():  # by nearest rank
+            longest = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+            print(f"{name:<17}" + "".join(f"{length:>7}" for length in longest))
+        print("\n" + "\n".join(histogram(np.array(self.lengths["total"]))))
+        for number, document in enumerate(self.samples, 1):
+            print(f"\nsample {number}, the trained part between >>> and <<<")
+            print(marked_sample(document))
+
+
+def histogram(lengths: np.ndarray, bins: int = 10, width: int = 50) -> list[str]:
+    """One line a bin of equal width: the range of lengths, the number of examples, a bar."""
+    size = -(-(int(lengths.max()) + 1) // bins)
+    heights = np.bincount(lengths // size)
+    return [f"{bin * size:>6} - {bin * size + size - 1:<6}{height:>9} {'#' * -(-width * height // heights.max())}"
+            for bin, height in enumerate(heights)]
+
+
+def marked_sample(document: Document) -> str:
+    """The decoded example, each trained part between >>> and <<<; long parts are cut in the middle."""
+    text, end = "", 0
+    for start, stop in trained_spans(document.loss_mask):
+        prompt, response = (_shortened(tokenizer().decode(part.tolist()))
+                            for part in (document.tokens[end:start], document.tokens[start:stop]))
+        text, end = f"{text}{prompt}>>>{response}<<<", stop
+    return printable(text)
+
+
+def _shortened(text: str) -> str:
+    half = SAMPLE_CHARACTERS // 2
+    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"

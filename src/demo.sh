@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The demo: the built-in dataset, a small GPT-2 from random weights, the ordinary scripts with ordinary flags.
+#   ./start_instruct_training.sh demo [flags of src/train_instruct.py...]
+# Everything goes to demo/, which is made anew each time; your own data, checkpoints and logs are not touched.
+# It stands here to be read; start_instruct_training.sh finds the environment and runs it.
+
+training=(--data_dir demo/data --checkpoint_dir demo/checkpoints --tensorboard_dir demo/runs --from_scratch 4,4,128
+    --context_length 128 --total_batch_size 1024 --max_steps 320 --learning_rate 2e-3 --min_lr 2e-4 --warmup_steps 30
+    --weight_decay 0.1 --eval_freq 100 --checkpoint_freq 100 --keep_last 1 --log_freq 20 --device cpu "$@")
+
+case " $* " in
+    *" -h "* | *" --help "*)
+        sed -n '2,4s/^# //p' src/demo.sh
+        exit 0 ;;
+esac
+
+show() {
+    printf '\n$ python %s\n' "$*"
+    "$python" "$@"
+}
+
+# a wrong flag is told before the last demo is removed
+PYTHONPATH=src "$python" -c 'import sys, cli, training.options as o; cli.run(lambda: o.parse_options(sys.argv[1:]) and 0)' \
+    "${training[@]}"
+rm -rf demo || exit 2
+
+show src/prepare_instruct_dataset.py --dataset src/demo_dataset.jsonl --output_dir demo/data
+show src/train_instruct.py "${training[@]}"
+printf '\nQuestions in wordings that it was not trained on:\n'
+show src/evaluate_instruct.py --checkpoint demo/checkpoints/best_model.pt --data_dir demo/data
+
+cat <<'END'
+
+This model knows 120 facts and nothing else. Chat with it:   ./chat.sh demo
+With real data and a real model:                             see README.md, or
+  python src/convert_checkpoint.py import gpt2               (or your own file as checkpoints/best_model.pt)
+  python src/prepare_instruct_dataset.py
+  ./start_instruct_training.sh
+END

@@ -1,0 +1,118 @@
+"""The trainer's options: each once, with its default, its meaning, and what a resumed run may do with it."""
+
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cli import Parser, number
+from errors import CheckpointError, UserError
+
+# What may change when a run is resumed. Options that are not on the command line keep the value of the run.
+FIXED = "fixed"  # the model: never
+TRAJECTORY = "trajectory"  # what the remaining steps compute: only with --override
+FREE = "free"  # how it is computed, watched and stored: always
+_COUNT, _SIZE, _RATE = number(int, 1), number(int, 0), number(float, 0)
+
+
+def _shape(text: str) -> str:
+    """An argparse type: empty, or layers,heads,width."""
+    sizes = text.split(",")
+    if text and (len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes)):
+        raise ArgumentTypeError(f"expected layers,heads,width such as 4,4,128, not {text!r}")
+    return text
+
+
+# title of a group -> name -> (on resume, type, default, meaning)
+TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
+    "model and data": {
+        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from"),
+        "from_scratch": (FIXED, _shape, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
+        "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
+        "context_length": (FIXED, _SIZE, 0, "longest example, in tokens; 0 takes the model's own"),
+    },
+    "steps": {
+        "total_batch_size": (TRAJECTORY, _COUNT, 65536, "tokens (not examples) of one step, over all processes"),
+        "mini_batch_size": (FREE, _COUNT, 8, "a micro-batch holds at most this many times context_length tokens; "
+                            "halve it when memory runs out, the results stay the same"),
+        "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),
+        "seed": (TRAJECTORY, _SIZE, 1337, "decides the order of examples and random weights"),
+    },
+    "optimizer": {
+        "learning_rate": (TRAJECTORY, number(float, 0, above=True), 2e-5, "highest learning rate"),
+        "min_lr": (TRAJECTORY, _RATE, 2e-6, "learning rate at the end of the cosine"),
+        "warmup_steps": (TRAJECTORY, _SIZE, 100, "steps of linear warm-up"),
+        "weight_decay": (TRAJECTORY, _RATE, 0.01, "AdamW's decay, on matrices only"),
+        "grad_clip": (TRAJECTORY, number(float, 0, above=True), 1.0, "largest gradient norm"),
+    },
+    "evaluation and checkpoints": {
+        "eval_freq": (FREE, _COUNT, 100, "steps between evaluations"),
+        "eval_examples": (TRAJECTORY, _SIZE, 0, "evaluate on the first N val examples; 0 takes all"),
+        "checkpoint_freq": (FREE, _COUNT, 100, "steps between checkpoints"),
+        "keep_last": (FREE, _COUNT, 2, "how many step_NNNNNN.pt files stay"),
+        "checkpoint_dir": (FREE, str, "checkpoints_instruct", "where checkpoints go"),
+        "tensorboard_dir": (FREE, str, "runs_instruct", "where TensorBoard logs go"),
+        "log_freq": (FREE, _COUNT, 10, "steps between progress lines when the output is not a terminal"),
+    },
+}
+ON_RESUME = {name: option[0] for group in TABLE.values() for name, option in group.items()}
+
+
+def _parser(run: Mapping[str, Any]) -> Parser:
+    """The parser, its defaults replaced by the options of a run: as text, so that they are checked as flags are."""
+    parser = Parser("Fine-tune a GPT-2 on prepared instruction data.")
+    for title, options in TABLE.items():
+        group = parser.add_argument_group(title)
+        for name, (_, kind, default, meaning) in options.items():
+            group.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
+                               help=meaning + f" (default: {default})" * (default != ""))
+    group = parser.add_argument_group("this process")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+                       help="where to compute (default: auto)")
+    group.add_argument("--resume", metavar="PATH|latest",
+                       help="go on from this checkpoint, or from the newest valid one of --checkpoint_dir")
+    group.add_argument("--override", action="store_true", help="let a resumed run change its trajectory: " + ", ".join(
+        name for name, on_resume in ON_RESUME.items() if on_resume == TRAJECTORY))
+    return parser
+
+
+def parse_options(argv: list[str] | None) -> Namespace:
+    """The options of a new run. A run that is resumed from a file has its checkpoints beside it."""
+    options = _parser({}).parse_args(argv)
+    if options.resume not in (None, "latest"):
+        options = _parser({"checkpoint_dir": Path(options.resume).parent}).parse_args(argv)
+    _check_together(options)
+    return options
+
+
+def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path, source: Path) -> Namespace:
+    """The options of the run that is resumed, changed by the command line; its checkpoints go to folder.
+
+    Raises CheckpointError when source, which they come from, has one that the command line would not take; UserError
+    for a change to a fixed option, and for a change of trajectory without --override: both name both values, all
+    changes at once.
+    """
+    parser = _parser({**run, "checkpoint_dir": folder})
+    try:
+        before = parser.parse_args([])
+    except UserError as error:
+        raise CheckpointError(f"{source}: not a usable checkpoint, its options: {error}") from error
+    options = parser.parse_args(argv)
+    options.context_length = options.context_length or before.context_length  # 0: the model's, which the run has found
+    changes: dict[str, list[str]] = {FIXED: [], TRAJECTORY: [], FREE: []}
+    for name, on_resume in ON_RESUME.items():
+        was, now = getattr(before, name), getattr(options, name)
+        if was != now:
+            changes[on_resume].append(f"--{name} was {was}, now {now}")
+    if changes[FIXED]:
+        raise UserError(f"the resumed run cannot change: {'; '.join(changes[FIXED])}")
+    if changes[TRAJECTORY] and not options.override:
+        raise UserError(f"this would change the run's trajectory: {'; '.join(changes[TRAJECTORY])}; "
+                        "add --override if that is meant")
+    _check_together(options)
+    return options
+
+
+def _check_together(options: Namespace) -> None:
+    if options.min_lr > options.learning_rate:
+        raise UserError(f"--min_lr {options.min_lr} is above --learning_rate {options.learning_rate}")

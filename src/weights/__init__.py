@@ -1,0 +1,1 @@
+"""Files of weights: written whole, loaded without running anything, ours and those of others."""

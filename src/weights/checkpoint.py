@@ -1,0 +1,193 @@
+"""Our checkpoint, and a run's folder of them.
+
+A checkpoint is what torch.save writes of tensors and plain values. A run's folder has step_NNNNNN.pt files, latest.pt
+(a second name of the newest of them) and best_model.pt (the weights of the lowest val loss).
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import CheckpointError, UserError, errors_at
+from model import GPT, GPTConfig
+from weights.durable import TEMPORARY_SUFFIX, durable_file, sync_folder
+from weights.safe_load import load_any
+
+FORMAT = "gpt2-instruct"
+FORMAT_VERSION = 1
+LATEST, BEST = "latest.pt", "best_model.pt"
+_STEP_FILE = re.compile(r"step_(\d{6,})\.pt")
+_LARGEST_SIZE = 1 << 24  # of anything in a model's configuration: beyond it, only a forged file
+
+
+def is_weight(name: object, value: object) -> bool:
+    """Whether this is a named dense tensor of floats that holds all its elements: a stride of 0 makes terabytes of
+    four bytes."""
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+            and value.device.type == "cpu" and value.is_floating_point()
+            and value.nbytes <= value.untyped_storage().nbytes())
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+# What a checkpoint has besides its format, and how a usable value is told: a forged file has fitting checksums too.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "val_losses": lambda value: isinstance(value, list) and all(
+        isinstance(entry, list) and list(map(type, entry)) == [int, float] for entry in value),
+    "template": lambda value: value is None or isinstance(value, str),
+    "model_config": lambda value: isinstance(value, dict),
+    "model": lambda value: isinstance(value, dict) and all(is_weight(*item) for item in value.items()),
+}
+# And what the state of a run has besides that. Its name becomes a folder's.
+_RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "position": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)),
+    "skipped": _is_count,
+    "name": lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,64}", value, re.ASCII) is not None,
+    "options": lambda value: isinstance(value, dict),
+    "data_fingerprint": lambda value: isinstance(value, str),
+    "optimizer": lambda value: isinstance(value, dict),
+}
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write state to path durably. Raises UserError when the disk does not take it."""
+    with durable_file(path, needed=size_of(state)) as file:
+        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)
+
+
+def size_of(state: object) -> int:
+    """The bytes of the tensors in a state. A checkpoint file has a few hundred more for each tensor."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, parts))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Load a checkpoint of ours: its tensors are on the CPU, memory-mapped.
+
+    Raises UserError when there is none, CheckpointError when it is damaged, unsafe, or not of this project.
+    """
+    state = load_any(path)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this project; --pretrained_model takes weights from "
+                              "elsewhere")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {state.get('format_version')}, this version reads "
+                              f"{FORMAT_VERSION}")
+    _require(_FIELDS, state, path)
+    return state
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """Load the state of a run. Raises like load, and UserError for weights alone."""
+    state = load(path)
+    if "optimizer" not in state:
+        raise UserError(f"{path}: weights only, not the state of a run; --pretrained_model {path} starts from it")
+    _require(_RUN_FIELDS, state, path)
+    return state
+
+
+def _require(fields: Mapping[str, Callable[[Any], bool]], state: Mapping[str, Any], path: Path) -> None:
+    wrong = [name for name, is_usable in fields.items() if not is_usable(state.get(name))]
+    if wrong:
+        raise CheckpointError(f"{path}: not a usable checkpoint: {', '.join(wrong)} missing or of another type")
+
+
+def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless the weights are exactly those of this configuration, by name and shape."""
+    if config.n_layer > len(weights) or max(vars(config).values()) > _LARGEST_SIZE:
+        raise CheckpointError(f"{path}: its config does not fit its weights")
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(f"{path}: weights do not fit: {name} is {found.get(name, 'absent')}, expected "
+                              f"{expected.get(name, 'absent')}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+
+
+def build_model(config: GPTConfig, weights: Mapping[str, Tensor], device: torch.device) -> GPT:
+    """A model of these weights, for reading: on the CPU it shares their memory, which may be a mapped file."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(dict(weights), assign=True)
+    return model.to(device).eval()
+
+
+def model_of(state: Mapping[str, Any], path: Path, device: torch.device) -> GPT:
+    """The model of a loaded checkpoint of ours. Raises CheckpointError when config and weights do not fit."""
+    with errors_at(f"{path}: no usable model configuration", TypeError, ValueError, raised=CheckpointError):
+        config = GPTConfig(**state["model_config"])
+    check_weights(config, state["model"], path)
+    return build_model(config, state["model"], device)
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The step_NNNNNN.pt files of a folder, newest (by number) first."""
+    found = [(int(match[1]), path) for path in folder.glob("step_*.pt") if (match := _STEP_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def step_file(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.pt"
+
+
+def save_step(folder: Path, state: Mapping[str, Any], keep_last: int) -> None:
+    """Save the run's state as step_NNNNNN.pt, point latest.pt at it, and only then remove older step files, so that
+    keep_last stay. Files of higher steps stay too: a run that went back has yet to reach them."""
+    path = step_file(folder, state["step"])
+    save(path, state)
+    point_latest(path, state)
+    files = step_files(folder)
+    with errors_at(f"{folder}: cannot remove older step files"):
+        for old in files[files.index(path) + keep_last:]:
+            old.unlink(missing_ok=True)
+        sync_folder(folder)
+
+
+def point_latest(path: Path, state: Mapping[str, Any]) -> None:
+    """Make latest.pt a second name (hard link) of this file of the same folder, or a copy of state, which it holds,
+    where the file system has no hard links. Raises UserError when the disk refuses."""
+    latest, temporary = path.with_name(LATEST), path.with_name(LATEST + TEMPORARY_SUFFIX)
+    if latest.exists() and latest.samefile(path):  # renaming a file to its other name leaves both
+        return
+    temporary.unlink(missing_ok=True)
+    with suppress(OSError):
+        os.link(path, temporary)
+    if not temporary.exists():  # a file system without hard links
+        return save(latest, state)
+    with errors_at(f"{latest}: cannot replace it"):
+        temporary.replace(latest)
+        sync_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed save left. Only for the process that holds the folder."""
+    for path in folder.glob("*.pt" + TEMPORARY_SUFFIX):
+        path.unlink(missing_ok=True)
+
+
+def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The newest state of a run in a folder that loads, latest.pt first; say is told of each one that does not.
+
+    Raises UserError when there is none at all, CheckpointError when none is valid.
+    """
+    candidates = [path for path in (folder / LATEST, *step_files(folder)) if path.exists()]
+    if not candidates:
+        raise UserError(f"{folder}: no checkpoint to resume from (no {LATEST}, no step_NNNNNN.pt)")
+    for path in candidates:
+        with suppress(CheckpointError):
+            return path, load_run(path)
+        say(f"skipped {path}: damaged or not loadable")
+    raise CheckpointError(f"{folder}: none of its {len(candidates)} checkpoints is valid")
