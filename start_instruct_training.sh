@@ -14,7 +14,6 @@ case "${1:-}" in
         exit 0 ;;
     demo)
         shift
-        make_environment requirements.txt
         source src/demo.sh "$@"
         exit ;;
 esac

@@ -15,7 +15,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-DATASET = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
 
 
 class Worker:

@@ -1,6 +1,6 @@
 """What surrounds the arithmetic: start-up, data preparation, checkpoints. Whole commands, in turn with their yardstick.
 
-    python benchmarks/costs.py [start] [preparation] [checkpoint] [--rounds 5] [--dataset FILE]
+    python benchmarks/costs.py [start] [preparation] [checkpoint] --dataset FILE [--rounds 5]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import DATASET, ROOT, machine
+from common import ROOT, machine
 
 SRC = ROOT / "src"
 PYTHON = sys.executable
@@ -68,19 +68,16 @@ def prepare(source: Path, folder: Path) -> list[str]:
 
 
 def start(folder: Path, dataset: Path, rounds: int) -> None:
-    sys.path.insert(0, str(SRC))
-    import torch
-
-    from checkpoint import save
     from instruct_format import TEMPLATE
     from model import GPT, GPTConfig
+    from weights.checkpoint import save
 
     model = GPT(GPTConfig())
     model.init_weights(0)
     state = {"step": 1, "val_losses": [], "model_config": vars(model.config), "model": model.state_dict()}
     save(folder / "tuned.pt", {**state, "template": TEMPLATE})
     save(folder / "pretrained.pt", {**state, "template": None})
-    del model, torch
+    del model, state
     seconds(prepare(repeated(dataset, folder, EXAMPLES), folder / "data"))
     chat = [PYTHON, str(SRC / "chat.py"), "--checkpoint", str(folder / "tuned.pt"), "--prompt", "Hello", "--seed", "1",
             "--max_new_tokens", "1"]
@@ -123,32 +120,32 @@ def preparation(folder: Path, dataset: Path, rounds: int) -> None:
 
 
 def checkpoint(folder: Path, _: Path, rounds: int) -> None:
-    sys.path.insert(0, str(SRC))
     import torch
 
-    from checkpoint import save_step, settle
     from model import GPT, GPTConfig
-    from train_step import make_optimizer
+    from training.options import parse_options
+    from training.processes import Processes
+    from training.step import Learner
+    from weights.checkpoint import LATEST, save_step
 
     model = GPT(GPTConfig())
     model.init_weights(0)
-    optimizer = make_optimizer(model, 0.01)
+    optimizer = Learner.of(model, parse_options([]), Processes(0, 1, torch.device("cpu"))).optimizer
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    optimizer.zero_grad()
     step = iter(range(1, 1000))
 
     def ours() -> float:
         state = {"step": next(step), "val_losses": [], "template": None, "model_config": vars(model.config),
                  "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         begin = time.perf_counter()
-        path = save_step(folder, state)
-        elapsed = time.perf_counter() - begin
-        settle(path, 1)  # in a run: in a thread, behind the next steps
-        return elapsed
+        save_step(folder, state, keep_last=1)  # training waits for all of it, the removal of the older file too
+        return time.perf_counter() - begin
 
     def dd() -> float:
-        return seconds(["dd", f"if={folder / 'latest.pt'}", f"of={folder / 'copy'}", "bs=4M", "conv=fsync"])
+        return seconds(["dd", f"if={folder / LATEST}", f"of={folder / 'copy'}", "bs=4M", "conv=fsync"])
 
     medians = turns({"save_step, 1.5 GB": ours, "dd conv=fsync, the same bytes": dd}, rounds)
     print(f"ratio {medians['save_step, 1.5 GB'] / medians['dd conv=fsync, the same bytes']:.2f}")
@@ -158,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["start", "preparation", "checkpoint"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dataset", type=Path, default=DATASET)
+    parser.add_argument("--dataset", type=Path, required=True, help="Alpaca-style JSON")
     options = parser.parse_args()
     for name in options.what:
         print(f"\n{machine()}\n| {name} | seconds | min to max |\n|---|---|---|")

@@ -35,7 +35,7 @@ def prepare(folder: Path) -> None:
     GPT2LMHeadModel(GPT2Config()).save_pretrained(folder / "hf")
     tokenizer = as_hugging_face()
     tokenizer.save_pretrained(folder / "hf")
-    convert_checkpoint.import_weights(str(folder / "hf"), folder / "ours.pt", force=True)
+    convert_checkpoint.import_weights(str(folder / "hf"), folder / "ours.pt")
     for name, quantization in (("ctranslate2_f32", None), ("ctranslate2_int8", "int8")):
         converter = ctranslate2.converters.TransformersConverter(str(folder / "hf"))
         converter.convert(str(folder / name), quantization=quantization)
@@ -49,7 +49,7 @@ def write_gguf(source: Path, target: Path, tokenizer, kind) -> None:  # type: ig
 
     import gguf
 
-    from checkpoint import load
+    from weights.checkpoint import load
 
     weights = load(source)["model"]
     writer = gguf.GGUFWriter(str(target), "gpt2")
@@ -82,9 +82,9 @@ def write_gguf(source: Path, target: Path, tokenizer, kind) -> None:  # type: ig
 def ours(folder: Path, form: str) -> Callable[[], object]:
     import torch
 
-    from checkpoint import load, model_of
-    from decode_weights import for_decoding
-    from generate import generate
+    from answering.decode_weights import for_decoding
+    from answering.generate import generate
+    from weights.checkpoint import load, model_of
 
     model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
     for_decoding(model, int8=form == "int8")
@@ -95,8 +95,8 @@ def products(folder: Path, form: str) -> Callable[[], object]:
     """The matrix products of the layers for the prompt and NEW tokens in ours' layouts; those of attention are not."""
     import torch
 
-    from checkpoint import load
-    from decode_weights import OneRow
+    from answering.decode_weights import OneRow
+    from weights.checkpoint import load
 
     weights = load(folder / "ours.pt")["model"]
     layers = [OneRow(tensor, weights.get(name.removesuffix("weight") + "bias"), form == "int8")

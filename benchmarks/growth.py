@@ -26,45 +26,46 @@ EXAMPLES = (1_000, 10_000, 100_000, 1_000_000)
 TOKENS = 1024  # of a measured step
 
 
-def write_examples(folder: Path, count: int, length: int) -> Path:
+def write_examples(folder: Path, count: int, length: int) -> None:
     """Prepared data of count equal examples of random tokens, through the project's own writer."""
-    sys.path.insert(0, str(ROOT / "tests"))
     import numpy as np
 
-    from helpers import write_data
+    from data.shards import SPLITS, DataWriter, Document
 
-    generator = np.random.default_rng(0)
-    rows = ((generator.integers(0, 50257, length).tolist(), 1) for _ in range(count))
-    return write_data(folder, {"train": rows, "val": [([1, 2], 1)]})
+    generator, writer, mask = np.random.default_rng(0), DataWriter(folder), np.ones(length, dtype=np.uint8)
+    for split in SPLITS:
+        for _ in range(count if split == "train" else 1):
+            writer.add(split, Document(generator.integers(0, 50257, length, dtype=np.uint16), mask))
+    writer.finish({"source": "random tokens"})
 
 
 def steps(size: str, context: str, folder: str) -> None:
     """Measure one optimizer step of TOKENS tokens over all processes."""
     import torch
 
+    from data.shards import open_prepared
     from dataloader_instruct import ExampleStream, InstructData, Position
     from model import GPT, GPTConfig
-    from processes import join
-    from train_options import complete_options, parse_options
-    from train_step import make_optimizer, train_step, wrap
+    from training.options import parse_options
+    from training.processes import join
+    from training.step import Learner, learning_rate, train_step
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     processes = join("cpu")
     n_layer, n_head, n_embd = SIZES[size]
     model = GPT(GPTConfig(1024, 50257, n_layer, n_head, n_embd))
     model.init_weights(0)
-    options = complete_options(parse_options(["--mini_batch_size", "1", "--context_length", "1024",
-                                              "--total_batch_size", str(TOKENS * 128 // 127 + 1)]))
-    data = InstructData(Path(folder) / context, "train", 1024)
+    options = parse_options(["--total_batch_size", str(TOKENS * 128 // 127 + 1)])
+    data = InstructData(open_prepared(Path(folder) / context), "train", 1024)
     stream = ExampleStream(data.lengths, 0, options.total_batch_size)
-    optimizer, loss_of = make_optimizer(model, 0.01), wrap(model, processes)
-    done = 0
+    learner, done = Learner.of(model, options, processes), 0
 
     def work() -> float:
         nonlocal done
-        result = train_step(loss_of, optimizer, data, stream, Position(), done, options, processes)
+        plan = data.plan(stream.step(Position())[0], 1024, processes.world_size)
+        train_step(learner, data, plan, learning_rate(done, options))
         done += 1
-        return result.tokens
+        return plan.tokens
 
     if processes.world_size == 1:
         serve(work)
@@ -79,11 +80,12 @@ def steps(size: str, context: str, folder: str) -> None:
 
 def loader(count: str, folder: str) -> None:
     """Open data and find the first step: seconds, and memory beyond what was there before, in bytes an example."""
+    from data.shards import open_prepared
     from dataloader_instruct import ExampleStream, InstructData, Position
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.perf_counter()
-    data = InstructData(Path(folder), "train", 1024)
+    data = InstructData(open_prepared(Path(folder)), "train", 1024)
     ExampleStream(data.lengths, 0, 65536).step(Position())
     elapsed = time.perf_counter() - begin
     kept = data.lengths.nbytes + data.kept.nbytes + 4 * len(data)  # lengths, numbers, the epoch's order

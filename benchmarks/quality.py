@@ -17,10 +17,11 @@ import common  # noqa: F401  (makes src/ importable)
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load, model_of
+from answering.decode_weights import for_decoding
+from data.shards import open_prepared
 from dataloader_instruct import InstructData
-from decode_weights import for_decoding
 from model import GPT, KVCache
+from weights.checkpoint import load, model_of
 
 
 def quality(models: dict[str, GPT], data: InstructData, examples: int) -> None:
@@ -72,7 +73,9 @@ def main() -> None:
               for name in ("fp32", "int8")}
     for name, model in models.items():
         for_decoding(model, int8=name == "int8")
-    quality(models, InstructData(options.data_dir, "val", models["fp32"].config.context_length), options.examples)
+    config = models["fp32"].config
+    data = InstructData(open_prepared(options.data_dir), "val", config.context_length, config.vocab_size)
+    quality(models, data, options.examples)
     for name, model in models.items():
         growth(model, name)
 

@@ -1,6 +1,6 @@
 """Training speed and memory against TRL, and against the bare matrix products: GPT-2 124M, fp32, on the CPU.
 
-    python benchmarks/training.py [--rounds 5] [--dataset FILE] [--peers products,trl_grouped,...]
+    python benchmarks/training.py --dataset FILE [--rounds 5] [--peers products,trl_grouped,...]
 
 Each round is one optimizer step of ours (2,048 tokens) and one of the peer's, in turn, on random weights.
 """
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import DATASET, Worker, machine, peak_gb, rate, ratio, report, serve, take_turns
+from common import Worker, machine, peak_gb, rate, ratio, report, serve, take_turns
 from hf_tokenizer import as_hugging_face
 
 CONTEXT, MICRO_BATCH = 1024, 2
@@ -36,27 +36,28 @@ def prepare(dataset: Path, folder: Path) -> None:
 def ours(folder: Path) -> None:
     import torch
 
+    from data.shards import open_prepared
     from dataloader_instruct import ExampleStream, InstructData, Position
     from model import GPT, GPTConfig
-    from processes import Processes
-    from train_options import complete_options, parse_options
-    from train_step import ResponseLoss, make_optimizer, train_step
+    from training.options import parse_options
+    from training.processes import Processes
+    from training.step import Learner, learning_rate, train_step
 
-    options = complete_options(parse_options([
-        "--mini_batch_size", str(MICRO_BATCH), "--context_length", str(CONTEXT), "--total_batch_size",
-        str(MICRO_BATCH * CONTEXT)]))
+    options = parse_options(["--total_batch_size", str(MICRO_BATCH * CONTEXT)])
     model = GPT(GPTConfig())
     model.init_weights(0)
-    data = InstructData(folder / "data", "train", CONTEXT)
+    data = InstructData(open_prepared(folder / "data"), "train", CONTEXT)
     stream = ExampleStream(data.lengths, options.seed, options.total_batch_size)
-    optimizer, loss_of = make_optimizer(model, options.weight_decay), ResponseLoss(model)
-    alone, position, step = Processes(0, 1, torch.device("cpu")), Position(), 0
+    learner = Learner.of(model, options, Processes(0, 1, torch.device("cpu")))
+    position, step = Position(), 0
 
     def work() -> float:
         nonlocal position, step
-        result = train_step(loss_of, optimizer, data, stream, position, step, options, alone)
-        position, step = result.after, step + 1
-        return result.response_tokens
+        examples, position = stream.step(position)
+        plan = data.plan(examples, MICRO_BATCH * CONTEXT, world_size=1)
+        train_step(learner, data, plan, learning_rate(step, options))
+        step += 1
+        return plan.response_tokens
 
     serve(work)
 
@@ -65,9 +66,10 @@ def products(folder: Path) -> None:
     """The matrix products of ours' steps alone: the same shapes forward and backward, nothing else."""
     import torch
 
+    from data.shards import open_prepared
     from dataloader_instruct import ExampleStream, InstructData, Position
 
-    data = InstructData(folder / "data", "train", CONTEXT)
+    data = InstructData(open_prepared(folder / "data"), "train", CONTEXT)
     stream = ExampleStream(data.lengths, 1337, MICRO_BATCH * CONTEXT)
     sizes = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
     weights = {name: torch.randn(size[1], size[0]) for name, size in sizes.items()}
@@ -84,7 +86,8 @@ def products(folder: Path) -> None:
     def work() -> float:
         nonlocal position
         examples, position = stream.step(position)
-        tokens, responses = int(data.lengths[examples].sum()), data.response_tokens(examples)
+        plan = data.plan(examples, MICRO_BATCH * CONTEXT, world_size=1)
+        tokens, responses = plan.tokens, plan.response_tokens
         for layer in range(12):
             for name, weight in weights.items():
                 product(tokens if layer < 11 or name == "c_attn" else responses, weight)
@@ -138,13 +141,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dataset", type=Path, default=DATASET)
+    parser.add_argument("--dataset", type=Path, help="Alpaca-style JSON")
     parser.add_argument("--peers", default=",".join(PEERS))
     options = parser.parse_args()
     if options.worker:
         name, folder = options.worker[0], Path(options.worker[1])
         {"ours": ours, "products": products}.get(name, lambda folder: trl(folder, name))(folder)
         return
+    if options.dataset is None:
+        parser.error("--dataset is needed")
     with tempfile.TemporaryDirectory() as temporary:
         prepare(options.dataset, Path(temporary))
         print(f"\n{machine()}")

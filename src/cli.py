@@ -44,7 +44,7 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or (above and value == low) or value == float("inf"):
-            bound = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < 1e18)
+            bound = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < float("inf"))
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
 

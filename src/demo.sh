@@ -14,6 +14,7 @@ case " $* " in
         exit 0 ;;
 esac
 
+make_environment requirements.txt
 show() {
     printf '\n$ python %s\n' "$*"
     "$python" "$@"

@@ -94,6 +94,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def run_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The state of a run after one step, with a model small enough to be loaded a thousand times."""
+    import train_instruct
+    from helpers import small_model, write_data, write_pretrained
+    from model import GPTConfig
+    from weights.checkpoint import load_run
+
+    folder = tmp_path_factory.mktemp("run")
+    data = write_data(folder / "data", {"train": [([1, 2], [0, 1])] * 3, "val": [([1, 2], [0, 1])]})
+    pretrained = write_pretrained(folder / "a.pt", small_model(config=GPTConfig(16, 64, 1, 1, 16)))
+    flags = {"data_dir": data, "pretrained_model": pretrained, "checkpoint_dir": folder, "tensorboard_dir": folder,
+             "max_steps": 1, "device": "cpu"}
+    assert train_instruct.main([f"--{name}={value}" for name, value in flags.items()]) == 0
+    return load_run(folder / "latest.pt")
+
+
+@pytest.fixture(scope="session")
 def alpaca() -> Path:
     """999 real Alpaca examples, which may not be copied into the project."""
     path = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"

@@ -87,8 +87,9 @@ def test_one_buffer_of_whole_examples(tmp_path):
 def test_examples_are_found_in_every_shard_and_longer_ones_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 300)
     examples = random_examples(50, 100)
-    data = open_data(write_data(tmp_path, {"train": examples, "val": examples[:3]}), 60)["train"]
-    fitting = [example for example in examples if len(example[0]) <= 60]
+    context_length = len(examples[0][0])
+    data = open_data(write_data(tmp_path, {"train": examples, "val": examples[:3]}), context_length)["train"]
+    fitting = [example for example in examples if len(example[0]) <= context_length]
     assert len(data.shards) > 3 and data.left_out == 50 - len(fitting) > 0
     assert [tuple(part.tolist() for part in data.example(number)) for number in range(len(data))] == fitting
     shortest = min(len(tokens) for tokens, _ in examples)

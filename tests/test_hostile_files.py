@@ -1,4 +1,4 @@
-"""Files that mean harm: nothing in them runs, nothing outside their folder is touched, and they are told in one line."""
+"""Files that mean harm: nothing in them runs, nothing is read outside their folder, and no terminal is driven."""
 
 import hashlib
 import importlib
@@ -18,19 +18,14 @@ import pytest
 import torch
 
 import chat
-import prepare_instruct_dataset
 import train_instruct
-from cli import printable_line
-from conftest import SRC, run_script, write_jsonl
+from conftest import SRC, write_jsonl
 from data.shards import KINDS, MANIFEST, manifest_bytes, shard_file
 from errors import CheckpointError, UserError
-from helpers import open_data, small_model, write_data, write_pretrained
-from model import GPTConfig
+from helpers import open_data, prepare, small_model, write_data
 from test_hostile_texts import PAYLOADS, RAW
 from weights.checkpoint import LATEST, load, load_run, save
 from weights.pretrained import load_pretrained
-
-# Checkpoints
 
 
 class Malicious:
@@ -63,37 +58,41 @@ def hostile_files(folder: Path, victim: Path) -> dict[str, Path]:
     for name, path in files.items():
         torch.save(states[name], path, _use_new_zipfile_serialization=name != "legacy format")
     files["a bare pickle"].write_bytes(pickle.dumps(system))
-    for name, prefix, zeros in (("path traversal", "../..", 0), ("a zip bomb", "archive", 1 << 28)):
-        with zipfile.ZipFile(files[name], "w", zipfile.ZIP_DEFLATED if zeros else zipfile.ZIP_STORED) as archive:
-            for entry, content in ((f"data.pkl", pickle.dumps(states[name])), ("version", b"3\n"), ("data/0", bytes(zeros))):
-                archive.writestr(f"{prefix}/{entry}", content)
+    for name, prefix, method, size in (("path traversal", "../..", zipfile.ZIP_STORED, 0),
+                                       ("a zip bomb", "archive", zipfile.ZIP_DEFLATED, 1 << 28)):
+        with zipfile.ZipFile(files[name], "w", method) as archive:
+            archive.writestr(f"{prefix}/data.pkl", pickle.dumps(states[name]))
+            archive.writestr(f"{prefix}/version", "3\n")
+            archive.writestr(f"{prefix}/data/0", bytes(size))
     return files
+
+
+def train(*flags: object) -> int:
+    return train_instruct.main([*map(str, flags), "--device", "cpu"])
+
+
+def ask(*flags: object) -> int:
+    return chat.main([*map(str, flags), "--device", "cpu"])
 
 
 def test_thirteen_hostile_files_do_nothing(tmp_path):
     files = hostile_files(tmp_path, tmp_path / "executed")
     assert len(files) == 13
     for path in files.values():
-        for read in (load, load_run, load_pretrained, lambda path: chat.main(["--checkpoint", str(path)]),
-                     lambda path: train_instruct.main(["--resume", str(path)])):
+        for read in (load, load_run, load_pretrained):
             with pytest.raises(CheckpointError, match=path.name):
                 read(path)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("script, flag, name", [("train_instruct.py", "--pretrained_model", "os.system"),
-                                                ("train_instruct.py", "--resume", "optimizer"),
-                                                ("chat.py", "--checkpoint", "exec, nested")])
-def test_no_command_line_runs_a_hostile_file(tmp_path, script, flag, name):
-    victim = tmp_path / "executed"
-    path = hostile_files(tmp_path, victim)[name]
-    flags = [flag, path]
-    if flag == "--pretrained_model":
-        data = write_data(tmp_path / "data", {"train": [([1, 2], [0, 1])], "val": [([1, 2], [0, 1])]})
-        flags += ["--data_dir", data, "--checkpoint_dir", tmp_path / "run"]
-    code, stdout, stderr = run_script(script, *flags)
-    assert (code, stdout, stderr.count("\n")) == (3, "", 1)
-    assert stderr.startswith(f"error: {path}: ") and not victim.exists()
+@pytest.mark.parametrize("main, flag", [(train, "--pretrained_model"), (train, "--resume"), (ask, "--checkpoint")])
+def test_no_command_line_runs_a_hostile_file(tmp_path, main, flag):
+    write_data(tmp_path / "data", {"train": [([1, 2], [0, 1])], "val": [([1, 2], [0, 1])]})
+    folders = [part for name in ("data", "checkpoint", "tensorboard") for part in (f"--{name}_dir", tmp_path / name)]
+    for path in hostile_files(tmp_path, tmp_path / "executed").values():
+        with pytest.raises(CheckpointError, match=path.name):
+            main(flag, path, *(folders if main is train else []))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_src_has_no_way_to_unpickle():
@@ -104,78 +103,53 @@ def test_src_has_no_way_to_unpickle():
 # The state of a run
 
 
-@pytest.fixture(scope="module")
-def run_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The state of a run of one step, with a model of one layer."""
-    folder = tmp_path_factory.mktemp("run")
-    data = write_data(folder / "data", {"train": [([1, 2], [0, 1])] * 3, "val": [([1, 2], [0, 1])]})
-    pretrained = write_pretrained(folder / "a.pt", small_model(config=GPTConfig(16, 64, 1, 1, 16)))
-    assert train_instruct.main([
-        "--data_dir", str(data), "--pretrained_model", str(pretrained), "--max_steps", "1", "--device", "cpu",
-        "--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs")]) == 0
-    return load_run(folder / LATEST)
+def with_moments(state: dict[str, Any], **changes: torch.Tensor | None) -> dict[str, Any]:
+    moments = {**state["optimizer"]["state"], 0: {**state["optimizer"]["state"][0], **changes}}
+    return {"optimizer": {**state["optimizer"], "state": moments}}
 
 
-def with_moments(**changes: torch.Tensor | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def change(state: dict[str, Any]) -> dict[str, Any]:
-        moments = {**state["optimizer"]["state"], 0: {**state["optimizer"]["state"][0], **changes}}
-        return {"optimizer": {**state["optimizer"], "state": moments}}
-
-    return change
-
-
-FORGED_STATES: dict[str, Any] = {
-    "position of another type": {"position": "ab"}, "negative position": {"position": [0, -5]},
-    "huge position": {"position": [10**30, 0]}, "no position": {"position": None},
-    "position beyond the data": {"position": [0, 4]},
-    "name that leads outside": {"name": "../../escaped"}, "absolute name": {"name": "/tmp/escaped"},
-    "name of another type": {"name": 7}, "name with NUL": {"name": "a\0b"}, "name for a terminal": {"name": "\x1b[2J"},
-    "negative step": {"step": -5}, "huge step": {"step": 10**30}, "skipped is text": {"skipped": "x"},
-    "options are a list": {"options": [1]}, "option of another type": {"options": {"max_steps": "x"}},
-    "option out of bounds": {"options": {"mini_batch_size": -1}},
-    "option NaN": {"options": {"learning_rate": float("nan")}},
-    "fingerprint of another type": {"data_fingerprint": 7},
-    "weights that are whole numbers": lambda state: {"model": {k: v.long() for k, v in state["model"].items()}},
-    "weights of another kind": {"model": {"a": torch.ones(1, device="meta")}},
-    "numbered weights": {"model": {5: torch.ones(1)}},
-    "a terabyte of four bytes": {"model": {"a": torch.zeros(1).expand(1 << 38)}},
+FORGED_VALUES: dict[str, list[Any]] = {  # the last position is beyond the data
+    "position": ["ab", [0, -5], [10**30, 0], None, [0, 4]], "step": [-5, 10**30], "skipped": ["x"],
+    "name": ["../../escaped", "/tmp/escaped", 7, "a\0b", "\x1b[2J"], "data_fingerprint": [7], "optimizer": [7],
+    "options": [[1], {"max_steps": "x"}, {"mini_batch_size": -1}, {"learning_rate": float("nan")}],
+    "model": [{"a": torch.ones(1, device="meta")}, {5: torch.ones(1)}, {"a": torch.zeros(1).expand(1 << 38)}],
+}
+FORGED_STATES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    **{f"{name}{n}": lambda _, name=name, value=value: {name: value}
+       for name, values in FORGED_VALUES.items() for n, value in enumerate(values)},
     **{f"huge {size}": lambda state, size=size: {"model_config": {**state["model_config"], size: 10**8}}
        for size in ("n_layer", "vocab_size", "n_embd")},
-    "optimizer of another type": {"optimizer": 7}, "no moments": lambda state: {
-        "optimizer": {**state["optimizer"], "state": {}}},
-    # fused AdamW would read and write beyond them
-    "moments of another shape": with_moments(exp_avg=torch.ones(3)), "a moment less": with_moments(exp_avg_sq=None),
+    "whole numbers": lambda state: {"model": {name: weight.long() for name, weight in state["model"].items()}},
+    "no moments": lambda state: {"optimizer": {**state["optimizer"], "state": {}}},
+    "moments of another shape": lambda state: with_moments(state, exp_avg=torch.ones(3)),  # AdamW would not look
+    "a moment less": lambda state: with_moments(state, exp_avg_sq=None),
 }
 
 
 @pytest.mark.parametrize("case", FORGED_STATES)
 def test_a_forged_state_is_refused(tmp_path, run_state, case):
-    path, change = tmp_path / "step_000001.pt", FORGED_STATES[case]
-    flags = ["--resume", str(path), "--device", "cpu", "--tensorboard_dir", str(tmp_path / "runs")]
+    path = tmp_path / "step_000001.pt"
     save(path, run_state)
-    assert train_instruct.main(flags) == 0
-    save(path, {**run_state, **(change(run_state) if callable(change) else change)})
+    assert train("--resume", path, "--tensorboard_dir", tmp_path) == 0
+    save(path, {**run_state, **FORGED_STATES[case](run_state)})
     with pytest.raises(CheckpointError, match=path.name):
-        train_instruct.main(flags)
+        train("--resume", path, "--tensorboard_dir", tmp_path)
 
 
 def test_a_run_prints_and_logs_no_payload(tmp_path, capfd):
     """All payloads in the prompts that TensorBoard shows, and in the names of the folders; then a resume that skips."""
     evil = "".join(PAYLOADS).replace("/", "|")[:60]
-    data, run, log = (str(tmp_path / f"{name}{evil}") for name in ("data", "run", "log"))
-    source = write_jsonl(tmp_path / "a.jsonl", [
+    data, run, log = (tmp_path / f"{name}{evil}" for name in ("data", "run", "log"))
+    prepare(write_jsonl(tmp_path / "a.jsonl", [
         {"instruction": "".join(PAYLOADS), "input": "", "output": "x", "split": "val"},
-        {"instruction": "y", "input": "", "output": "y", "split": "train"}])
-    assert prepare_instruct_dataset.main(["--dataset", str(source), "--output_dir", data]) == 0
-    capfd.readouterr()
-    flags = ["--data_dir", data, "--checkpoint_dir", run, "--tensorboard_dir", log, "--device", "cpu", "--max_steps", "2",
-             "--checkpoint_freq", "1"]
-    assert train_instruct.main([*flags, "--from_scratch", "1,1,8", "--context_length", "512", "--total_batch_size",
-                                "512"]) == 0
+        {"instruction": "y", "input": "", "output": "y", "split": "train"}]), data)
+    flags = ["--data_dir", data, "--checkpoint_dir", run, "--tensorboard_dir", log, "--max_steps", 2,
+             "--checkpoint_freq", 1]
+    assert train(*flags, "--from_scratch", "1,1,8", "--context_length", 512, "--total_batch_size", 512) == 0
     for name in (LATEST, "step_000002.pt"):
-        (Path(run) / name).unlink()
-        (Path(run) / name).write_bytes(b"junk")
-    assert train_instruct.main([*flags, "--resume", "latest"]) == 0
+        (run / name).unlink()
+        (run / name).write_bytes(b"junk")
+    assert train(*flags, "--resume", "latest") == 0
     stdout, stderr = capfd.readouterr()
     assert stdout.count("skipped ") == 2 and not RAW.search(stdout + stderr)
     events = b"".join(path.read_bytes() for path in tmp_path.rglob("events*"))
@@ -200,45 +174,33 @@ def data(tmp_path: Path) -> Path:
 
 
 def check_refused(folder: Path) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=str(folder)) as caught:
         open_data(folder)
     assert caught.value.exit_code == 2
-    assert str(folder) in str(caught.value) and "\n" not in printable_line(caught.value)
 
 
-FORGED_SHARDS: dict[str, Any] = {
-    "traversal": {"name": "../../outside/00000-0123456789abcdef"}, "absolute name": {"name": "/etc/passwd"},
-    "NUL in a name": {"name": "00000-0123456789abcde\0"}, "newline after a name": {"name": "00000-0123456789abcdef\n"},
-    "empty name": {"name": ""}, "name of another type": {"name": ["x"]}, "name for a terminal": {"name": "\x1b[2J"},
-    "huge count": {"tokens": 10**30}, "negative count": {"examples": -1}, "count that is a float": {"tokens": 7.0},
-    "count that is true": {"examples": True}, "infinite count": {"tokens": float("inf")},
-    "no SHA-256": {"sha256": {}}, "SHA-256 is text": {"sha256": "x"},
-}
-FORGED_MANIFESTS: dict[str, Any] = {
-    **{name: {"shards": shards} for name, shards in {
-        "a shard is text": {"train": ["x"], "val": []}, "no val split": {"train": []}, "shards is null": None,
-        "shards is a list": []}.items()},
-    "template of another type": {"template": 7}, "format of another type": {"format_version": "1"},
-    "huge format": {"format_version": 10**30}, "format for a terminal": {"format_version": "\x1b[2J" * 1000},
-}
+FORGED_MANIFESTS: list[tuple[str, Any]] = [
+    *(("name", name) for name in ("../../outside/00000-0123456789abcdef", "/etc/passwd", "00000-0123456789abcde\0",
+                                  "00000-0123456789abcdef\n", "", ["x"], "\x1b[2J")),
+    *(("tokens", count) for count in (10**30, -1, 7.0, True, float("inf"))), ("sha256", {}), ("sha256", "x"),
+    *(("shards", shards) for shards in ({"train": ["x"], "val": []}, {"train": []}, None, [])), ("template", 7),
+    *(("format_version", version) for version in ("1", 10**30, "\x1b[2J" * 1000)),
+    *(("text", text) for text in ("7", "[]", "null", "{}", "[" * 100_000, "9" * 5000, "\0" * 100)),
+]
 
 
-@pytest.mark.parametrize("case", [*FORGED_SHARDS, *FORGED_MANIFESTS])
-def test_a_forged_manifest_is_refused(data, case, monkeypatch):
-    forge(data, lambda manifest: manifest["shards"]["train"][0].update(FORGED_SHARDS[case])
-          if case in FORGED_SHARDS else manifest.update(FORGED_MANIFESTS[case]))
-    opened: list[Path] = []
-    real = Path.open
+@pytest.mark.parametrize("key, value", FORGED_MANIFESTS, ids=range(len(FORGED_MANIFESTS)))
+def test_a_forged_manifest_is_refused(data, key, value, monkeypatch):
+    """Another value of a shard or of the manifest, or another text in its place."""
+    if key == "text":
+        (data / MANIFEST).write_text(value)
+    else:
+        of_a_shard = key in ("name", "tokens", "sha256")
+        forge(data, lambda manifest: (manifest["shards"]["train"][0] if of_a_shard else manifest).update({key: value}))
+    opened, real = [], Path.open
     monkeypatch.setattr(Path, "open", lambda path, *rest, **more: opened.append(path) or real(path, *rest, **more))
     check_refused(data)
     assert all(path.resolve().is_relative_to(data.resolve()) for path in opened)
-
-
-@pytest.mark.parametrize("text", ["7", "[]", "null", '"x"', "{}", "[" * 100_000, '{"format_version": ' + "9" * 5000,
-                                  '{"format_version": 1, "shards": {}}', "\0" * 100], ids=range(9))
-def test_a_manifest_that_is_something_else_is_refused(data, text):
-    (data / MANIFEST).write_text(text)
-    check_refused(data)
 
 
 def npy(array: Any) -> bytes:
@@ -251,47 +213,36 @@ def npy_header(header: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(200)
 
 
-def npy_of_length(length: int) -> bytes:
-    return npy_header(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({length},)}}")
-
-
-TOKENS, MASK = np.arange(7, dtype=np.uint16), np.array([0, 0, 1, 1, 0, 1, 1], np.uint8)
+TOKENS, MASK, STARTS = np.arange(7, dtype=np.uint16), np.array([0, 0, 1, 1, 0, 1, 1], np.uint8), np.array([0, 4])
 HARM = Malicious(os.system, "touch executed")
-ARRAYS: dict[str, tuple[str, Any]] = {  # what stands in the place of an array of the first train shard
-    "objects": ("tokens", np.array([HARM] * 7, object)), "a pickle": ("tokens", pickle.dumps(HARM)),
-    "objects in a structure": ("starts", np.zeros(2, [("a", np.int64), ("b", object)])),
-    "empty": ("tokens", b""), "header alone": ("tokens", npy(TOKENS)[:128]),
-    "negative length": ("tokens", npy_of_length(-1)), "huge length": ("tokens", npy_of_length(10**30)),
-    "petabytes": ("tokens", npy_of_length(2**50)), "deep header": ("tokens", npy_header("(" * 5000 + ")" * 5000)),
-    "code in the header": ("tokens", npy_header("open('executed', 'w')")),
-    "float tokens": ("tokens", TOKENS.astype(float)), "two dimensions": ("tokens", TOKENS[None]),
-    "big-endian": ("tokens", TOKENS.astype(">u2")), "too few tokens": ("tokens", TOKENS[:6]),
-    "token above the vocabulary": ("tokens", np.array([1, 2, 3, 4, 5, 6, 50257], np.uint16)),
-    "mask longer": ("loss_mask", np.append(MASK, np.uint8(1))), "mask shorter": ("loss_mask", MASK[:-1]),
-    "no dimension": ("starts", np.array(0)),
-    **{f"starts {starts}": ("starts", np.array(starts, np.int64))
-       for starts in ([], [0], [0, 7], [0, 2**62], [0, -4], [1, 4], [4, 0], [0, 0])},
-}
+FORGED_ARRAYS: list[tuple[str, Any]] = [  # what stands in the place of an array of the first train shard
+    *(("tokens", array) for array in (
+        np.array([HARM] * 7, object), pickle.dumps(HARM), b"", npy(TOKENS)[:128],
+        *(npy_header(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({n},)}}") for n in (-1, 10**30, 2**50)),
+        npy_header("(" * 5000 + ")" * 5000), npy_header("open('executed', 'w')"), TOKENS.astype(float), TOKENS[None],
+        TOKENS.astype(">u2"), TOKENS[:6], np.array([1, 2, 3, 4, 5, 6, 50257], np.uint16))),
+    ("loss_mask", np.append(MASK, np.uint8(1))), ("loss_mask", MASK[:-1]),
+    ("starts", np.zeros(2, [("a", np.int64), ("b", object)])),
+    *(("starts", np.array(starts, np.int64))
+      for starts in (0, [], [0], [0, 7], [0, 2**62], [0, -4], [1, 4], [4, 0], [0, 0])),
+]
 
 
-def put_array(folder: Path, kind: str, content: Any) -> None:
-    """Replace an array of the first train shard and make the checksums fit."""
-    content = content if isinstance(content, bytes) else npy(content)
+@pytest.mark.parametrize("kind, content", FORGED_ARRAYS, ids=range(len(FORGED_ARRAYS)))
+def test_a_forged_array_is_refused(data, monkeypatch, tmp_path, kind, content):
+    """With checksums that fit. What is well-formed is taken."""
+    def put(kind: str, content: Any) -> None:
+        def change(manifest: dict[str, Any]) -> None:
+            shard, data_bytes = manifest["shards"]["train"][0], content if isinstance(content, bytes) else npy(content)
+            shard_file(data, "train", shard, kind).write_bytes(data_bytes)
+            shard["sha256"][kind] = hashlib.sha256(data_bytes).hexdigest()
 
-    def change(manifest: dict[str, Any]) -> None:
-        shard = manifest["shards"]["train"][0]
-        shard_file(folder, "train", shard, kind).write_bytes(content)
-        shard["sha256"][kind] = hashlib.sha256(content).hexdigest()
+        forge(data, change)
 
-    forge(folder, change)
-
-
-@pytest.mark.parametrize("case", ARRAYS)
-def test_a_forged_array_is_refused(data, monkeypatch, tmp_path, case):
     monkeypatch.chdir(tmp_path)
-    for kind, array in zip(KINDS, (TOKENS, MASK, np.array([0, 4]))):
-        put_array(data, kind, array)
-    assert open_data(data)["train"].example(1).tokens.tolist() == [4, 5, 6]  # what is well-formed is taken
-    put_array(data, *ARRAYS[case])
+    for well_formed in zip(KINDS, (TOKENS, MASK, STARTS)):
+        put(*well_formed)
+    assert open_data(data)["train"].example(1).tokens.tolist() == [4, 5, 6]
+    put(kind, content)
     check_refused(data)
     assert not Path("executed").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import helpers
-from conftest import ROOT, SRC, TIMEOUT, run_script, write_jsonl
+from conftest import ROOT, SRC, run_script, write_jsonl
 from data.shards import KINDS, MANIFEST, SPLITS, open_prepared, shard_file
 from helpers import open_data
 from weights.durable import LOCK
@@ -62,14 +62,13 @@ def test_a_killed_preparation_leaves_a_whole_dataset(tmp_path, sources, kills, l
     """Every fourth kill strikes in an empty folder, the others over a whole dataset; small and large take turns."""
     chance, while_writing = random.Random(0), 0
     fingerprints = {name: prepare(path, tmp_path / f"whole_{name}") for name, path in sources.items()}
-    begin = time.monotonic()
-    assert start(sources["large"], tmp_path / "timed").wait(TIMEOUT) == 0
-    seconds = time.monotonic() - begin  # with the start of Python, so some kills come too late
     for number in range(kills):
         output, name = tmp_path / f"out{number // 4}", ("large", "small")[number % 2]
-        before, _ = dataset_in(output)
+        (before, _), known, moment = dataset_in(output), {*output.rglob("*")}, chance.randrange(150)
         process = start(sources[name], output)
-        time.sleep(chance.uniform(0, 0.7 * seconds))
+        while process.poll() is None and len({*output.rglob("*")} - known) < moment:  # some end before it
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
         process.kill()
         process.wait()
         after, strays = dataset_in(output)

@@ -42,16 +42,6 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     return data_dir, write_pretrained(folder / "pretrained.pt", small_model())
 
 
-@pytest.fixture(autouse=True)
-def handlers_as_before():
-    """The trainer sets signal handlers; other tests want theirs."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-
-
 def to(folder: Path, *flags: object) -> list[str]:
     return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
 

@@ -22,7 +22,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "temperature": (number(float, 0), "0 takes the likeliest token every time"),
     "top_k": (number(int, 0), "sample among this many; 0 means all"),
     "top_p": (number(float, 0, 1, above=True), "sample among the likeliest that sum to this"),
-    "seed": (number(int, 0), "makes the answers reproducible"),
+    "seed": (number(int, 0, 2**63 - 1), "makes the answers reproducible"),
 }
 
 

@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
         "mini_batch_size": (FREE, _COUNT, 8, "a micro-batch holds at most this many times context_length tokens; "
                             "halve it when memory runs out, the results stay the same"),
         "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),
-        "seed": (TRAJECTORY, _SIZE, 1337, "decides the order of examples and random weights"),
+        "seed": (TRAJECTORY, number(int, 0, 2**63 - 1), 1337, "decides the order of examples and random weights"),
     },
     "optimizer": {
         "learning_rate": (TRAJECTORY, number(float, 0, above=True), 2e-5, "highest learning rate"),

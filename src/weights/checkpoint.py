@@ -27,11 +27,9 @@ _LARGEST_SIZE = 1 << 24  # of anything in a model's configuration: beyond it, on
 
 
 def is_weight(name: object, value: object) -> bool:
-    """Whether this is a named dense tensor of floats that holds all its elements: a stride of 0 makes terabytes of
-    four bytes."""
+    """Whether this is a named dense tensor that holds all its elements: a stride of 0 makes terabytes of four bytes."""
     return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
-            and value.device.type == "cpu" and value.is_floating_point()
-            and value.nbytes <= value.untyped_storage().nbytes())
+            and value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes())
 
 
 def _is_count(value: object) -> bool:
@@ -45,7 +43,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         isinstance(entry, list) and list(map(type, entry)) == [int, float] for entry in value),
     "template": lambda value: value is None or isinstance(value, str),
     "model_config": lambda value: isinstance(value, dict),
-    "model": lambda value: isinstance(value, dict) and all(is_weight(*item) for item in value.items()),
+    "model": lambda value: isinstance(value, dict) and all(
+        is_weight(*item) and item[1].is_floating_point() for item in value.items()),
 }
 # And what the state of a run has besides that. Its name becomes a folder's.
 _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -98,7 +97,7 @@ def load_run(path: Path) -> dict[str, Any]:
 
 
 def _require(fields: Mapping[str, Callable[[Any], bool]], state: Mapping[str, Any], path: Path) -> None:
-    wrong = [name for name, is_usable in fields.items() if not is_usable(state.get(name))]
+    wrong = [name for name, is_usable in fields.items() if name not in state or not is_usable(state[name])]
     if wrong:
         raise CheckpointError(f"{path}: not a usable checkpoint: {', '.join(wrong)} missing or of another type")
 

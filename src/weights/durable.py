@@ -5,17 +5,32 @@ happens, the old file or the new one is there. No torch in here.
 """
 
 import fcntl
+import io
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from errors import UserError, errors_at
 
 TEMPORARY_SUFFIX, LOCK = ".tmp", ".lock"
+
+
+class _EarlyWriter(io.BufferedWriter):
+    """Has the system write to the disk while more comes, and not keep what is written: the fsync is short then."""
+
+    waiting = 0  # bytes
+
+    def write(self, data: Any) -> int:
+        self.waiting += len(data)
+        if self.waiting >= 1 << 25 and hasattr(os, "posix_fadvise"):
+            self.flush()
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.waiting = 0
+        return super().write(data)
 
 
 @contextmanager
@@ -29,7 +44,7 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     before = "; what was there before is untouched"
     try:
         temporary.unlink(missing_ok=True)  # it may be a second name of another file
-        with temporary.open("wb") as file:
+        with _EarlyWriter(io.FileIO(temporary, "wb")) as file:
             yield file
             file.flush()
             needed = max(needed, file.tell())

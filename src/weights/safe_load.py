@@ -5,6 +5,7 @@ loaded with weights_only=True, and the few classes that other trainers pickle al
 become inert objects. So nothing that stands in a file is ever executed, not even in one that was forged.
 """
 
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,16 @@ def _check_zip(path: Path) -> None:
             raise CheckpointError(f"{path}: refused, it has entries that torch.save never writes")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise CheckpointError(f"{path}: refused, its entries are larger than the file")
+        # It writes entry after entry: elsewhere zipfile might check other bytes than PyTorch loads.
+        with path.open("rb") as file:
+            expected: tuple[int, ...] = (0,)
+            places = sorted((entry.header_offset, entry.file_size) for entry in entries)
+            for place, size in [*places, (archive.start_dir, 0)]:
+                if place not in expected:
+                    raise CheckpointError(f"{path}: damaged (its entries do not follow each other)")
+                file.seek(place + 26)
+                end = place + 30 + sum(struct.unpack("<HH", file.read(4))) + size  # header, name, padding, content
+                expected = (end + 16, end + 24) if size else (end,)  # the data descriptor of PyTorch's writer
         damaged = archive.testzip()
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not fit); use another checkpoint")
