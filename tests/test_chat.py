@@ -24,7 +24,6 @@ from errors import UserError
 from helpers import small_model
 from instruct_format import END_OF_TEXT, TEMPLATE, encode_prompt, tokenizer
 from model import GPT, GPTConfig
-from test_damage import run_state
 from test_hostile_texts import PAYLOADS, RAW
 from weights import checkpoint
 
@@ -170,12 +169,12 @@ def test_the_models_output_never_drives_the_terminal(ask, answers, payload):
 
 
 @pytest.mark.parametrize("payload", EVIL, ids=ascii)
-def test_file_names_and_checkpoint_metadata_never_drive_the_terminal(ask, tmp_path, payload):
+def test_file_names_and_checkpoint_metadata_never_drive_the_terminal(ask, tmp_path, payload, run_state):
     path = tmp_path / f"x{payload.replace('/', '|')}\n.pt".replace("\x00", "")
     check_refused(ask, path, 2)
     path.write_bytes(b"junk")
     check_refused(ask, path, 3)
-    state = run_state(3)
+    state = run_state
     (_, weight), *others = state["model"].items()
     for change in ({"template": payload}, {"step": payload}, {"format_version": payload}, {"format": payload},
                    {"model_config": {payload: 1}}, {"model": {**dict(others), payload: weight}},
@@ -192,9 +191,9 @@ def test_file_names_and_checkpoint_metadata_never_drive_the_terminal(ask, tmp_pa
     ("template", None, "a pre-trained model; fine-tune it first"),
     ("template", "chatml/7", f"fine-tuned with template 'chatml/7', chat knows '{TEMPLATE}'"),
 ])
-def test_a_checkpoint_that_does_not_fit_is_exit_code_3(ask, tmp_path, part, value, message):
+def test_a_checkpoint_that_does_not_fit_is_exit_code_3(ask, tmp_path, run_state, part, value, message):
     """A file with fitting checksums can still hold anything, or lack a part (...)."""
-    state = {**run_state(3), part: value}
+    state = {**run_state, part: value}
     checkpoint.save(tmp_path / "odd.pt", {name: state[name] for name in state if state[name] is not ...})
     check_refused(ask, tmp_path / "odd.pt", 3, message)
 

@@ -93,7 +93,8 @@ def test_a_launcher_without_an_environment_says_what_to_do(command, project):
 
 def test_evaluation_counts_exact_answers(monkeypatch, capsys, tmp_path, tiny_checkpoint):
     """Three of four answers are exact; one that begins right and goes on is not."""
-    write_data(tmp_path, {"val": [encode_example(f"Question {n}", "", "yes") for n in range(4)]})
+    examples = [encode_example(f"Question {n}", "", "yes") for n in range(4)]
+    write_data(tmp_path, {"train": examples, "val": examples})
     said = iter(["yes", "yes", "yes and no", "yes"])
     monkeypatch.setattr(answering.generate, "generate", lambda model, prompt, limit, stop_token:
                         tokenizer().encode_ordinary(next(said))[:limit])
