@@ -9,4 +9,5 @@ marks=(-m "not slow")
 [[ "${1:-}" == --slow ]] && { marks=(); shift; }
 "$python" -m ruff check .
 "$python" -m mypy src
-exec "$python" -m pytest "${marks[@]}" "$@"
+# two files at a time: most of the time goes into starting Python
+exec "$python" -m pytest -n 2 --dist loadfile "${marks[@]}" "$@"
