@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli import Parser, number, printable_line, run
-from errors import UserError
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -46,8 +45,6 @@ def scored_answers(options: Namespace) -> Iterator[tuple[str, str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
-    if not options.checkpoint.exists():
-        raise UserError(f"{options.checkpoint}: no such checkpoint; fine-tune first")
     results = list(scored_answers(options))
     exact = sum(answer == expected for _, expected, answer in results)
     n_shown = min(options.show, len(results))

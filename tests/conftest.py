@@ -54,10 +54,9 @@ def run_command(*command: str | Path, cwd: Path | None = None, stdin: str | byte
     return Outcome(done.returncode, *(part.decode(errors="backslashreplace") for part in (done.stdout, done.stderr)))
 
 
-def run_script(name: str, *flags: str | Path, cwd: Path | None = None, stdin: str | bytes = b"",
-               env: dict[str, str] | None = None, timeout: float = TIMEOUT) -> Outcome:
+def run_script(name: str, *flags: str | Path, **how: Any) -> Outcome:
     """Run src/<name>; cwd is the project's folder unless another is given."""
-    return run_command(sys.executable, SRC / name, *flags, cwd=cwd, stdin=stdin, env=env, timeout=timeout)
+    return run_command(sys.executable, SRC / name, *flags, **how)
 
 
 def run_launcher(*arguments: str | Path, cwd: Path | None = None) -> Outcome:

@@ -9,7 +9,7 @@ once. Exits with 1 if anything failed.
 import os
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
@@ -18,26 +18,24 @@ os.environ.pop("LOCAL_RANK", None)
 from faults_disk import disk_full, soak  # noqa: E402
 from faults_kill import kills, rank_dies, rank_dies_early, write_order  # noqa: E402
 from faults_signals import one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
-from faults_tools import Result  # noqa: E402
 
-FAULTS: dict[str, Callable[[], Result]] = {
-    "kill": lambda: kills(200, in_saves=100),
+FAULTS = {
+    "kill": partial(kills, 200, in_saves=100),
     "order": write_order,
-    "disk": lambda: disk_full(20),
-    "signals_1": lambda: signals(targets=("the process",)),
-    "signals_2": lambda: signals(targets=("one rank", "all ranks", "the launcher")),
-    "second": lambda: second_ctrl_c(2),
-    "rank": lambda: rank_dies(5),
-    "rank_early": lambda: rank_dies_early(4),
-    "two_runs": lambda: two_runs(5),
+    "disk": partial(disk_full, 20),
+    "signals_1": partial(signals, ("the process",)),
+    "signals_2": partial(signals, ("one rank", "all ranks", "the launcher")),
+    "second": partial(second_ctrl_c, 2),
+    "rank": partial(rank_dies, 5),
+    "rank_early": partial(rank_dies_early, 4),
+    "two_runs": partial(two_runs, 5),
     "diverge": one_rank_diverges,
-    "soak": lambda: soak(100_000),
+    "soak": partial(soak, 100_000),
 }
 
 
 def main(names: list[str]) -> int:
-    unknown = set(names) - set(FAULTS)
-    if unknown:
+    if unknown := set(names) - set(FAULTS):
         print(f"error: no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}", file=sys.stderr)
         return 2
     failed = False

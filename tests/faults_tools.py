@@ -1,5 +1,7 @@
 """What the fault measurements share: inputs, running the trainer in the background, and what must hold afterwards."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -8,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from conftest import ROOT, SRC
 from helpers import random_examples, resume_flags, same_state, small_model, trajectory, write_data, write_pretrained
@@ -22,7 +25,9 @@ from weights import checkpoint
 
 STEPS = 24
 FINAL = f"step_{STEPS:06d}.pt"
-WIDE = GPTConfig(context_length=1024, vocab_size=1009, n_layer=2, n_head=2, n_embd=128)  # a state of 8 MB
+SMALL, WIDE = (GPTConfig(context_length=1024, vocab_size=1009, n_layer=2, n_head=2, n_embd=width)
+               for width in (32, 128))  # WIDE: a state of 8 MB
+RESUME = ["--resume", "latest"]
 
 
 @dataclass
@@ -37,8 +42,7 @@ class Result:
     def check(self, name: str, *complaints: str) -> None:
         """Count a case; the complaints that are not empty make it a failure."""
         self.count += 1
-        found = "; ".join(complaint for complaint in complaints if complaint)
-        if found:
+        if found := "; ".join(complaint for complaint in complaints if complaint):
             self.failures.append(f"{name}: {found}")
             print(f"    {name}: {found}", file=sys.stderr, flush=True)
 
@@ -47,15 +51,27 @@ class Result:
         return f"{self.tried}: {held}" + f" ({self.notes})" * bool(self.notes)
 
 
+def measurement(tried: str, config: GPTConfig = SMALL) -> Callable[[Callable[..., None]], Callable[..., Result]]:
+    """Makes measure(result, lab, ...) a function of the rest that returns the result. Its laboratory, with a model of
+    this configuration, is its own, unless it is called with one to share."""
+    def decorate(measure: Callable[..., None]) -> Callable[..., Result]:
+        def measured(*arguments: Any, shared: Lab | None = None, **keywords: Any) -> Result:
+            result = Result(tried)
+            with tempfile.TemporaryDirectory() as folder:
+                measure(result, shared or Lab(Path(folder), config), *arguments, **keywords)
+            return result
+        return measured
+    return decorate
+
+
 class Lab:
     """A folder with data, a pre-trained model, the undisturbed run of it for 1 and 2 processes, and room for others."""
 
-    def __init__(self, folder: Path, config: GPTConfig | None = None) -> None:
+    def __init__(self, folder: Path, config: GPTConfig = SMALL) -> None:
         self.folder, self._runs, self._lock = folder, count(1), Lock()
         examples = {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)}
         self.data = write_data(folder / "data", examples)
-        self.pretrained = write_pretrained(folder / "pretrained.pt", small_model(config=config) if config
-                                           else small_model())
+        self.pretrained = write_pretrained(folder / "pretrained.pt", small_model(config=config))
         self.step_bytes = 3 * self.pretrained.stat().st_size  # nearly
         self._whole: dict[int, Path] = {}
         self.faulty = folder / "src"  # src/ with another trainer: the launcher starts the one of its own folder
@@ -70,22 +86,18 @@ class Lab:
     def flags(self, *more: object) -> list[str]:
         return [*resume_flags(self.data, self.pretrained), *map(str, more)]
 
+    def start(self, processes: int, *more: object, **fault: Any) -> Trainer:
+        """A new run with the usual flags and more; the fault is for faults_trainer.py."""
+        return Trainer(self, self.new_folder(), processes, self.flags(*more), fault)
+
     def whole(self, processes: int) -> Path:
         """The last checkpoint of an undisturbed run."""
         with self._lock:
             if processes not in self._whole:
-                run = Trainer(self, self.new_folder(), processes, self.flags("--checkpoint_freq", 100))
+                run = self.start(processes, "--checkpoint_freq", 100)
                 assert run.wait() == 0, run.output()
                 self._whole[processes] = run.folder / FINAL
         return self._whole[processes]
-
-    def differs(self, run_folder: Path, processes: int) -> str:
-        """A complaint unless the run's end is the undisturbed run's end, to the bit, and left no temporary file."""
-        if not (run_folder / FINAL).exists():
-            return "it has no end"
-        equal = same_state(trajectory(run_folder / FINAL), trajectory(self.whole(processes)))
-        left = [path.name for path in run_folder.glob("*.tmp")]
-        return "another end" * (not equal) + f" left {left}" * bool(left)
 
 
 class Trainer:
@@ -93,13 +105,13 @@ class Trainer:
 
     def __init__(self, lab: Lab, folder: Path, processes: int, flags: list[str], fault: dict | None = None) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.processes = folder, processes
-        self.log = folder / f"output{len(list(folder.glob('output*')))}"
+        self.lab, self.folder, self.processes, self.flags = lab, folder, processes, flags
+        self.log, self.marker = folder / f"output{len(list(folder.glob('output*')))}", f"{folder}.marker"
         source = lab.faulty if fault else SRC
         script = [source / "train_instruct.py"] if processes == 1 else ["-m", "training.launch", processes]
         command = [sys.executable, *script, *flags, "--checkpoint_dir", folder, "--tensorboard_dir", folder / "tb"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault or {}), "FAULT_SRC": str(SRC),
-                       "PYTHONPATH": str(source)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source),
+                       "FAULT": json.dumps({**(fault or {}), "marker": self.marker})}
         self.begin = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([str(part) for part in command], cwd=lab.folder, stdout=log, stderr=log,
@@ -115,8 +127,20 @@ class Trainer:
             self.process.wait()
             return -99
 
+    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 60) -> None:
+        """Wait until the condition holds or the run ends."""
+        end = time.monotonic() + seconds
+        while not condition(self) and self.process.poll() is None and time.monotonic() <= end:
+            time.sleep(0.002)
+
+    def again(self, flags: list[str] = RESUME) -> Trainer:
+        return Trainer(self.lab, self.folder, self.processes, flags)
+
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def lines(self, start: str) -> list[str]:
+        return [line for line in self.output().splitlines() if line.startswith(start)]
 
     def step(self) -> int:
         """The last step that it told of."""
@@ -125,34 +149,49 @@ class Trainer:
     def saved(self) -> list[int]:
         return [int(number) for number in re.findall(r"^saved .*step_(\d+)\.pt$", self.output(), re.M)]
 
+    def stopped(self) -> bool:
+        """Whether its fault has begun on rank 0."""
+        return os.path.exists(f"{self.marker}.0")
+
     def ranks(self) -> list[int]:
         """The training processes, rank 0 first: this one, or the launcher's children."""
-        return [self.process.pid] if self.processes == 1 else sorted(children(self.process.pid))
+        own = self.process.pid
+        return [own] if self.processes == 1 else sorted(
+            processes("stat", lambda stat: int(stat.rpartition(b")")[2].split()[1]) == own))
+
+    def exits(self, *wanted: int) -> str:
+        """A complaint unless it ends with one of these exit codes."""
+        code = self.wait()
+        return f"exit {code}: {self.output()[-300:]}" * (code not in wanted)
+
+    def differs(self) -> str:
+        """A complaint unless the run's end is the undisturbed run's end, to the bit, and left no temporary file."""
+        if not (self.folder / FINAL).exists():
+            return "it has no end"
+        equal = same_state(trajectory(self.folder / FINAL), trajectory(self.lab.whole(self.processes)))
+        left = [path.name for path in self.folder.glob("*.tmp")]
+        return "another end" * (not equal) + f" left {left}" * bool(left)
+
+    def goes_on(self, flags: list[str] = RESUME) -> list[str]:
+        """Complaints unless the run, started again, gets to the undisturbed run's end."""
+        return [f"resumed: {wrong}" if (wrong := self.again(flags).exits(0)) else "", self.differs()]
+
+    def orphans(self) -> str:
+        """A complaint when a process that was started for this folder still runs; it is killed."""
+        found = processes("cmdline", lambda command: f"{self.folder}\0".encode() in command)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        return f"{len(found)} processes are left" if found else ""
 
 
-def children(parent: int) -> list[int]:
+def processes(file: str, wanted: Callable[[bytes], bool]) -> list[int]:
+    """The processes of this machine whose /proc/PID/file is as wanted."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def orphans(folder: Path) -> str:
-    """A complaint when a process that was started for this folder still runs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if f"{folder}\0".encode() in path.read_bytes():
+    for path in Path("/proc").glob(f"[0-9]*/{file}"):
+        with suppress(OSError):  # it has ended
+            if wanted(path.read_bytes()):
                 found.append(int(path.parent.name))
-        except OSError:
-            continue
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
-    return f"{len(found)} processes are left" if found else ""
+    return found
 
 
 def newest(folder: Path) -> int:
@@ -160,24 +199,3 @@ def newest(folder: Path) -> int:
     if not any(folder.glob("step_*.pt")):
         return 0
     return checkpoint.newest_valid(folder, lambda _: None)[1]["step"]
-
-
-def wait_for(condition: object, run: Trainer, seconds: float = 60) -> bool:
-    """Wait until the condition holds; False when the run ends before."""
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        if run.process.poll() is not None or time.monotonic() > end:
-            return bool(condition())
-        time.sleep(0.002)
-    return True
-
-
-@contextmanager
-def lab(shared: Lab | None = None, config: GPTConfig | None = None) -> Iterator[Lab]:
-    """A laboratory of one's own, or one that is shared, which stays."""
-    if shared:
-        yield shared
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Lab(Path(folder), config)

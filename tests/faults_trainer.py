@@ -11,38 +11,27 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FAULT = json.loads(os.environ.get("FAULT", "{}"))
+FAULT = json.loads(os.environ["FAULT"])
 RANK = os.environ.get("RANK", "0")
-sys.path.insert(0, os.environ.get("FAULT_SRC", str(Path(__file__).resolve().parent.parent / "src")))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import train_instruct  # noqa: E402
 from cli import run  # noqa: E402
 from training.ending import leave  # noqa: E402
 
-visits = {"count": 0, "micro_batches": 0, "in": ""}
+now = {"visits": 0, "micro_batches": 0, "in": "", "step": 0}
 
 
 def visit(phase: str) -> None:
-    if phase != FAULT.get("phase"):
-        return
-    visits["count"] += 1
-    if visits["count"] == FAULT["at"]:
-        Path(f"{FAULT['marker']}.{RANK}").touch()
-        time.sleep(FAULT["seconds"])
-
-
-def wrapped(module: Any, name: str, phase: str) -> None:
-    real = getattr(module, name)
-
-    def function(*arguments: Any, **keywords: Any) -> Any:
-        visits["in"], visits["micro_batches"] = phase, 0
-        visit(phase)
-        return real(*arguments, **keywords)
-
-    setattr(module, name, function)
+    if phase == FAULT["phase"]:
+        now["visits"] += 1
+        if now["visits"] == FAULT["at"]:
+            Path(f"{FAULT['marker']}.{RANK}").touch()
+            time.sleep(FAULT["seconds"])
 
 
 def stop_at_phases() -> None:
@@ -53,10 +42,17 @@ def stop_at_phases() -> None:
 
     micro_batch, generate, save = InstructData.micro_batch, loop.generate, torch.save
 
+    def visited(real: Callable, phase: str, inside: str) -> Callable:
+        def function(*arguments: Any, **keywords: Any) -> Any:
+            now.update({"in": inside, "micro_batches": 0})
+            visit(phase)
+            return real(*arguments, **keywords)
+        return function
+
     def counted(*arguments: Any) -> Any:
-        visits["micro_batches"] += 1
-        if visits["micro_batches"] == 2:
-            visit({"step": "accumulation", "an evaluation": "evaluation"}[visits["in"]])
+        now["micro_batches"] += 1
+        if now["micro_batches"] == 2:
+            visit(now["in"])
         return micro_batch(*arguments)
 
     def slow_answer(*arguments: Any, **keywords: Any) -> Any:
@@ -68,44 +64,38 @@ def stop_at_phases() -> None:
         save(*arguments)
         visit("save")  # everything is written, nothing renamed
 
-    wrapped(loop, "train_step", "step")
-    wrapped(loop, "evaluate", "an evaluation")
-    InstructData.micro_batch = counted  # type: ignore[method-assign]
-    loop.generate = slow_answer  # type: ignore[attr-defined]
-    torch.save = slow_save
+    loop.train_step = visited(loop.train_step, "step", inside="accumulation")
+    loop.evaluate = visited(loop.evaluate, "an evaluation begins", inside="evaluation")
+    InstructData.micro_batch, loop.generate, torch.save = counted, slow_answer, slow_save
 
 
 def feed_nan() -> None:
     from training import loop, step
 
-    real_step, real_loss, current = loop.train_step, step.F.linear_cross_entropy, {"step": 0}
+    real_step, real_loss = loop.train_step, step.F.linear_cross_entropy
 
     def loss(*arguments: Any, **keywords: Any) -> Any:
-        bad = current["step"] in FAULT["nan"] and int(RANK) == FAULT["rank"]
+        bad = now["step"] in FAULT["nan"] and int(RANK) == FAULT["rank"]
         return real_loss(*arguments, **keywords) * (float("nan") if bad else 1.0)
 
     def watched(learner: Any, *rest: Any) -> Any:
-        current["step"] += 1
+        now["step"] += 1
         result = real_step(learner, *rest)
         digest = hashlib.sha256()
         for parameter in learner.model.parameters():
             for tensor in (parameter, *learner.optimizer.state[parameter].values()):
                 digest.update(tensor.detach().numpy().tobytes())
         with Path(f"{FAULT['marker']}.{RANK}").open("a") as file:
-            file.write(f"{current['step']} {digest.hexdigest()}\n")
+            file.write(f"{now['step']} {digest.hexdigest()}\n")
         return result
 
-    step.F.linear_cross_entropy = loss
-    loop.train_step = watched  # type: ignore[assignment]
+    step.F.linear_cross_entropy, loop.train_step = loss, watched
 
 
 def prepared_block(block: Any = train_instruct.block_signals) -> None:
     """In place of block_signals: the trainer's own imports come after it, so it is the first moment to wrap them."""
     block()
-    if "phase" in FAULT:
-        stop_at_phases()
-    if "nan" in FAULT:
-        feed_nan()
+    (feed_nan if "nan" in FAULT else stop_at_phases)()
 
 
 if __name__ == "__main__":

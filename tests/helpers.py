@@ -14,7 +14,7 @@ import torch
 
 import prepare_instruct_dataset
 from conftest import ROOT, SRC
-from data.shapes import Example, read_examples
+from data.shapes import read_examples
 from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
 from instruct_format import END_OF_TEXT, encode_example, tokenizer
@@ -58,12 +58,9 @@ def texts_of(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 def real_examples(source: Path, count: int) -> list[tuple[list[int], list[int]]]:
     """The first examples of a file, tokenized with the template, ids modulo VOCAB."""
-    examples = []
-    for _, row in islice(read_examples(str(source)), count):
-        assert isinstance(row, Example)
-        tokens, mask = encode_example(row.instruction, row.input, row.output)
-        examples.append(([token % VOCAB for token in tokens], mask))
-    return examples
+    rows = [row for _, row in islice(read_examples(str(source)), count)]
+    pairs = [encode_example(row.instruction, row.input, row.output) for row in rows]
+    return [([token % VOCAB for token in tokens], mask) for tokens, mask in pairs]
 
 
 def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -92,6 +89,12 @@ def write_pretrained(path: Path, model: GPT) -> Path:
     return path
 
 
+def run_inputs(folder: Path) -> tuple[Path, Path]:
+    """What resume_flags takes: data of random examples, a pre-trained model."""
+    data = write_data(folder / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
+    return data, write_pretrained(folder / "pretrained.pt", small_model())
+
+
 def options_of(*flags: object) -> Namespace:
     """The trainer's options from flags."""
     return parse_options([str(flag) for flag in flags])
@@ -102,7 +105,7 @@ def open_data(folder: Path, context_length: int = 1024) -> dict[str, InstructDat
     return {split: InstructData(prepared, split, context_length) for split in ("train", "val")}
 
 
-def run_ranks(script: Path, world_size: int, *arguments: object, timeout: float = 240) -> None:
+def run_ranks(script: Path, world_size: int, *arguments: object) -> None:
     """Run a script on world_size gloo processes of this machine and wait for all of them to end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -113,7 +116,7 @@ def run_ranks(script: Path, world_size: int, *arguments: object, timeout: float 
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
                                   env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(world_size)]
-    errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from conftest import write_checkpoint
 from errors import CheckpointError, UserError
 from helpers import same_state, small_model
 from model import GPTConfig
@@ -21,9 +22,8 @@ from weights.pretrained import load_pretrained
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    model, path = small_model(), tmp_path / "a.pt"
-    save(path, {"step": 7, "val_losses": [], "template": None, "model_config": vars(model.config),
-                "model": model.state_dict()})
+    model = small_model()
+    path = write_checkpoint(tmp_path / "a.pt", step=7, model_config=vars(model.config), model=model.state_dict())
     state = load(path)
     assert state["step"] == 7 and zipfile.ZipFile(path).testzip() is None  # any zip reader reads it
     assert same_state(dict(model_of(state, path, torch.device("cpu")).state_dict()), dict(model.state_dict()))
@@ -37,14 +37,14 @@ def own_weights() -> dict[str, torch.Tensor]:
     return {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
 
 
-@pytest.mark.parametrize("module, name",
-                         [("model", "GPTConfig"), ("__main__", "GPTConfig"), ("src.gpt", "ModelConfig")])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("module, name, prefix", [
+    ("model", "GPTConfig", ""), ("__main__", "GPTConfig", "_orig_mod."), ("model", "GPTConfig", "module."),
+    ("src.gpt", "ModelConfig", "_orig_mod.module.")])
 def test_the_users_own_pretrained_file_loads_as_it_is(tmp_path, monkeypatch, module, name, prefix):
     """A padded vocabulary, a pickled config dataclass, optimizer and random states with numpy arrays."""
     expected = own_weights()
-    sizes = {"context_length": 64, "vocab_size": 50304, "num_layers": 2, "embd_size": 32, "num_heads": 2}
-    config_class = make_dataclass(name, [(field, int, size) for field, size in sizes.items()])
+    config_class = make_dataclass(name, [(field, int, size) for field, size in {
+        "context_length": 64, "vocab_size": 50304, "num_layers": 2, "embd_size": 32, "num_heads": 2}.items()])
     config_class.__module__ = module
     state = {"model": {prefix + key: value for key, value in expected.items()}, "config": config_class(),
              "step": 1000, "val_loss": 3.1,
@@ -109,21 +109,19 @@ def state_of(run_state):
 
 
 def test_steps_are_kept_by_number_and_foreign_files_are_left_alone(tmp_path, state_of):
-    foreign = ["best_model.pt", "notes.txt", "step_5.pt", "step_x.pt"]
+    foreign, kept = ["best_model.pt", "notes.txt", "step_5.pt", "step_x.pt"], ["step_1000001.pt", "step_1000000.pt"]
     for name in foreign:
         (tmp_path / name).write_text("mine")
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save_step(tmp_path, state_of(step), keep_last=2)
-    assert [path.name for path in step_files(tmp_path)] == ["step_1000001.pt", "step_1000000.pt"]
+    assert [path.name for path in step_files(tmp_path)] == kept
     assert load(tmp_path / "latest.pt")["step"] == 1_000_001
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*foreign, "latest.pt", "step_1000000.pt", "step_1000001.pt"])
+    assert {path.name for path in tmp_path.iterdir()} == {*foreign, "latest.pt", *kept}
 
 
 def test_a_run_that_went_back_keeps_what_it_saves(tmp_path, state_of):
-    for step in (1, 2, 3, 4, 5):
-        save_step(tmp_path, state_of(step), keep_last=5)
-    save_step(tmp_path, state_of(3), keep_last=2)
+    for step, keep_last in ((1, 5), (2, 5), (3, 5), (4, 5), (5, 5), (3, 2)):
+        save_step(tmp_path, state_of(step), keep_last)
     assert [int(path.stem[-6:]) for path in step_files(tmp_path)] == [5, 4, 3, 2]
     assert load(tmp_path / "latest.pt")["step"] == 3
 

@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy(script):
     ("prepare_instruct_dataset.py", ["data.jsonl"], "unrecognized arguments: data.jsonl"),
     ("chat.py", ["--temperature", "-1"], "--temperature: -1 is not at least 0"),
     ("convert_checkpoint.py", [], "the following arguments are required: command"),
-    ("evaluate_instruct.py", ["--checkpoint", "absent.pt"], "absent.pt: no such checkpoint"),
+    ("evaluate_instruct.py", ["--checkpoint", "absent.pt"], "absent.pt: no such file"),
 ])
 def test_wrong_flags_are_one_line_and_exit_code_2(script, flags, message, tmp_path):
     code, stdout, stderr = run_script(script, *flags, cwd=tmp_path)
@@ -92,7 +92,6 @@ def test_a_launcher_without_an_environment_says_what_to_do(command, project):
 
 
 def test_evaluation_counts_exact_answers(monkeypatch, capsys, tmp_path, tiny_checkpoint):
-    """Three of four answers are exact; one that begins right and goes on is not."""
     examples = [encode_example(f"Question {n}", "", "yes") for n in range(4)]
     write_data(tmp_path, {"train": examples, "val": examples})
     said = iter(["yes", "yes", "yes and no", "yes"])

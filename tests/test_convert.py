@@ -31,7 +31,6 @@ def published(tmp_path_factory) -> tuple[Path, GPT2LMHeadModel]:
 
 
 def changed_copy(source: Path, target: Path, **changes: object) -> Path:
-    """The folder with other values in its config.json."""
     target.mkdir()
     (target / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     config = json.loads((source / "config.json").read_text())
@@ -68,19 +67,15 @@ def test_shards_and_16_bit_weights_are_read(published, tmp_path):
     assert same_state(load_folder(half)[1], {k: value.half().float() for k, value in load_folder(folder)[1].items()})
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model_type": "llama"}, "model_type 'llama'"),
-    ({"activation_function": "relu"}, "activation_function 'relu'"),
-    ({"tie_word_embeddings": False}, "tie_word_embeddings False"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
-    ({"n_inner": 96}, "n_inner 96"),
-    ({"n_layer": 2}, "its config says n_layer 2, its weights have 3"),
-    ({"n_head": 5}, "not a multiple of n_head 5"),
-    ({"vocab_size": 50257}, "its config says vocab_size 50257"),
+@pytest.mark.parametrize("name, value, message", [
+    *((name, value, "not a GPT-2 as published: ") for name, value in {
+        "model_type": "llama", "activation_function": "relu", "tie_word_embeddings": False,
+        "scale_attn_by_inverse_layer_idx": True, "n_inner": 96}.items()),
+    ("n_layer", 2, "its config says "), ("vocab_size", 50257, "its config says "), ("n_head", 5, "not a multiple of "),
 ])
-def test_what_is_not_gpt2_as_published_is_exit_code_3(published, tmp_path, changes, message):
-    with pytest.raises(CheckpointError, match=message):
-        import_to(tmp_path / "out.pt", changed_copy(published[0], tmp_path / "other", **changes))
+def test_what_is_not_gpt2_as_published_is_exit_code_3(published, tmp_path, name, value, message):
+    with pytest.raises(CheckpointError, match=f"{message}{name} {value!r}"):
+        import_to(tmp_path / "out.pt", changed_copy(published[0], tmp_path / "other", **{name: value}))
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -91,16 +86,13 @@ def test_wrong_sources_are_one_line(published, tmp_path):
     (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
     (not_json / "config.json").write_text("[")
     existing.write_text("mine")
-    for source, output, message, kind in [
-            (tmp_path, "out.pt", "config.json: not readable", UserError),
-            (bare, "out.pt", "no .safetensors file", UserError),
-            (damaged, "out.pt", "not a readable safetensors file", CheckpointError),
-            (not_json, "out.pt", "not readable as a model's configuration", UserError),
-            (folder / "config.json", "out.pt", "not a folder", UserError),
-            (folder, existing.name, "exists; --force replaces it", UserError)]:
-        with pytest.raises(kind, match=message) as caught:
-            import_to(tmp_path / output, source)
-        assert type(caught.value) is kind and "\n" not in str(caught.value)
+    for source, message, *output in [
+            (tmp_path, "config.json: not readable"), (bare, "no .safetensors file"),
+            (damaged, "not a readable safetensors file"), (not_json, "not readable as a model's configuration"),
+            (folder / "config.json", "not a folder"), (folder, "exists; --force replaces it", existing)]:
+        with pytest.raises(UserError, match=message) as caught:
+            import_to(*output or [tmp_path / "out.pt"], source)
+        assert caught.value.exit_code == (3 if source == damaged else 2) and "\n" not in str(caught.value)
     assert existing.read_text() == "mine"
     assert import_to(existing, folder, "--force") == 0 and load(existing)["step"] == 0
 

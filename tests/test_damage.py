@@ -2,9 +2,9 @@
 
 import hashlib
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from weights.checkpoint import BEST, LATEST, load, load_run, newest_valid, save,
 from weights.pretrained import load_pretrained
 
 PAGE = 4096
-DAMAGES = {"flip": 300, "cut": 60, "zero": 50}
 
 
 def overwrite(path: Path, data: bytes) -> None:
@@ -41,7 +40,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 def damages(files: list[Path]) -> Iterator[tuple[str, Path, bytes]]:
     """410 times the kind of damage, a file, the files in turn, and its bytes, at least one of them changed."""
     chance, originals = random.Random(0), [path.read_bytes() for path in files]
-    for kind, count in DAMAGES.items():
+    for kind, count in {"flip": 300, "cut": 60, "zero": 50}.items():
         for number in range(count):
             data = changed = originals[number % len(files)]
             while changed == data:
@@ -52,10 +51,10 @@ def damages(files: list[Path]) -> Iterator[tuple[str, Path, bytes]]:
             yield kind, files[number % len(files)], changed
 
 
-def is_noticed(read: Callable[[], object], path: Path, undamaged: object) -> bool:
+def is_noticed(read: Callable[[Path], object], path: Path, undamaged: object) -> bool:
     """Whether reading a damaged file is refused. What is read all the same is equal to the bit."""
     try:
-        found = read()
+        found = read(path)
     except CheckpointError as error:
         assert path.name in str(error) and error.exit_code == 3
         return True
@@ -75,19 +74,15 @@ def test_410_damages_to_checkpoints_are_noticed_or_change_nothing(tmp_path, run_
     save_step(tmp_path, {**run_state, "step": 3}, keep_last=1)
     save(best, {key: value for key, value in run_state.items() if key != "optimizer"})
     originals = {path: path.read_bytes() for path in files}
+    copies = shutil.copytree(tmp_path, tmp_path / "undamaged")  # what was read from them is mapped
     latest.unlink()  # the hard link: a damage shall strike one name
-    (tmp_path / "undamaged").mkdir()
-    undamaged = {}
-    for path, data in originals.items():
-        path.write_bytes(data)
-        copy = tmp_path / "undamaged" / path.name  # what was read from it is mapped
-        copy.write_bytes(data)
-        readers = [load, load_pretrained, logits_of_chat, *([load_run] if path != best else [])]
-        undamaged[path] = {read: read(copy) for read in readers}
+    latest.write_bytes(originals[latest])
+    undamaged = {path: {read: read(copies / path.name) for read in (load, load_pretrained, logits_of_chat, load_run)
+                        if path != best or read != load_run} for path in files}
     counts = Counter[tuple[str, bool]]()
     for kind, path, data in damages(files):
         overwrite(path, data)
-        [noticed] = {is_noticed(partial(read, path), path, state) for read, state in undamaged[path].items()}
+        [noticed] = {is_noticed(read, path, state) for read, state in undamaged[path].items()}
         told: list[str] = []
         found, state = newest_valid(tmp_path, told.append)
         assert found == (step if noticed and path == latest else latest)
@@ -95,47 +90,40 @@ def test_410_damages_to_checkpoints_are_noticed_or_change_nothing(tmp_path, run_
         assert same_state(state, undamaged[found][load_run])
         overwrite(path, originals[path])
         counts[kind, noticed] += 1
-    print(dict(counts))
-    assert counts.total() == 410
-    assert counts["cut", True] == 60 and counts["flip", True] and counts["zero", True]
+    assert counts.total() == 410 and counts["cut", True] == 60 and counts["flip", True] and counts["zero", True]
 
 
 # The zip file, where zipfile, which checks it, and PyTorch, which loads it, could read different things in it
 
 
 @pytest.fixture
-def small(tmp_path: Path, run_state: dict) -> tuple[bytes, bytes]:
-    """Two checkpoints of few bytes: in two types, a part of a tensor, a tensor of nothing."""
-    for first in (3.0, 4.0):
-        weight = torch.tensor([first, 5.0])
+def small(tmp_path: Path, run_state: dict) -> tuple[bytes, bytes, Callable[[bytes], bool]]:
+    """Two checkpoints of few bytes (in two types, a part of a tensor, a tensor of nothing), and whether other bytes in
+    the place of the first one are refused: they may not be another state."""
+    first, second, damaged = paths = [tmp_path / name for name in ("first.pt", "second.pt", "damaged.pt")]
+    for path, number in zip(paths, (3.0, 4.0, 3.0)):
+        weight = torch.tensor([number, 5.0])
         model = {"a": weight, "b": weight.bfloat16(), "c": weight[1:], "d": torch.zeros(0)}
-        save(tmp_path / f"{first}.pt", {**run_state, "model_config": {}, "optimizer": {}, "model": model})
-    return (tmp_path / "3.0.pt").read_bytes(), (tmp_path / "4.0.pt").read_bytes()
+        save(path, {**run_state, "model_config": {}, "optimizer": {}, "model": model})
+    state = load_run(first)
 
+    def refused(data: bytes) -> bool:
+        overwrite(damaged, data)
+        return is_noticed(load_run, damaged, state)
 
-@pytest.fixture
-def refused(tmp_path: Path, small: tuple[bytes, bytes]) -> Callable[[bytes], bool]:
-    """Whether other bytes in the place of the first one are refused. They may not be another state."""
-    path, state = tmp_path / "damaged.pt", load_run(tmp_path / "3.0.pt")
-    path.touch()
-
-    def is_refused(data: bytes) -> bool:
-        overwrite(path, data)
-        return is_noticed(lambda: load_run(path), path, state)
-
-    return is_refused
+    return first.read_bytes(), second.read_bytes(), refused
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_no_flipped_bit_of_a_checkpoint_leads_to_another_state(small, refused, every):
-    data, _ = small
+def test_no_flipped_bit_of_a_checkpoint_leads_to_another_state(small, every):
+    data, _, refused = small
     noticed = sum(refused(flipped(data, bit)) for bit in range(0, 8 * len(data), every))
     assert not refused(data) and noticed > 4 * len(data) / every
 
 
-def test_a_checkpoint_of_the_last_version_loads(small, refused):
+def test_a_checkpoint_of_the_last_version_loads(small):
     """With a SHA-256 of the file as the zip's comment. Damages there lead to no other state either."""
-    data, _ = small
+    data, _, refused = small
     comment = b"gpt2-instruct sha256=" + hashlib.sha256(data).hexdigest().encode()
     sealed = data[:-2] + len(comment).to_bytes(2, "little") + comment
     assert not refused(sealed)
@@ -155,31 +143,31 @@ def damaged_headers(data: bytes) -> Iterator[bytes]:
                 yield data[:place + first] + new + data[place + last:]
 
 
-def test_a_damaged_header_neither_leads_to_another_state_nor_hides_one(small, refused):
+def test_a_damaged_header_neither_leads_to_another_state_nor_hides_one(small):
     """zipfile checks the bytes that the directory describes; PyTorch takes as many as its pickle asks for, from where
     the header before them ends. So where a header is damaged alone, then where its tensor is, too."""
-    data, _ = small
+    data, _, refused = small
     bit = 8 * data.index(torch.tensor([3.0, 5.0]).numpy().tobytes())
     for changed in damaged_headers(data):
         assert refused(changed) or refused(flipped(changed, bit))
 
 
-def test_pieces_lost_doubled_or_of_another_checkpoint_lead_to_no_other_state(small, refused):
-    data, other = small
+def test_pieces_lost_doubled_or_of_another_checkpoint_lead_to_no_other_state(small):
+    data, other, refused = small
     assert len(data) == len(other) and data != other
     for size in (16, 64, 256, 1024):
         for at in range(0, len(data), size // 4):
-            before, piece, after = data[:at], data[at:at + size], data[at + size:]
-            for new in (b"", piece + piece, bytes(size) + piece, other[at:at + size]):
-                refused(before + new + after)
+            piece, end = data[at:at + size], at + size
+            for new in (b"", piece + piece, bytes(size) + piece, other[at:end]):
+                refused(data[:at] + new + data[end:])
     for tail in (bytes(1), bytes(PAGE), data[:PAGE], b"PK\5\6" + bytes(18), data[-22:], data[-98:]):
         refused(data + tail)
 
 
-def test_two_checkpoints_in_one_file_lead_to_no_other_state(small, refused):
+def test_two_checkpoints_in_one_file_lead_to_no_other_state(small):
     """zipfile checks the last one, wherever it begins; PyTorch loads what lies where the directory says, counted from
     the beginning of the file: the first one."""
-    data, other = small
+    data, other, refused = small
     for bit in range(32, 8 * len(data), 101):
         refused(flipped(data, bit) + data)
         refused(flipped(data, bit) + other)
@@ -193,7 +181,7 @@ def test_410_damages_to_prepared_data_are_noticed(tmp_path):
     """Named, exit code 2: six arrays, all larger than a page, and the manifest, every byte of it."""
     write_data(tmp_path, {"train": random_examples(1100, 30), "val": random_examples(600, 30, seed=1)})
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert [path.name for path in files].count(MANIFEST) == 1 and len(files) == 7
+    assert len(files) == 7 and tmp_path / MANIFEST in files
     originals = {path: path.read_bytes() for path in files}
     for _, path, data in damages(files):
         overwrite(path, data)
@@ -218,7 +206,6 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path):
 
 
 def test_a_run_resumes_past_damage_and_stops_at_damaged_data(tmp_path, capsys):
-    """Training resumes from the newest valid file and says which it skipped; damaged data are exit code 2."""
     data = write_data(tmp_path / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
     pretrained, folder = write_pretrained(tmp_path / "pretrained.pt", small_model()), tmp_path / "run"
     flags = [*resume_flags(data, pretrained), "--max_steps", "3", "--checkpoint_dir", str(folder),

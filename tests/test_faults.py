@@ -6,8 +6,9 @@ The short forms run two at a time: most of their time goes into starting Python.
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -20,31 +21,33 @@ from faults_tools import Lab, Result
 from weights.durable import lock_folder
 
 SHORT = {
-    "USR1 to the launcher": lambda lab: signals(("save",), ("the launcher",), (signal.SIGUSR1,), lab),
-    "a second Ctrl-C": lambda lab: second_ctrl_c(1, ("the process",), lab),
-    "kill": lambda lab: kills(1, in_saves=1, threads=1, undisturbed=1, shared=lab),
-    "a rank dies": lambda lab: rank_dies(1, 1, lab),
-    "a rank dies early": lambda lab: rank_dies_early(1, lab),
-    "NaN on one rank": lambda lab: one_rank_diverges(DIVERGENCES[2:], lab),
-    "soak": lambda _: soak(2000),
-    "a signal in the first second": lambda lab: signals(("first second",), ("the process",), (signal.SIGUSR1,), lab),
-    "a full disk": lambda lab: disk_full(1, lab),
+    "USR1 to the launcher": partial(signals, ("the launcher",), ("save",), (signal.SIGUSR1,)),
+    "a second Ctrl-C": partial(second_ctrl_c, 1, ("the process",)),
+    "kill": partial(kills, 1, in_saves=1, threads=1, undisturbed=1),
+    "a rank dies": partial(rank_dies, 1, 1),
+    "a rank dies early": partial(rank_dies_early, 1),
+    "NaN on one rank": partial(one_rank_diverges, DIVERGENCES[2:]),
+    "soak": lambda shared: soak(2000),  # in a laboratory of its own: it has another model
+    "a signal in the first second": partial(signals, ("the process",), ("first second",), (signal.SIGUSR1,)),
+    "a full disk": partial(disk_full, 1),
+    "order": write_order,
 }
-if shutil.which("strace"):
-    SHORT["the order of a save"] = write_order
+
+
+def where_they_can_run(names: Iterable[str]) -> list:
+    no_strace = pytest.mark.skipif(not shutil.which("strace"), reason="no strace here")
+    return [pytest.param(name, marks=[no_strace] * (name == "order")) for name in names]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Result]]]:
     shared = Lab(tmp_path_factory.mktemp("faults"))
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(measure, shared) for name, measure in SHORT.items()}
+        yield {name: pool.submit(measure, shared=shared) for name, measure in SHORT.items()}
 
 
-@pytest.mark.parametrize("name", [*SHORT, *({"the order of a save"} - SHORT.keys())])
+@pytest.mark.parametrize("name", where_they_can_run(SHORT))
 def test_faults_in_short(results, name):
-    if name not in results:
-        pytest.skip("no strace here")
     assert results[name].result().failures == []
 
 
@@ -57,8 +60,6 @@ def test_the_launcher_refuses_a_folder_in_use_at_once(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", where_they_can_run(FAULTS))
 def test_faults_in_full(name):
-    if name == "order" and not shutil.which("strace"):
-        pytest.skip("no strace here")
     assert FAULTS[name]().failures == []

@@ -75,9 +75,8 @@ def write_rows(path: Path) -> Path:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ROWS prepared by the script itself."""
     folder = tmp_path_factory.mktemp("reference")
-    code, stdout, stderr = run_script(
-        "prepare_instruct_dataset.py", "--dataset", write_jsonl(folder / "data.jsonl", ROWS), "--val_fraction", "0.3",
-        "--output_dir", "out", cwd=folder)
+    flags = "--dataset", write_jsonl(folder / "data.jsonl", ROWS), "--val_fraction", "0.3", "--output_dir", "out"
+    code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, cwd=folder)
     assert (code, stderr) == (0, "")
     assert f"examples   {len(ROWS)} read, {len(ROWS)} kept; dropped: 0 empty output, 0 exact repeat" in stdout
     assert stdout.endswith("wrote out/dataset_info.json; next: ./start_instruct_training.sh\n")
@@ -86,20 +85,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["list.json", "utf8_list.json", "lines.json", "lines.jsonl", "table.csv",
                                   "table.parquet", "UPPER.JSONL"])
-def test_every_format_gives_the_same_data(tmp_path: Path, reference: Path, name: str) -> None:
+def test_every_format_gives_the_same_data(tmp_path, reference, name):
     assert prepare(write_rows(tmp_path / name), tmp_path / "out", "--val_fraction", 0.3)["source"] == name
     got, expected = files_of(tmp_path / "out"), files_of(reference)
     manifests = [{**json.loads(files.pop(MANIFEST)), "source": "", "sha256": ""} for files in (got, expected)]
     assert manifests[0] == manifests[1] and got == expected
 
 
-def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(reference: Path) -> None:
+def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(reference):
     (train, val), expected = texts_of(reference).values(), expected_of(ROWS)
     assert [train, val] == [[text for text in expected if text in split] for split in (train, val)]
     assert sorted(train + val) == sorted(expected)
 
 
-def test_manifest_has_what_the_contract_names(tmp_path: Path) -> None:
+def test_manifest_has_what_the_contract_names(tmp_path):
     manifest = prepare_rows(tmp_path, questions(40), "--val_fraction", 0.25, "--seed", 7)
     assert manifest.items() >= {
         "format_version": 1, "template": TEMPLATE, "tokenizer": TOKENIZER, "source": "data.jsonl", "seed": 7,
@@ -115,7 +114,7 @@ def test_manifest_has_what_the_contract_names(tmp_path: Path) -> None:
         assert counts == {key: shard[key] for key in counts} == {key: manifest[f"{split}_{key}"] for key in counts}
 
 
-def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path: Path) -> None:
+def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):
     """Fields that only join to the same text are no repeats."""
     kept = [*questions(30), row("Question 0", "another answer"), row("question 0", "Answer 0"), row("", "no question"),
             row("Question 1", "Answer 0", input="x"), row("Short", "."), row("ab", "c"), row("a", "bc"),
@@ -128,7 +127,7 @@ def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path: Path) 
     assert sorted(chain(*texts_of(tmp_path / "out").values())) == sorted(expected_of(kept))
 
 
-def test_output_is_byte_identical_for_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_byte_identical_for_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("prepare_instruct_dataset.BATCH_EXAMPLES", 7)
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 400)
     data = write_jsonl(tmp_path / "data.jsonl", [*questions(150, 2), *ROWS])
@@ -138,7 +137,7 @@ def test_output_is_byte_identical_for_any_number_of_processes(tmp_path: Path, mo
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
-def test_a_prompt_has_one_side_which_is_a_function_of_it_and_the_seed(tmp_path: Path) -> None:
+def test_a_prompt_has_one_side_which_is_a_function_of_it_and_the_seed(tmp_path):
     found = []
     more = [*questions(300, 3)[::-1], *(row(f" Question {number}\n", "yet another") for number in range(100))]
     for rows, seed, prompts in ((questions(100), 42, 100), (more, 42, 300), (questions(100), 43, 100)):
@@ -150,7 +149,7 @@ def test_a_prompt_has_one_side_which_is_a_function_of_it_and_the_seed(tmp_path: 
 
 
 @pytest.mark.parametrize(("flags", "low", "high"), [([], 70, 130), (["--val_fraction", 0.5], 940, 1060)])
-def test_val_fraction_is_the_share_of_prompts(tmp_path: Path, flags: list[object], low: int, high: int) -> None:
+def test_val_fraction_is_the_share_of_prompts(tmp_path, flags, low, high):
     """2,000 prompts: the default of 5 % is 100, give or take three standard deviations."""
     assert low <= prepare_rows(tmp_path, questions(2000), *flags)["val_examples"] <= high
 
@@ -163,8 +162,7 @@ GIVEN = [row(f"Question {n}", split="train" if n % 3 else "val") for n in range(
     ([*GIVEN, row("Question 1", "B", split=None), row("New")], "line 31: column 'split' must be given in every row", 2),
     ([*questions(40), *GIVEN], "line 41: column 'split' must be given in every row or in none", 30),
 ], ids=["both sides", "given first", "hashed first"])
-def test_split_column_decides_and_cannot_put_a_prompt_on_both_sides(
-        tmp_path: Path, rows: list[Row], told: str, bad: int) -> None:
+def test_split_column_decides_and_cannot_put_a_prompt_on_both_sides(tmp_path, rows, told, bad):
     with pytest.raises(UserError, match=rf"data\.jsonl: {told}"):
         prepare_rows(tmp_path, rows)
     assert not (tmp_path / "out" / MANIFEST).exists()
@@ -175,8 +173,7 @@ def test_split_column_decides_and_cannot_put_a_prompt_on_both_sides(
         assert val == {prompt_text(f"Question {n}") for n in range(0, 30, 3)}
 
 
-def test_a_failing_second_run_leaves_the_first_whole_and_a_smaller_one_nothing_stale(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_second_run_leaves_the_first_whole_and_a_smaller_one_nothing_stale(tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 100)
     prepare_rows(tmp_path, questions(60), "--val_fraction", 0.3)
     (tmp_path / "out" / "train" / "00000-dead.tokens.npy.tmp").write_bytes(b"half a shard")
@@ -191,10 +188,10 @@ def test_a_failing_second_run_leaves_the_first_whole_and_a_smaller_one_nothing_s
     assert len(files_of(tmp_path / "out")) == 3 * shards + 3 < len(before)  # the manifest, .lock and notes.txt
 
 
-def test_shards_are_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_bounded_and_whole(tmp_path, monkeypatch):
     """At most SHARD_TOKENS tokens a shard, except for one example that is longer, which has a shard of its own."""
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 100)
-    rows = [*questions(40), row("Long", "word " * 150), *[row(f"More {number}") for number in range(10)]]
+    rows = [*questions(40), row("Long", "word " * 150), *(row(f"More {number}") for number in range(10))]
     manifest = prepare_rows(tmp_path, rows, "--val_fraction", 0.3)
     shards = [shard for split in SPLITS for shard in manifest["shards"][split]]
     assert len(shards) > 5 and [shard["examples"] for shard in shards if shard["tokens"] > 100] == [1]
@@ -203,7 +200,7 @@ def test_shards_are_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=60))
-def test_histogram_counts_every_example_in_its_bin(lengths: list[int]) -> None:
+def test_histogram_counts_every_example_in_its_bin(lengths):
     lines = [re.fullmatch(r" *(\d+) - (\d+) +(\d+) (#{0,50})", line) for line in histogram(np.array(lengths))]
     bins = [(int(line[1]), int(line[2]), int(line[3]), len(line[4])) for line in lines if line]
     assert len(bins) == len(lines) <= 10 and sum(count for _, _, count, _ in bins) == len(lengths)
@@ -213,7 +210,7 @@ def test_histogram_counts_every_example_in_its_bin(lengths: list[int]) -> None:
         assert count == sum(low <= length <= high for length in lengths) and (count > 0) == (bar > 0)
 
 
-def test_report_tells_lengths_and_shows_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_tells_lengths_and_shows_samples(tmp_path, capsys):
     rows = [row(f"Question {number}", "word " * number + "end") for number in range(1, 51)]
     manifest = prepare_rows(tmp_path, rows, "--val_fraction", 0.3)
     report = capsys.readouterr().out
@@ -232,13 +229,13 @@ def test_report_tells_lengths_and_shows_samples(tmp_path: Path, capsys: pytest.C
     assert "sample 4" not in report
 
 
-def test_every_trained_part_of_a_sample_is_marked_and_shortened() -> None:
+def test_every_trained_part_of_a_sample_is_marked_and_shortened():
     tokens = np.array(tokenizer().encode_ordinary(" one two three" + " long" * 2000 + " end"), dtype=np.uint16)
     sample = marked_sample(Document(tokens, np.array([0, 1, 0] + [1] * 2001, dtype=np.uint8)))
     assert re.fullmatch(r" one>>> two<<< three>>>( long)+.* \[\.\.\.\] .*( long)+ end<<<", sample) and len(sample) < 700
 
 
-def test_the_real_alpaca_file(tmp_path: Path, alpaca: Path) -> None:
+def test_the_real_alpaca_file(tmp_path, alpaca):
     manifest = prepare(alpaca, tmp_path / "out")
     assert manifest["total_examples"] == 999
     assert manifest["dropped"] == {"empty_output": 0, "exact_repeat": 14, "bad_row": 0}

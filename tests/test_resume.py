@@ -5,26 +5,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_instruct
 from conftest import ROOT, SRC
 from errors import CheckpointError, DiedError, DivergedError, UserError
-from helpers import (
-    open_data,
-    random_examples,
-    resume_flags,
-    run_ranks,
-    same_state,
-    small_model,
-    trajectory,
-    write_data,
-    write_pretrained,
-)
+from helpers import open_data, random_examples, resume_flags, run_inputs, run_ranks, same_state, trajectory, write_data
 from training import step as training_step
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
 from training.processes import Processes
@@ -37,9 +30,7 @@ TRAINER = SRC / "train_instruct.py"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    data_dir = write_data(folder / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
-    return data_dir, write_pretrained(folder / "pretrained.pt", small_model())
+    return run_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def to(folder: Path, *flags: object) -> list[str]:
@@ -97,13 +88,12 @@ def test_a_resume_of_a_resume_of_a_signal(inputs, whole, tmp_path):
     for number, code in [(signal.SIGINT, 130), (signal.SIGTERM, 143)]:
         folder = tmp_path / str(code)
         process = start(folder, *resume_flags(*inputs), "--checkpoint_freq", 100)
-        lines = []
+        saved = False
         for line in process.stdout:
-            lines.append(line)
+            saved |= line.startswith(f"saved {folder}/step_0000")
             if line.startswith("step 3/"):
                 process.send_signal(number)
-        assert process.wait(60) == code
-        assert any(line.startswith(f"saved {folder}/step_0000") for line in lines)
+        assert process.wait(60) == code and saved
         assert resume(folder, "latest", "--checkpoint_freq", 3) == 0
         assert same_state(trajectory(folder / "latest.pt"), trajectory(whole / FINAL))
 
@@ -127,37 +117,39 @@ def test_tensorboard_after_three_kills_has_every_step_once(inputs, whole, tmp_pa
 
 @pytest.fixture(scope="module")
 def two_processes(inputs, tmp_path_factory) -> Path:
+    """As whole, by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    run_ranks(ROOT / "tests" / "resume_worker.py", 2, *inputs, folder, 1, 7, 16, 23)
+    run_ranks(TRAINER, 2, *resume_flags(*inputs), *to(folder))
     return folder
 
 
-def test_two_processes_resume_to_the_same_bits(two_processes):
-    for step in (1, 7, 16, 23):
-        assert same_state(trajectory(two_processes / str(step) / FINAL), trajectory(two_processes / "whole" / FINAL))
+def resume_two_processes(two_processes: Path, folder: Path, steps: Iterable[int]) -> None:
+    for step in steps:
+        source = two_processes / f"step_{step:06d}.pt"
+        run_ranks(TRAINER, 2, *to(folder / str(step), "--resume", source, "--keep_last", 1))
+        assert same_state(trajectory(folder / str(step) / FINAL), trajectory(two_processes / FINAL))
+
+
+def test_two_processes_resume_to_the_same_bits(two_processes, tmp_path):
+    resume_two_processes(two_processes, tmp_path, (1, 16))
 
 
 @pytest.mark.slow
-def test_two_processes_resume_to_the_same_bits_at_every_step(inputs, tmp_path):
-    run_ranks(ROOT / "tests" / "resume_worker.py", 2, *inputs, tmp_path, *range(1, 24), timeout=900)
-    for step in range(1, 24):
-        assert same_state(trajectory(tmp_path / str(step) / FINAL), trajectory(tmp_path / "whole" / FINAL))
+def test_two_processes_resume_to_the_same_bits_at_every_step(two_processes, tmp_path):
+    resume_two_processes(two_processes, tmp_path, range(1, 24))
 
 
-def test_the_number_of_processes_may_change(inputs, whole, two_processes, tmp_path):
+def test_the_number_of_processes_may_change(whole, two_processes, tmp_path):
     """From two processes to one and to four: the same examples in the same order, the same losses."""
-    source = two_processes / "whole" / "step_000010.pt"
+    source = two_processes / "step_000010.pt"
     assert resume(tmp_path / "one", source) == 0
-    (tmp_path / "four" / "whole").mkdir(parents=True)
-    shutil.copy(source, tmp_path / "four" / "whole" / source.name)
-    run_ranks(SRC / "train_instruct.py", 4, "--resume", source, "--checkpoint_dir", tmp_path / "four",
-              "--tensorboard_dir", tmp_path / "four")
+    run_ranks(TRAINER, 4, *to(tmp_path / "four", "--resume", source))
     expected = checkpoint.load(whole / FINAL)
-    for folder in (tmp_path / "one", tmp_path / "four", two_processes / "whole"):
+    for folder in (tmp_path / "one", tmp_path / "four", two_processes):
         state = checkpoint.load(folder / FINAL)
         assert state["position"] == expected["position"]
-        assert [loss for _, loss in state["val_losses"]] == pytest.approx(
-            [loss for _, loss in expected["val_losses"]], rel=1e-5)
+        losses = [[loss for _, loss in each["val_losses"]] for each in (state, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_every_option_says_what_a_resume_may_do_with_it():
@@ -179,12 +171,11 @@ def test_architecture_and_data_cannot_change(inputs, whole, tmp_path):
     for flag, value in [("--context_length", 32), ("--from_scratch", "2,2,32")]:
         with pytest.raises(UserError, match=rf"cannot change: {flag} was .*, now {value}"):
             resume(tmp_path, source, flag, value, "--override")
-    examples = random_examples(60, 64)
-    tokens, mask = examples[7]
-    changed_token = [*examples[:7], ([*tokens[:-1], tokens[-1] ^ 1], mask), *examples[8:]]
-    val_examples = random_examples(15, 64, seed=1)
+    examples, changed_token = random_examples(60, 64), random_examples(60, 64)
+    changed_token[7][0][-1] ^= 1
     for number, train_examples in enumerate([changed_token, examples[::-1], examples[:-1]]):
-        other = write_data(tmp_path / f"data{number}", {"train": train_examples, "val": val_examples})
+        splits = {"train": train_examples, "val": random_examples(15, 64, seed=1)}
+        other = write_data(tmp_path / f"data{number}", splits)
         with pytest.raises(UserError, match="not the data this run was started with"):
             resume(tmp_path, source, "--data_dir", other, "--override")
 
@@ -192,8 +183,7 @@ def test_architecture_and_data_cannot_change(inputs, whole, tmp_path):
 def test_free_options_may_change_and_others_are_kept(inputs, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     assert resume(folder, "latest", "--context_length", 0) == 0  # the model's own, which the run has: no change
-    source = whole / "step_000020.pt"
-    assert resume(tmp_path, source, "--mini_batch_size", 8, "--eval_freq", 3) == 0
+    assert resume(tmp_path, whole / "step_000020.pt", "--mini_batch_size", 8, "--eval_freq", 3) == 0
     state = checkpoint.load(tmp_path / FINAL)
     assert (state["options"]["mini_batch_size"], state["options"]["learning_rate"]) == (8, 1e-3)
     assert [step for step, _ in state["val_losses"]] == [4, 8, 12, 16, 20, 21, 24]
@@ -201,13 +191,12 @@ def test_free_options_may_change_and_others_are_kept(inputs, whole, tmp_path):
 
 def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
     """Exit 2, or 3 for a file that is no state of a run; a run is never overwritten."""
-    data_dir, pretrained = inputs
     cases = [
         ((), "a run is here already; --resume latest", whole),
         (("--resume", tmp_path / "absent.pt"), "no such file", tmp_path),
         (("--resume", "latest"), "no checkpoint to resume from", tmp_path / "empty"),
         (("--resume", whole / "best_model.pt"), "weights only", tmp_path),
-        (("--resume", pretrained), "weights only", tmp_path),
+        (("--resume", inputs[1]), "weights only", tmp_path),
         (("--pretrained_model", tmp_path / "absent.pt"), "no pre-trained model", tmp_path),
         (("--data_dir", tmp_path / "absent"), "no prepared data there", tmp_path),
         (("--total_batch_size", 63), "counts tokens, not examples", tmp_path),
@@ -229,16 +218,14 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
 
 def test_a_restart_before_the_first_checkpoint_is_not_made(inputs, tmp_path, monkeypatch):
     """torchrun's word for it is in the environment. With a checkpoint the run goes on from that."""
+    assert run(inputs, tmp_path / "run", "--max_steps", 2) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("INSTRUCT_EXIT_CODE_FILE", str(tmp_path / "exit_code"))
+    assert run(inputs, tmp_path / "run", "--max_steps", 2) == 0
+    assert not (tmp_path / "exit_code").exists()
     with pytest.raises(DiedError, match="before the first checkpoint"):
         run(inputs, tmp_path / "new")
     assert (tmp_path / "exit_code").read_text() == "1"
-    (tmp_path / "exit_code").unlink()
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    assert run(inputs, tmp_path / "run", "--max_steps", 2) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run(inputs, tmp_path / "run", "--max_steps", 2) == 0
 
 
 def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
@@ -256,29 +243,19 @@ def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
 @pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((3, 4, 6, 7), False), ((5, 6, 7), True)])
 def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypatch, capsys, bad_steps, ends):
     """A NaN in the loss of one micro-batch: the step is skipped and reported, three in a row end with exit 4."""
-    real, calls = training_step.F.linear_cross_entropy, {"step": 0}
-
-    def poisoned(*arguments, **keywords):
-        loss = real(*arguments, **keywords)
-        return loss * float("nan") if calls["step"] in bad_steps else loss
-
-    def counted(optimizer, real=training_step.torch.optim.AdamW.zero_grad, **keywords):
-        calls["step"] += 1
-        return real(optimizer, **keywords)
-
-    monkeypatch.setattr(training_step.F, "linear_cross_entropy", poisoned)
-    monkeypatch.setattr(training_step.torch.optim.AdamW, "zero_grad", counted)
-    if ends:
-        with pytest.raises(DivergedError, match=r"3 steps in a row, up to step 7; the last good checkpoint is .*step_"):
-            run(inputs, tmp_path, "--max_steps", 9)
-    else:
+    loss_of, zero_grad, steps = F.linear_cross_entropy, torch.optim.AdamW.zero_grad, []
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda *arguments, **keywords: loss_of(*arguments, **keywords) * (
+        float("nan") if len(steps) in bad_steps else 1))
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda *arguments, **keywords: (
+        steps.append("one more") or zero_grad(*arguments, **keywords)))
+    told = r"3 steps in a row, up to step 7; the last good checkpoint is .*step_"
+    with pytest.raises(DivergedError, match=told) if ends else nullcontext():
         assert run(inputs, tmp_path, "--max_steps", 9) == 0
     out = capsys.readouterr().out
     assert [f"step {step} skipped: loss nan" in out for step in range(1, 10)] == [s in bad_steps for s in range(1, 10)]
     assert "train examples [" in out
     for path in tmp_path.glob("*.pt"):
-        state = checkpoint.load(path)
-        assert all(bool(tensor.isfinite().all()) for tensor in state["model"].values())
+        assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.load(path)["model"].values())
 
 
 def test_random_weights_and_small_models_train(inputs, tmp_path):
@@ -293,18 +270,18 @@ def test_the_first_evaluation_saves_once_and_best_model_is_never_alone(inputs, w
     out = capsys.readouterr().out
     assert [line.rsplit("/")[-1] for line in out.splitlines() if line.startswith("saved ")] == [
         "step_000004.pt", "step_000008.pt"]
-    state, examples = checkpoint.load(tmp_path / "step_000004.pt"), range(3)
+    state = checkpoint.load(tmp_path / "step_000004.pt")
     learner = training_step.Learner.of(checkpoint.model_of(state, tmp_path, torch.device("cpu")),
                                        parse_options([]), Processes(0, 1, torch.device("cpu")))
     val = open_data(inputs[0], 64)["val"]
-    assert state["val_losses"] == [[4, pytest.approx(training_step.evaluate(learner, val, val.plan(examples, 512, 1)))]]
+    assert state["val_losses"] == [[4, pytest.approx(training_step.evaluate(learner, val, val.plan(range(3), 512, 1)))]]
     best = trajectory(whole / "best_model.pt")
-    folder = shutil.copytree(whole, tmp_path / "killed")
+    source, folder = whole / f"step_{best['step']:06d}.pt", shutil.copytree(whole, tmp_path / "killed")
     for damage in (Path.unlink, lambda path: path.write_bytes(b"")):
         damage(folder / "best_model.pt")
-        with open_run(to(folder, "--resume", whole / f"step_{best['step']:06d}.pt")) as opened:
+        with open_run(to(folder, "--resume", source)) as opened:
             assert not opened.has_best
-    assert resume(folder, whole / f"step_{best['step']:06d}.pt") == 0
+    assert resume(folder, source) == 0
     assert same_state(trajectory(folder / "best_model.pt"), best)
 
 

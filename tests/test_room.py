@@ -3,31 +3,27 @@
 import shutil
 import threading
 from collections import namedtuple
+from unittest.mock import Mock
 
 import pytest
 
 import train_instruct
 from errors import UserError
-from helpers import options_of, random_examples, resume_flags, small_model, write_data, write_pretrained
+from helpers import options_of, resume_flags, run_inputs
 from training.progress import Progress
 from weights import checkpoint
-
-Usage = namedtuple("Usage", "free")
 
 
 @pytest.mark.parametrize("free, warns", [(4 * 10**6, False), (3 * 10**6, True)])
 def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeypatch, capsys, free, warns):
     """Three step files and best_model.pt of a model with 362,112 bytes of weights: 3,621,120 bytes."""
-    data = write_data(tmp_path / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
-    pretrained = write_pretrained(tmp_path / "pretrained.pt", small_model())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free))
-    flags = [*resume_flags(data, pretrained), "--max_steps", "1", "--keep_last", "2", "--checkpoint_dir",
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
+    flags = [*resume_flags(*run_inputs(tmp_path)), "--max_steps", "1", "--keep_last", "2", "--checkpoint_dir",
              str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb")]
     assert train_instruct.main(flags) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == warns
     told = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
-    assert all(told in line for line in warnings)
+    assert [told in line for line in warnings] == [True] * warns
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
@@ -54,11 +50,7 @@ def test_only_tensorboards_own_thread_fails_in_silence(tmp_path, monkeypatch):
 
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
     progress = Progress(options_of("--max_steps", 2), tmp_path / "tb", 0, None)
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(progress.writer, "add_scalar", fail)
+    monkeypatch.setattr(progress.writer, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
     for step in (1, 2):
         progress.evaluation(step, 1.0, ["answers"])
     progress.close()

@@ -52,9 +52,7 @@ class OneRow(nn.Module):
         else:
             sums = torch.ops.aten._embedding_bag_forward_only.default(
                 self.table, rows, begins, False, 0, False, weights, False)[0]
-        found = sums.view(1, -1)
-        if found.size(1) > self.n_out:
-            found = found[:, :self.n_out]
+        found = sums.view(1, -1)[:, :self.n_out]
         return found if self.bias is None else found.add_(self.bias)
 
 

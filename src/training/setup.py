@@ -193,13 +193,11 @@ def _lacks_best(run: Run) -> bool:
 def _check_moments(optimizer: torch.optim.AdamW, may_be_absent: bool) -> None:
     """Raise ValueError unless each parameter has moments of its shape: fused AdamW does not look, and would read and
     write beyond them."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {})
-            shapes = {name: getattr(moments.get(name), "shape", None) for name in ("step", "exp_avg", "exp_avg_sq")}
-            if (moments or not may_be_absent) and shapes != {
-                    "step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
-                raise ValueError("the optimizer's moments do not fit the parameters")
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        moments = optimizer.state.get(parameter, {})
+        shapes = [getattr(moments.get(name), "shape", None) for name in ("step", "exp_avg", "exp_avg_sq")]
+        if (moments or not may_be_absent) and shapes != [torch.Size(), parameter.shape, parameter.shape]:
+            raise ValueError("the optimizer's moments do not fit the parameters")
 
 
 def _warn_of_a_full_disk(run: Run) -> None:

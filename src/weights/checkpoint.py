@@ -109,11 +109,10 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], path: Path) 
     with torch.device("meta"):
         expected = {name: list(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
-    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(f"{path}: weights do not fit: {name} is {found.get(name, 'absent')}, expected "
-                              f"{expected.get(name, 'absent')}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(f"{path}: weights do not fit: {name} is {found.get(name, 'absent')}, expected "
+                                  f"{expected.get(name, 'absent')}")
 
 
 def build_model(config: GPTConfig, weights: Mapping[str, Tensor], device: torch.device) -> GPT:
