@@ -20,7 +20,7 @@ show() {
     "$python" "$@"
 }
 
-# a wrong flag is told before the last demo is removed
+# a wrong flag is refused before the last demo is removed
 PYTHONPATH=src "$python" -c 'import sys, cli, training.options as o; cli.run(lambda: o.parse_options(sys.argv[1:]) and 0)' \
     "${training[@]}"
 rm -rf demo || exit 2

@@ -1,4 +1,4 @@
-"""What data preparation tells: counts, lengths, a histogram, and samples with the trained parts marked."""
+"""What data preparation shows: counts, lengths, a histogram, and samples with the trained parts marked."""
 
 from array import array
 from typing import Any

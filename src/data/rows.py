@@ -118,7 +118,7 @@ def _hub_rows(name: str) -> Rows:
     import datasets
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # its retries are told once, below
+    huggingface_hub.logging.set_verbosity_error()  # its retries are reported once, below
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with errors_at(f"{name}: not a local file, and loading it from the Hugging Face hub failed", Exception,

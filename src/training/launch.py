@@ -38,7 +38,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if "TORCHRUN_FLAGS" not in os.environ:  # on several machines, another launcher's trainer may hold it for this run
         with lock_folder(Path(options.checkpoint_dir)):
-            pass  # a run that goes on there is told before any process is started
+            pass  # refused before any process is started if a run goes on there
     Thread(target=_pass_on_signals, daemon=True).start()
 
     from torch.distributed import run as torchrun

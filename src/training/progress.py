@@ -1,4 +1,4 @@
-"""What a training run tells: the banner, one line or a progress bar, TensorBoard."""
+"""What a training run shows: the banner, one line or a progress bar, TensorBoard."""
 
 import math
 import os
@@ -48,7 +48,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Tells steps and evaluations to the terminal (a bar), to a pipe or file (lines), and to TensorBoard."""
+    """Shows steps and evaluations on the terminal (a bar), in a pipe or file (lines), and in TensorBoard."""
 
     def __init__(self, options: Namespace, folder: Path, step: int, val_loss: float | None) -> None:
         self.options = options
@@ -62,7 +62,7 @@ class Progress:
         self.val_loss = "-" if val_loss is None else f"{val_loss:.4f}"  # the last one
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's writing thread raises reaches _log as well, so it is not told twice."""
+        """What TensorBoard's writing thread raises reaches _log as well, so it is not shown twice."""
         if not type(failure.thread).__module__.startswith("tensorboard."):
             self.thread_hook(failure)
 
@@ -76,7 +76,7 @@ class Progress:
             say(f"warning: {self.folder}: cannot write the log: {error.strerror or error}; the run goes on without it")
 
     def step(self, step: int, result: StepResult, plan: Plan, epoch: float, seconds: float) -> None:
-        """Tell of optimizer step number step (the first is 1), which took this long."""
+        """Show optimizer step number step (the first is 1), which took this long."""
         self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + plan.tokens, self.steps + 1
         self.response_tokens += plan.response_tokens
         scalars = {"train/loss": result.loss, "learning_rate": result.learning_rate, "epoch": epoch,

@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def _restore(run: Run, state: dict[str, Any], path: Path) -> None:
         groups = optimizer.state_dict()["param_groups"]  # ours: a checkpoint adds the moments alone
         if [group["params"] for group in state["optimizer"]["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("its parameters are grouped otherwise")
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        moments = deepcopy(state["optimizer"]["state"])  # the file's memory is for reading
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
         _check_moments(optimizer, may_be_absent=state["step"] == state["skipped"])
         if state["position"][1] > len(run.data["train"]):
             raise ValueError(f"position {state['position'][1]} of {len(run.data['train'])} examples")

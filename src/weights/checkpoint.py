@@ -36,7 +36,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-# What a checkpoint has besides its format, and how a usable value is told: a forged file has fitting checksums too.
+# What a checkpoint has besides its format, and how a usable value is known: a forged file has fitting checksums too.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "val_losses": lambda value: isinstance(value, list) and all(
@@ -177,7 +177,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The newest state of a run in a folder that loads, latest.pt first; say is told of each one that does not.
+    """The newest state of a run in a folder that loads, latest.pt first; say names each one that does not.
 
     Raises UserError when there is none at all, CheckpointError when none is valid.
     """
