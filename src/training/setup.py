@@ -34,7 +34,7 @@ class Run:
     processes: Processes
     signals: Signals
     folder: Path
-    fingerprint: str
+    manifest: dict[str, Any]  # of the prepared data
     data: dict[str, InstructData]
     stream: ExampleStream
     learner: Learner
@@ -53,7 +53,8 @@ class Run:
         options = {name: getattr(self.options, name) for name in ON_RESUME}
         return {"step": self.step, "position": [self.position.epoch, self.position.index], "skipped": self.skipped,
                 "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,
-                "data_fingerprint": self.fingerprint, "model_config": vars(self.learner.model.config),
+                "multi_turn": self.manifest.get("multi_turn", False), "data_source": self.manifest["source"],
+                "data_fingerprint": self.manifest["fingerprint"], "model_config": vars(self.learner.model.config),
                 "model": self.learner.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
 
 
@@ -97,7 +98,7 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
     # the run, where it begins or where the checkpoint left it
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
     learner = Learner.of(model.to(processes.device), options, processes)
-    run = Run(options, processes, signals, folder, prepared.manifest["fingerprint"], data, stream, learner,
+    run = Run(options, processes, signals, folder, prepared.manifest, data, stream, learner,
               name=time.strftime("%Y%m%d-%H%M%S"))
     with processes.together():
         if state:

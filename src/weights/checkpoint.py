@@ -42,10 +42,13 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "val_losses": lambda value: isinstance(value, list) and all(
         isinstance(entry, list) and list(map(type, entry)) == [int, float] for entry in value),
     "template": lambda value: value is None or isinstance(value, str),
+    "multi_turn": lambda value: isinstance(value, bool),
+    "data_source": lambda value: isinstance(value, str),
     "model_config": lambda value: isinstance(value, dict),
     "model": lambda value: isinstance(value, dict) and all(
         is_weight(*item) and item[1].is_floating_point() for item in value.items()),
 }
+_ABSENT_BEFORE = {"multi_turn": False, "data_source": ""}  # what checkpoints of earlier versions do not have
 # And what the state of a run has besides that. Its name becomes a folder's.
 _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
     "position": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)),
@@ -83,6 +86,7 @@ def load(path: Path) -> dict[str, Any]:
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: checkpoint format {state.get('format_version')}, this version reads "
                               f"{FORMAT_VERSION}")
+    state = {**_ABSENT_BEFORE, **state}
     _require(_FIELDS, state, path)
     return state
 

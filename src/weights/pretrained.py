@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errors import CheckpointError, UserError, errors_at
 from model import GPTConfig
-from weights.checkpoint import check_weights, is_weight
+from weights.checkpoint import FORMAT, check_weights, is_weight, load
 from weights.safe_load import load_any
 
 # What other trainers call the sizes of a model.
@@ -23,6 +23,21 @@ _NAMES = {"context_length": ("block_size", "n_positions", "n_ctx"), "n_layer": (
 _EXPECTED = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "n_inner": None,
              "layer_norm_epsilon": 1e-5}
+
+
+def open_any(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint of ours, or the same fields for a pre-trained model: template None, no losses.
+
+    Raises UserError when there is no such file, CheckpointError when it is damaged, unsafe, or no GPT-2.
+    """
+    if path.is_dir():
+        config, weights = load_folder(path)
+    elif load_any(path).get("format") == FORMAT:
+        return load(path)
+    else:
+        config, weights = load_pretrained(path)
+    return {"step": 0, "val_losses": [], "template": None, "multi_turn": False, "data_source": "",
+            "model_config": vars(config), "model": weights}
 
 
 def load_pretrained(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
