@@ -4,8 +4,9 @@ Data preparation and chat both call it, so the prompt a model was trained on is 
 """
 
 import hashlib
+import re
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,11 +37,25 @@ def tokenizer() -> tiktoken.Encoding:
                              special_tokens={"<|endoftext|>": END_OF_TEXT})
 
 
+def tidy(text: str) -> str:
+    """A field without the blank lines around it and the blanks at its end. The indentation of its first line stays,
+    and CR LF becomes a newline."""
+    if "\r" in text:
+        text = re.sub("(?<!\r)\r+\n", "\n", text)  # so that doing it again changes nothing
+    first_line = text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1
+    return text[first_line:].rstrip()
+
+
+def join_texts(*texts: str) -> str:
+    """What one side says in several pieces, such as a system text and the first instruction: a blank line between."""
+    return "\n\n".join(filter(None, map(tidy, texts)))
+
+
 def prompt_text(instruction: str, input: str = "") -> str:
     """The text up to and including the line that asks for the response. The Input block is left out when empty."""
-    text = f"### Instruction:\n{instruction.strip()}\n\n"
-    if input.strip():
-        text += f"### Input:\n{input.strip()}\n\n"
+    text = f"### Instruction:\n{tidy(instruction)}\n\n"
+    if input := tidy(input):
+        text += f"### Input:\n{input}\n\n"
     return text + "### Response:\n"
 
 
@@ -50,14 +65,25 @@ def encode_prompt(instruction: str, input: str = "") -> list[int]:
 
 
 def encode_example(instruction: str, input: str, output: str) -> tuple[list[int], list[int]]:
-    """Tokens and loss mask of one training example, of equal length.
+    """Tokens and loss mask of one question and its answer, of equal length.
 
     The mask is 1 on the response and on the <|endoftext|> that ends it, 0 on the prompt. Prompt and response are
     encoded apart, so the prompt's tokens do not depend on the response.
     """
     prompt = encode_prompt(instruction, input)
-    response = [*tokenizer().encode_ordinary(output.strip()), END_OF_TEXT]
+    response = [*tokenizer().encode_ordinary(tidy(output)), END_OF_TEXT]
     return prompt + response, [0] * len(prompt) + [1] * len(response)
+
+
+def encode_conversation(turns: Iterable[tuple[str, str, str]]) -> tuple[list[int], list[int]]:
+    """Tokens and loss mask of turns of (instruction, input, output): one example after another, in one document."""
+    tokens: list[int] = []
+    mask: list[int] = []
+    for turn in turns:
+        more = encode_example(*turn)
+        tokens += more[0]
+        mask += more[1]
+    return tokens, mask
 
 
 def trained_spans(loss_mask: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:

@@ -1,18 +1,21 @@
-"""Prepare instruction data: a Hugging Face dataset or a local file becomes token shards and a manifest.
+"""Prepare instruction data: a Hugging Face dataset, files or a pipe become token shards and a manifest.
 
     python src/prepare_instruct_dataset.py
-    python src/prepare_instruct_dataset.py --dataset my_data.jsonl --output_dir data_mine
+    python src/prepare_instruct_dataset.py --dataset my_data.jsonl more.csv 'parts/*.parquet' --output_dir data_mine
 
 The same input gives byte-identical output, whatever --num_proc says.
 """
 
 import hashlib
 import os
-from argparse import Namespace
+import shlex
+import sys
+from argparse import ArgumentTypeError, Namespace
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +24,32 @@ from tqdm import tqdm
 
 from cli import Parser, number, printable_line, run
 from data.report import Report
-from data.rows import BadRow
-from data.shapes import Example, read_examples
+from data.rows import KINDS, BadRow, open_sources
+from data.shapes import IGNORE_SPLIT, NAMES, Example, Shapes
 from data.shards import MANIFEST, DataWriter, Document
 from errors import UserError, errors_at
-from instruct_format import encode_example
+from instruct_format import encode_conversation
 from weights.durable import lock_folder
 
+DATA_DIR = Path("data_instruct")  # where the training looks unless --data_dir says otherwise
 BATCH_EXAMPLES = 512  # what a tokenizing thread takes at once
+PROGRESS_SECONDS = 30  # between lines about the progress where there is no terminal
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--dataset", default="vicgalle/alpaca-gpt4",
-                        help="a dataset of the Hugging Face hub, or a .json, .jsonl, .csv or .parquet file with the "
-                             "columns instruction, input, output and perhaps split (train or val) "
-                             "(default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=Path("data_instruct"),
+    parser.add_argument("--dataset", nargs="+", default=["vicgalle/alpaca-gpt4"], metavar="SOURCE",
+                        help=f"datasets of the Hugging Face hub, files ({', '.join(KINDS)}, also as .gz), patterns "
+                             "such as 'part*.jsonl', or - for standard input (default: vicgalle/alpaca-gpt4)")
+    parser.add_argument("--columns", nargs="+", type=column, default=[], metavar="MEANING=NAME",
+                        help="where columns are not recognised: what they mean, such as instruction=frage "
+                             f"output=antwort; the meanings are {', '.join(NAMES)}; split= ignores that column")
+    for flag, text in (("--subset", "which configuration of a dataset of the hub"),
+                       ("--split", "which of its splits, to be divided here (default: train)"),
+                       ("--revision", "which branch, tag or commit of it")):
+        parser.add_argument(flag, help=text)
+    parser.add_argument("--streaming", action="store_true", help="read it from the hub without keeping a copy")
+    parser.add_argument("--output_dir", type=folder, default=DATA_DIR,
                         help="where the shards go (default: %(default)s)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99, above=True), default=0.05,
                         help="share of the prompts held out for validation (default: %(default)s)")
@@ -49,58 +61,106 @@ def parse_options(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def folder(text: str) -> Path:
+    """What --output_dir takes."""
+    if not text:
+        raise ArgumentTypeError("a folder without a name")
+    return Path(text)
+
+
+def column(text: str) -> tuple[str, str]:
+    """What --columns takes: (meaning, column)."""
+    meaning, equals, name = text.partition("=")
+    if not equals or meaning not in NAMES:
+        raise ArgumentTypeError(f"{text!r} is not MEANING=NAME with a MEANING of {', '.join(NAMES)}")
+    return meaning, name
+
+
 class Selection:
     """Decides row by row what is kept and where it goes, and counts what is dropped and why."""
 
     def __init__(self, options: Namespace) -> None:
         self.options = options
+        self.sources = open_sources(options.dataset, {
+            name: getattr(options, name) for name in ("subset", "split", "revision", "streaming")})
+        self.shapes = Shapes(dict(options.columns))
         self.read = 0
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
-        self.splits_are_given: bool | None = None  # by the rows; known from the first one on
+        self.first_bad = ""
+        self.splits_are_named: bool | None = None  # by the rows; known from the first one on
         self.seen: set[bytes] = set()  # digests of whole examples
         self.sides: dict[bytes, str] = {}  # digest of a prompt -> the split that its rows name
+        self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
+
+    @property
+    def source(self) -> str:
+        """The names of what was read, of files without their folders."""
+        names = [Path(name).name if Path(name).exists() else name for name, _ in self.sources]
+        return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
     def kept(self) -> Iterator[tuple[str, Example]]:
         """Yield (split, example). Raises UserError at the first bad row unless --skip_bad."""
-        for place, row in read_examples(self.options.dataset):
+        for where, row in self.shapes.examples(self.sources):
             self.read += 1
             try:
                 if isinstance(row, BadRow):
                     raise row
-                split, reason = self._split(row), self._reason_to_drop(row)
+                if not (reason := self._reason_to_drop(row)):
+                    place = int.from_bytes(_digest(str(self.options.seed), *row.turns[0][:2])[:8], "big")
+                    split = self._split(row, place)
             except BadRow as bad:
                 if not self.options.skip_bad:
-                    raise UserError(f"{self.options.dataset}: {place}: {bad} (--skip_bad drops such rows)") from bad
-                self.dropped["bad_row"] += 1
-                continue
+                    raise UserError(f"{where}: {bad}{bad.advice}") from bad
+                self.first_bad = self.first_bad or f"{where}: {bad}"
+                reason = "bad_row"
             if reason:
                 self.dropped[reason] += 1
-            else:
+            elif not isinstance(row, BadRow):
+                self.places.append(place)
                 yield split, row
 
     def _reason_to_drop(self, row: Example) -> str | None:
-        if not row.output:
+        if not any(turn.output for turn in row.turns):
             return "empty_output"
-        digest = _digest(row.instruction, row.input, row.output)
+        if row.split == "test":
+            return "test_split"
+        digest = _digest(*chain.from_iterable(row.turns))
         if digest in self.seen:
             return "exact_repeat"
         self.seen.add(digest)
         return None
 
-    def _split(self, row: Example) -> str:
-        """The side of a prompt: named by the row, or by a seeded hash of the prompt, so equal prompts go together.
-        Raises BadRow where a row would put a prompt on a second side, or where only some rows name a side."""
-        if self.splits_are_given is None:
-            self.splits_are_given = row.split is not None
-        if self.splits_are_given != (row.split is not None):
-            raise BadRow("column 'split' must be given in every row or in none")
+    def _split(self, row: Example, place: int) -> str:
+        """The side of a prompt, the first of a conversation: named by the row, or by where a seeded hash puts it, so
+        equal prompts go together. Raises BadRow where a row would put a prompt on a second side, or where only some
+        rows name a side."""
+        if self.splits_are_named is None:
+            self.splits_are_named = row.split is not None
+        if self.splits_are_named != (row.split is not None):
+            raise BadRow("column 'split' must be given in every row or in none", IGNORE_SPLIT)
         if row.split is None:
-            digest = _digest(str(self.options.seed), row.instruction, row.input)
-            return "val" if int.from_bytes(digest[:8], "big") < self.options.val_fraction * 2**64 else "train"
-        side = self.sides.setdefault(_digest(row.instruction, row.input), row.split)
+            return "val" if place < self.options.val_fraction * 2**64 else "train"
+        side = self.sides.setdefault(_digest(*row.turns[0][:2]), row.split)
         if side != row.split:
             raise BadRow(f"this prompt stands in split {side!r} already")
         return side
+
+    def dealt_again(self) -> np.ndarray:
+        """Where all examples kept are in one split: which of them go to val, by the hash of their prompt, but not all
+        and not none. Raises UserError where that cannot be, saying why."""
+        places = np.array(self.places)
+        names = ", ".join(self.options.dataset)
+        rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
+            f", {count} left out: {reason.replace('_', ' ')}" for reason, count in self.dropped.items() if count)
+        if not len(places):
+            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({rows})")
+        if (places == places[0]).all():
+            raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
+                            f"are the same, with the same input ({rows})")
+        in_val = places < self.options.val_fraction * 2**64
+        if not in_val.any():
+            return places == places.min()
+        return in_val if not in_val.all() else places != places.max()
 
 
 def _digest(*fields: str) -> bytes:
@@ -111,7 +171,7 @@ def _digest(*fields: str) -> bytes:
 def _tokenize(batch: list[tuple[str, Example]]) -> list[tuple[str, Document]]:
     documents = []
     for split, example in batch:
-        tokens, mask = encode_example(example.instruction, example.input, example.output)
+        tokens, mask = encode_conversation(example.turns)
         documents.append((split, Document(np.array(tokens, dtype=np.uint16), np.array(mask, dtype=np.uint8))))
     return documents
 
@@ -131,25 +191,34 @@ def prepare(options: Namespace, report: Report) -> dict[str, Any]:
     """Write shards and manifest into the folder, which this process holds, and return the manifest."""
     selection, writer = Selection(options), DataWriter(options.output_dir)
     documents = tokenized(selection.kept(), options.num_proc)
-    for split, document in tqdm(documents, desc="tokenizing", unit=" examples", disable=None):
+    pause = {} if sys.stderr.isatty() else {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS}
+    for split, document in tqdm(documents, desc="tokenizing", unit=" examples", **pause):
         writer.add(split, document)
         report.add(document)
+    if missing := selection.shapes.not_found:
+        raise UserError(f"{', '.join(options.dataset)}: --columns: no row has a column {missing[0]!r}")
     if writer.empty_splits:
-        kept = selection.read - selection.dropped.total()
-        raise UserError(f"{options.dataset}: no example for the {writer.empty_splits[0]} split ({kept} kept of "
-                        f"{selection.read} read); use more data, or another --val_fraction or --seed")
-    local = Path(options.dataset)
-    return writer.finish({
-        "source": local.name if local.is_file() else options.dataset, "seed": options.seed,
+        writer.deal_again(selection.dealt_again())
+    manifest = writer.finish({
+        "source": selection.source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
         "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)})
+    report.notes = selection.shapes.notes(sum(writer.turns.values()) / len(selection.places))
+    return manifest
+
+
+def _warn(text: str) -> None:
+    print(printable_line(text), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     options, report = parse_options(argv), Report()
-    with errors_at(options.output_dir), lock_folder(options.output_dir, "preparation", "--output_dir"):
+    if os.path.exists(options.output_dir) and not os.path.isdir(options.output_dir):
+        raise UserError(f"{options.output_dir}: a file, not a folder")
+    with errors_at(options.output_dir), lock_folder(options.output_dir, "preparation", "--output_dir", _warn):
         manifest = prepare(options, report)
     report.show(manifest)
-    print(f"\nwrote {printable_line(options.output_dir)}/{MANIFEST}; next: ./start_instruct_training.sh")
+    where = f" --data_dir {shlex.quote(str(options.output_dir))}" * (options.output_dir != DATA_DIR)
+    print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh{where}"))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Whatever file it is given, preparation succeeds or says in one line which file, where in it, and why."""
 
 import codecs
+import gzip
 import io
 import json
 import random
@@ -42,54 +43,96 @@ def parquet(*rows: Any) -> bytes:
     return buffer.getvalue()
 
 
+def twice() -> bytes:
+    """A Parquet file with two columns of one name."""
+    buffer, names = io.BytesIO(), ["instruction", "output", "output"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, names), buffer)
+    return buffer.getvalue()
+
+
 GOOD = [row(number) for number in range(12)]
 LINES, LISTED, TABLE = lines(*GOOD), listed(*GOOD), table(*(f"Question {n},,Answer {n}" for n in range(12)))
 PLAIN = {"a.jsonl": LINES, "a.json": LISTED, "a.csv": TABLE}
 DEEP = b"[" * 100_000 + b"]" * 100_000
-LONG_NUMBER = b'{"instruction": ' + b"9" * 5000 + b', "input": "", "output": "x"}'
+LONG_NUMBER = b'{"instruction": ' + b"9" * 5000 + b', "input": "", "output": "x"}\n'
 BLANKS = "a" + " \n" * 600_000 + "b"
 NO_JSON, NO_PARQUET = "cannot be read as JSON: .*", "not a readable Parquet file"
+NOTHING = r"nothing to train on \(0 rows read\)$"
 
 # file name, its bytes, what the one line must say after the name (a regular expression)
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "empty list file": ("a.json", b" \n\n ", r"expected a list of objects, found an empty file"),
-    "empty lines file": ("a.jsonl", b"", r"no example .*\(0 kept of 0 read\)"),
-    "empty table": ("a.csv", b"", r"no column 'instruction', 'input', 'output'"),
-    "empty list": ("a.json", b"[]", r"expected a list of objects"),
-    "header only": ("a.csv", table(), r"no example .*\(0 kept of 0 read\)"),
-    "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"no example .* split \(1 kept of 3 read\)"),
-    "unknown kind": ("a.txt", LINES, r"unknown kind of file; use \.json, \.jsonl, \.csv, \.parquet"),
+    "empty list file": ("a.json", b" \n\n ", NOTHING),
+    "empty lines file": ("a.jsonl", b"", NOTHING),
+    "empty table": ("a.csv", b"", NOTHING),
+    "empty list": ("a.json", b"[]", NOTHING),
+    "empty object": ("a.json", b"{}", NOTHING),
+    "header only": ("a.csv", table(), NOTHING),
+    "nothing kept": ("a.jsonl", lines(*(row(n, output="") for n in range(3))),
+                     r"nothing to train on \(3 rows read, 3 left out: empty output\)"),
+    "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
+                 r"one: .* \(3 rows read, 1 left out: empty output, 1 left out: exact repeat\)$"),
+    "one prompt": ("a.jsonl", lines(*(row(output=str(n)) for n in range(9))), r"train and val .*only one.*9 rows read"),
+    "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 left out: test split"),
+    "unknown kind": ("a.xlsx", LINES, r"unknown kind of file; use \.json, \.jsonl, .*\.parquet, also as \.gz, or pipe"),
+    "prose": ("a.txt", b"Once upon a time\nthere was\n", r"line 1: no column for the instruction .*'Once upon a time'"),
     "not JSON, in a list": ("a.json", LISTED.replace(b'"Answer 4"', b"Answer 4"), NO_JSON + "line 6 column 54 "),
     "not JSON, line": ("a.jsonl", LINES + b"hello\n", "line 13: " + NO_JSON),
-    "one object over many lines": ("a.json", json.dumps(row(), indent=1).encode(), "line 1: " + NO_JSON),
+    "first line cut": ("a.jsonl", lines(row())[:-2] + b"\n" + LINES, "line 1: " + NO_JSON),
+    "first line cut after a comma": ("a.jsonl", b'{"instruction": "a",\n' + LINES, "line 1: " + NO_JSON),
+    "a list a line": ("a.jsonl", lines(["q", "a"], ["r", "b"]), "line 1: expected an object .*found a list"),
+    "rows under an unknown key": ("a.json", json.dumps({"train": GOOD, "held_out": GOOD}).encode(),
+                                  r"rows under 'train', 'held_out', of which 'held_out' is no known name; put them"),
+    "two columns of one name": ("a.csv", table("a,b,c", header="instruction,output,output "),
+                                "line 1: two columns 'output'; give each"),
+    "two columns of one name, Parquet": ("a.parquet", twice(), "two columns 'output'; give each"),
+    "not JSON, first line": ("a.jsonl", b"{'instruction': 1}\n" + LINES, "line 1: " + NO_JSON),
+    "one object over many lines": ("a.json", json.dumps(row(), indent=1).encode(), r"train and val .*1 row read"),
+    "many objects over many lines": ("a.json", json.dumps(row(), indent=1).encode() * 2, NO_JSON + "line 5 column 2 "),
     "list not closed": ("a.json", LISTED.rstrip()[:-1], NO_JSON + "line 14 column 1 "),
-    "UTF-16 list": ("a.json", LISTED.decode().encode("utf-16"), r"line 1: not UTF-8"),
-    "UTF-16 list without mark": ("a.json", LISTED.decode().encode("utf-16-le"), NO_JSON + "line 1 column 2 "),
+    "UTF-16 list without mark": ("a.json", LISTED.decode().encode("utf-16-le"),
+                                 r"line 1: byte 0x00 in column 2: .* iconv -f UTF-16LE -t UTF-8"),
+    "UTF-16 table without mark": ("a.csv", TABLE.decode().encode("utf-16-be"),
+                                  r"line 1: byte 0x00 in column 1: .* iconv -f UTF-16BE -t UTF-8"),
+    "UTF-16 cut": ("a.jsonl", LINES.decode().encode("utf-16")[:-1], r"after line \d+: not UTF-16: byte 0x"),
+    "gzip cut": ("a.jsonl.gz", gzip.compress(LINES)[:-9], r".*end-of-stream"),
+    "gzip damaged": ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), r".*CRC"),
+    "Windows text": ("a.csv", TABLE + "prix,,10 €\n".encode("cp1252"),
+                     r"line 14: .*byte 0x80 in column 10; .*iconv -f "),
     "0xff in a list": ("a.json", LISTED.replace(b"r 3", b"\xff"), r"line 5: not UTF-8: byte 0xff in column 60"),
     "0xff in a line": ("a.jsonl", LINES.replace(b"r 3", b"\xff"), r"line 4: not UTF-8: byte 0xff in column 60"),
     "0xff in a table": ("a.csv", TABLE.replace(b"r 1\n", b"\xff\n"), r"line 3: not UTF-8: byte 0xff in column 18"),
     "0xff in a quoted field": ("a.csv", table('"a', 'b",,c').replace(b'b"', b'\xff"'), r"line 3: not UTF-8: byte 0xff"),
     "cut inside a character": ("a.jsonl", LINES + '{"instruction": "é'.encode()[:-1], r"line 13: not UTF-8"),
-    "no column, lines": ("a.jsonl", lines(row(), {"prompt": "x"}), r"line 2: no column 'instruction' .*'prompt'"),
-    "no column, table": ("a.csv", table("x,y", header="instruction,output"), r"no column 'input' .*'instruction'"),
-    "no column, parquet": ("a.parquet", parquet({"text": "x"}), r"no column 'instruction'.*found: 'text'"),
-    "a number": ("a.jsonl", lines(row(), row(output=7)), r"line 2: column 'output' must be text, found a number"),
-    "parquet null": ("a.parquet", parquet(row(), row(output=None)), r"row 2: column 'output' .*found null"),
+    "no column, lines": ("a.jsonl", lines(row(), {"prompt": "x"}), r"line 2: no column for the output .*'prompt'"),
+    "no column, table": ("a.csv", table("x,y", header="instruction,reply"), r"line 1: no column for the output "
+                         r"\(found: 'instruction', 'reply'\); say which it is: --columns instruction=NAME output=NAME"),
+    "no column, parquet": ("a.parquet", parquet({"text": "x"}), r"row 1: no column for the instruction and for the "
+                           r"output \(found: 'text'\).*such as philschmid/guanaco-sharegpt-style"),
+    "a list": ("a.jsonl", lines(row(), row(output=["a", "b"])), r"line 2: column 'output' must be text, found a list"),
+    "an object": ("a.jsonl", lines(row(input={"a": 1})), r"line 1: column 'input' must be text, found an object; make"),
+    "pandas by split": ("a.json", json.dumps({"columns": ["prompt", "output"], "index": [0], "data": [["Q", "A"]]}
+                                             ).encode(), r"line 1: column 'data': message 1 must be an object"),
     "row is a list": ("a.json", listed(row(), ["x", "", "y"]), r"row 2: expected an object .*found a list"),
-    "nested deeply, list": ("a.json", DEEP, NO_JSON),
-    "nested deeply, line": ("a.jsonl", lines(row()) + DEEP, "line 2: " + NO_JSON),
-    "whole number of 5,000 digits": ("a.jsonl", LONG_NUMBER, rf"line 1: ({NO_JSON}|column 'instruction' must be text)"),
+    "nested deeply, list": ("a.json", DEEP, "nested too deeply"),
+    "nested deeply, line": ("a.jsonl", lines(row()) + DEEP, "line 2: nested too deeply"),
     "NUL in a line": ("a.jsonl", LINES.replace(b"Answer 1", b"Answ\0er", 1), "line 2: " + NO_JSON),
     "a million blanks": ("a.json", listed(row(), row(output=BLANKS)), r"row 2: column 'output' has 100,000 blanks"),
     "lone surrogate": ("a.jsonl", lines(row(), row(output="a\ud800b")), r"line 2: column 'output' .*surrogate"),
-    "unknown split": ("a.jsonl", lines(row(split="test")), r"line 1: column 'split' must be .* found 'test'"),
-    "split of another type": ("a.jsonl", lines(row(split=["val"])), r"line 1: column 'split' must be train or val"),
+    "unknown split": ("a.jsonl", lines(row(split="val"), row(1, split="b")),
+                      r"line 2: column 'split' must be train, val "
+                      r"or test, found 'b'; --columns split= ignores that column$"),
+    "split of another type": ("a.jsonl", lines(row(split="dev"), row(split=["val"])),
+                              r"line 2: column 'split' must be "),
     "too many fields": ("a.csv", TABLE + b"a,b,c,d\n", r"line 14: expected 3 columns .* found 4"),
-    "quote not closed": ("a.csv", TABLE + b'a,,"b\n', r"line 14: unexpected end of data"),
+    "quote not closed": ("a.csv", TABLE + b'a,,"b\n' + b"c,,d\n" * 9,
+                         r"line 14: unexpected end .*quote is not clos"),
+    "quote closed by the next": ("a.csv", table('a,,"two', 'lines"', 'b,,"c', 'd,,"e"'),
+                                 r"line 4: .*quote is not closed"),
+    "lines that end with CR": ("a.csv", TABLE.replace(b"\n", b"\r"), r"line 1: new-line .*: tr '.r' '.n' < OLD > NEW"),
     "text after a quote": ("a.csv", table('a,,"b"c'), r"line 2: .*expected after"),
     "Parquet cut": ("a.parquet", parquet(*GOOD)[:-30], NO_PARQUET),
     "Parquet not UTF-8": ("a.parquet", parquet(row()).replace(b"Answer", b"Answe\xff"), NO_PARQUET),
-    "a folder": ("folder.jsonl", b"", r"not a file"),
+    "a folder": ("folder.jsonl", b"", r"not a file; for all in it: '.*/\*'"),
     "nothing there": ("missing.jsonl", b"", r"no such file"),
     "name that a terminal would obey": ("\x1b[2J\n\u202e.jsonl", lines(7), r"line 1: expected an object"),
 }
@@ -130,7 +173,7 @@ def test_an_unknown_hub_dataset_is_one_line(tmp_path):
 @pytest.mark.parametrize("output", ["file", "file/below"])
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path, output):
     (tmp_path / "file").write_text("the user's")
-    with pytest.raises(UserError, match=f"/{output}: cannot write there: (File exists|Not a directory)"):
+    with pytest.raises(UserError, match=f"/{output}: (a file, not a folder|cannot write there: Not a directory)$"):
         helpers.prepare(write(tmp_path, "a.jsonl", LINES), tmp_path / output)
     assert (tmp_path / "file").read_text() == "the user's"
 
@@ -144,6 +187,13 @@ FINE: dict[str, tuple[str, bytes]] = {
     "null input": ("a.jsonl", lines(*({**each, "input": None} for each in GOOD))),
     "more columns": ("a.jsonl", lines(*({**each, "id": 7, "split": None} for each in GOOD))),
     "surrogate pair in escapes": ("a.jsonl", lines(*GOOD[:-1], row(output="\N{ROCKET}"))),
+    "whole number of 5,000 digits": ("a.jsonl", lines(*GOOD[:-1]) + LONG_NUMBER),
+    "NUL in escapes": ("a.jsonl", lines(*GOOD[:-1], row(output="a\0b"))),
+    "columns without a name": ("a.csv", table(*(f"Question {n},,Answer {n},," for n in range(12)),
+                                              header="instruction,input,output,,")),
+    "empty lines in a table": ("a.csv", TABLE.replace(b"\n", b"\n\n")),
+    "UTF-32": ("a.json", LISTED.decode().encode("utf-32")),
+    "a split that is none": ("a.jsonl", lines(*(row(n, split="abc"[n % 3]) for n in range(12)))),
     "millions of letters, line": ("a.jsonl", lines(*GOOD[:-1], row(output="word " * 600_000))),
     "millions of letters, list": ("a.json", listed(*GOOD[:-1], row(output="a" * 1_000_000))),
 }
@@ -156,18 +206,34 @@ def test_harmless_variants_are_read(tmp_path, case):
 
 
 @pytest.mark.parametrize("name, content, bad", [
-    ("a.jsonl", lines(*GOOD, 7, row(output=7), {}, row(output="\ud800"), row(split="x"), None) + b"{\n" + DEEP, 8),
-    ("a.json", listed(*GOOD, 7, row(output=7), {}, row(output="\ud800"), None), 5),
+    ("a.jsonl", lines(*GOOD, 7, row(output={}), {}, row(output="\ud800"), row(99, split="val"), None) + b"{\n" + DEEP,
+     8),
+    ("a.jsonl", lines(row())[:-2] + b"\n" + LINES, 1),
+    ("a.json", listed(*GOOD, 7, row(output=[]), {}, row(output="\ud800"), None), 5),
     ("a.csv", TABLE + b"a\na,b,c,d\n", 2),
-    ("a.parquet", parquet(*({**each, "split": None} for each in GOOD), row(output=None), row(split="x")), 2),
-], ids=["lines", "list", "table", "parquet"])
+    ("a.parquet", parquet(*({**each, "split": None} for each in GOOD), row(output="\0" * 7, split="val")), 1),
+], ids=["lines", "first line", "list", "table", "parquet"])
 def test_skip_bad_drops_and_counts(tmp_path, name, content, bad):
     data = write(tmp_path, name, content)
     manifest = prepare(data, "--skip_bad")
     assert manifest["dropped"] == {"empty_output": 0, "exact_repeat": 0, "bad_row": bad}
     assert manifest["train_examples"] + manifest["val_examples"] == 12 == manifest["total_examples"] - bad
-    with pytest.raises(UserError, match=f"{name}.*--skip_bad drops such rows"):
+    with pytest.raises(UserError, match=f"{name}.*(--skip_bad drops such rows|--columns split= ignores that column|"
+                       "line 1: cannot be read as JSON)"):
         prepare(data)
+
+
+SINGLE_ROWS = ("not JSON, line", "NUL in a line", "no column, lines", "a list", "row is a list", "nested deeply, line",
+               "a million blanks", "lone surrogate", "too many fields")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_skip_bad_is_offered_for_single_rows_only(tmp_path, case):
+    """Never for the first row, which the others may be like, for an encoding, or for a broken file."""
+    name, content, _ = BAD[case]
+    with pytest.raises(UserError) as refused:
+        prepare(write(tmp_path, name, content))
+    assert ("--skip_bad" in str(refused.value)) == (case in SINGLE_ROWS)
 
 
 @pytest.mark.parametrize("case", ["list not closed", "0xff in a line", "0xff in a table", "0xff in a list",

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 import instruct_format
 from conftest import SRC, Outcome, run_command
-from instruct_format import END_OF_TEXT, encode_example, encode_prompt, prompt_text, tokenizer, trained_spans
+from instruct_format import (
+    END_OF_TEXT,
+    encode_conversation,
+    encode_example,
+    encode_prompt,
+    prompt_text,
+    tidy,
+    tokenizer,
+    trained_spans,
+)
 from test_hostile_texts import LOOKALIKES
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(LOOKALIKES)
@@ -27,15 +36,27 @@ def test_any_text_keeps_the_contract(instruction: str, input: str, output: str) 
     assert mask == [0] * len(prompt) + [1] * (len(tokens) - len(prompt))
     assert tokens.index(END_OF_TEXT) == len(tokens) - 1  # the last token, and no other
     decoded = tokenizer().decode_bytes(tokens).decode()
-    assert decoded == prompt_text(instruction, input) + output.strip() + "<|endoftext|>"
+    assert decoded == prompt_text(instruction, input) + tidy(output) + "<|endoftext|>"
+    assert encode_prompt(tidy(instruction), tidy(input)) == prompt and tidy(output).split() == output.split()
 
 
 def test_the_template_with_and_without_input() -> None:
-    """Fields are stripped, but not changed inside."""
-    assert prompt_text("\n Do  this.\t", "  a\n\n b \r\n") == (
-        "### Instruction:\nDo  this.\n\n### Input:\na\n\n b\n\n### Response:\n")
+    """Fields lose blank lines around them and blanks at their end; inside, only CR LF becomes a newline."""
+    assert prompt_text("\n Do  this.\t", "  a\r\n\r\r\n b \r\n") == (
+        "### Instruction:\n Do  this.\n\n### Input:\n  a\n\n b\n\n### Response:\n")
+    assert tidy(" \t\r\n\n    def f():\r\n        return 0\n \n") == "    def f():\n        return 0"
     for empty in ("", " ", "\n\t ", "\u3000"):
         assert prompt_text("Sing.", empty) == "### Instruction:\nSing.\n\n### Response:\n"
+
+
+def test_a_conversation_is_one_example_after_another() -> None:
+    turns = [("Add 1 to 2.", "", "3"), ("And to it 4?", "fast", " 7\n"), ("Bye.", "", "Bye.")]
+    expected = [encode_example(*turn) for turn in turns]
+    tokens, mask = encode_conversation(turns)
+    assert (tokens, mask) == tuple(sum(parts, []) for parts in zip(*expected))
+    assert [tokenizer().decode(tokens[start:stop]) for start, stop in trained_spans(mask)] == [
+        "3<|endoftext|>", " 7<|endoftext|>", "Bye.<|endoftext|>"]
+    assert encode_conversation(turns[:1]) == encode_example(*turns[0])
 
 
 @pytest.mark.parametrize(("mask", "spans"), [

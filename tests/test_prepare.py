@@ -18,7 +18,7 @@ from data.report import histogram, marked_sample
 from data.shards import KINDS, MANIFEST, SPLITS, Document, shard_file
 from errors import UserError
 from helpers import prepare, texts_of
-from instruct_format import TEMPLATE, TOKENIZER, prompt_text, tokenizer
+from instruct_format import TEMPLATE, TOKENIZER, prompt_text, tidy, tokenizer
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def expected_of(rows: list[Row]) -> list[tuple[str, str]]:
-    return [(prompt_text(row["instruction"], row["input"]), row["output"].strip()) for row in rows]
+    return [(prompt_text(row["instruction"], row["input"]), tidy(row["output"])) for row in rows]
 
 
 def sides(output: Path) -> list[set[str]]:
@@ -75,12 +75,13 @@ def write_rows(path: Path) -> Path:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ROWS prepared by the script itself."""
     folder = tmp_path_factory.mktemp("reference")
-    flags = "--dataset", write_jsonl(folder / "data.jsonl", ROWS), "--val_fraction", "0.3", "--output_dir", "out"
+    flags = "--dataset", write_jsonl(folder / "data.jsonl", ROWS), "--val_fraction", "0.3", "--output_dir", "my out"
     code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, cwd=folder)
     assert (code, stderr) == (0, "")
     assert f"examples   {len(ROWS)} read, {len(ROWS)} kept; dropped: 0 empty output, 0 exact repeat" in stdout
-    assert stdout.endswith("wrote out/dataset_info.json; next: ./start_instruct_training.sh\n")
-    return folder / "out"
+    assert stdout.endswith(
+        "\n\nwrote my out/dataset_info.json; next: ./start_instruct_training.sh --data_dir 'my out'\n")
+    return folder / "my out"
 
 
 @pytest.mark.parametrize("name", ["list.json", "utf8_list.json", "lines.json", "lines.jsonl", "table.csv",
@@ -102,7 +103,8 @@ def test_manifest_has_what_the_contract_names(tmp_path):
     manifest = prepare_rows(tmp_path, questions(40), "--val_fraction", 0.25, "--seed", 7)
     assert manifest.items() >= {
         "format_version": 1, "template": TEMPLATE, "tokenizer": TOKENIZER, "source": "data.jsonl", "seed": 7,
-        "val_fraction": 0.25, "total_examples": 40, "dropped": {"empty_output": 0, "exact_repeat": 0, "bad_row": 0},
+        "val_fraction": 0.25, "total_examples": 40, "shape": "Alpaca", "multi_turn": False,
+        "dropped": {"empty_output": 0, "exact_repeat": 0, "bad_row": 0},
     }.items()
     assert manifest["train_examples"] + manifest["val_examples"] == 40
     for split, [shard] in manifest["shards"].items():
@@ -114,12 +116,20 @@ def test_manifest_has_what_the_contract_names(tmp_path):
         assert counts == {key: shard[key] for key in counts} == {key: manifest[f"{split}_{key}"] for key in counts}
 
 
+@pytest.mark.parametrize(("count", "remembers"), [(40, True), (41, False)])
+def test_chat_remembers_if_one_in_twenty_has_several_turns(tmp_path, count, remembers):
+    """Of the train documents here, two have."""
+    rows = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in ("user", "assistant") * (1 + (n < 2))],
+             "split": "train"} for n in range(count)]
+    assert prepare_rows(tmp_path, [*rows, row("Held out", split="val")])["multi_turn"] == remembers
+
+
 def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):
     """Fields that only join to the same text are no repeats."""
     kept = [*questions(30), row("Question 0", "another answer"), row("question 0", "Answer 0"), row("", "no question"),
             row("Question 1", "Answer 0", input="x"), row("Short", "."), row("ab", "c"), row("a", "bc"),
             row("a", "c", input="b")]
-    dropped = [row("Empty", ""), row("Empty", " \n"), row("Question 2", "Answer 0"), row(" Question 3\n", "Answer 0 "),
+    dropped = [row("Empty", ""), row("Empty", " \n"), row("Question 2", "Answer 0"), row("\nQuestion 3\n", "Answer 0 "),
                row("Question 4", "Answer 0", input=None)]
     manifest = prepare_rows(tmp_path, kept + dropped, "--val_fraction", 0.3)
     assert manifest["dropped"] == {"empty_output": 2, "exact_repeat": 3, "bad_row": 0}
@@ -139,7 +149,7 @@ def test_output_is_byte_identical_for_any_number_of_processes(tmp_path, monkeypa
 
 def test_a_prompt_has_one_side_which_is_a_function_of_it_and_the_seed(tmp_path):
     found = []
-    more = [*questions(300, 3)[::-1], *(row(f" Question {number}\n", "yet another") for number in range(100))]
+    more = [*questions(300, 3)[::-1], *(row(f"\n\nQuestion {number} \n", "yet another") for number in range(100))]
     for rows, seed, prompts in ((questions(100), 42, 100), (more, 42, 300), (questions(100), 43, 100)):
         prepare_rows(tmp_path, rows, "--seed", seed, "--val_fraction", 0.2)
         train, val = sides(tmp_path / "out")
@@ -176,10 +186,10 @@ def test_split_column_decides_and_cannot_put_a_prompt_on_both_sides(tmp_path, ro
 def test_a_failing_second_run_leaves_the_first_whole_and_a_smaller_one_nothing_stale(tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 100)
     prepare_rows(tmp_path, questions(60), "--val_fraction", 0.3)
-    (tmp_path / "out" / "train" / "00000-dead.tokens.npy.tmp").write_bytes(b"half a shard")
+    (tmp_path / "out" / "train" / "00000-deaddeaddeaddead.tokens.npy.tmp").write_bytes(b"half a shard")
     (tmp_path / "out" / "notes.txt").write_text("the user's")
     before = files_of(tmp_path / "out")
-    for failing in ([row("Broken", 7)], [row("Question 0")], []):
+    for failing in ([row("Broken", {})], [row("Question 0")], []):
         with pytest.raises(UserError):
             prepare_rows(tmp_path, failing)
         assert files_of(tmp_path / "out").items() >= before.items()

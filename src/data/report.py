@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cli import printable
+from cli import printable, printable_line
 from data.shards import SPLITS, Document
 from instruct_format import tokenizer, trained_spans
 
@@ -20,6 +20,7 @@ class Report:
     def __init__(self) -> None:
         self.lengths = {"prompt": array("I"), "response": array("I"), "total": array("I")}
         self.samples: list[Document] = []
+        self.notes: list[str] = []
 
     def add(self, document: Document) -> None:
         total, response = len(document.tokens), int(document.loss_mask.sum())
@@ -32,6 +33,8 @@ class Report:
         kept, tokens, response = (sum(manifest[f"{split}_{key}"] for split in SPLITS)
                                   for key in ("examples", "tokens", "response_tokens"))
         dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
+        for note in self.notes:
+            print(printable_line(note))
         print(f"examples   {manifest['total_examples']:,} read, {kept:,} kept; dropped: {dropped}")
         for split in SPLITS:
             print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")

@@ -1,120 +1,276 @@
-"""Rows of a local .json, .jsonl, .csv or .parquet file, or of a Hugging Face dataset, one at a time with their place.
+"""Rows of files, pipes and Hugging Face datasets, one at a time, each with its place.
 
 Nothing in here knows what a row means. The readers are our own because `datasets`, which serves the hub, turns the CSV
 text null into nothing, takes lines that are not UTF-8, and loses the numbers of lines.
 """
 
+import codecs
 import csv
+import glob
+import gzip
+import io
 import json
+import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError, errors_at
 
 
+class Number(str):
+    """A number as the JSON text writes it."""
+
+
+STDIN = "-"
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # each also as .gz
+BY_CONTENT = ("", ".txt")  # a file of these kinds is what its first bytes say, like a pipe
+WRAPPERS = ("data", "rows", "examples", "instances", "records", "items")  # keys of a JSON object that hold its rows
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test",
+               **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")}
+QUESTIONS = ("instruction", "prompt", "question", "query", "inputs", "problem", "human", "user", "message_1", "input")
+ANSWERS = ("output", "response", "completion", "solution", "answer", "targets", "target", "assistant", "message_2")
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
+                         parse_constant=lambda name: None if name == "NaN" else Number(name))
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
 class BadRow(Exception):
     """One row that cannot be used. It can be skipped, unlike a file whose structure is broken (UserError)."""
 
+    def __init__(self, reason: str, advice: str = " (--skip_bad drops such rows)") -> None:
+        super().__init__(reason)
+        self.advice = advice
 
-class Rows(NamedTuple):
-    """What a source holds. columns are known beforehand where the file names them once."""
 
-    columns: list[str] | None
+class TableRow(dict[str, str]):
+    """A row whose columns another line names."""
+
+    header: str  # the place of that line
+
+
+class Source(NamedTuple):
+    name: str
     rows: Iterator[tuple[str, Any]]  # (place such as "line 3", the row or a BadRow)
 
 
-def open_rows(dataset: str) -> Rows:
-    """The rows of a local file or hub dataset. Raises UserError when it is missing or broken, here or while reading."""
-    path = Path(dataset)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None and not path.exists():
-        return _hub_rows(dataset)
-    if not path.is_file():
-        raise UserError(f"{dataset}: no such file" if not path.exists() else f"{dataset}: not a file")
-    if reader is None:
-        raise UserError(f"{dataset}: unknown kind of file; use {', '.join(_READERS)}")
-    return reader(path)
+def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
+    """The files that names and patterns stand for, each once, and datasets of the hub, which it loads as hub says.
+    Raises UserError when one is missing or broken, here or while its rows are read."""
+    found: dict[str, str] = {}
+    for name in names:
+        matches = [name]
+        if name != STDIN and glob.has_magic(name) and not os.path.exists(name):
+            matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+            if not matches:
+                raise UserError(f"{name}: no file matches")
+        found |= {os.path.realpath(match): match for match in matches}
+    return [Source("standard input" if name == STDIN else name, _rows(name, hub)) for name in found.values()]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file. Raises UserError naming the first byte that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: line {number}: not UTF-8: byte 0x{line[error.start]:02x} in column "
-                                f"{error.start + 1}; save the file as UTF-8") from error
+def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    path, kind = Path(name), Path(name.lower().removesuffix(".gz")).suffix
+    if name != STDIN:
+        if not path.exists() and kind not in KINDS and _HUB_NAME.fullmatch(name):
+            return _hub_rows(name, **hub)
+        if not path.exists() or path.is_dir():
+            raise UserError(f"{name}: not a file; for all in it: '{name}/*'" if path.is_dir() else
+                            f"{name}: no such file")
+        if path.is_file() and kind not in KINDS + BY_CONTENT:
+            raise UserError(f"{name}: unknown kind of file; use {', '.join(KINDS)}, also as .gz, or pipe it into "
+                            f"--dataset {STDIN}")
+    if any(hub.values()):
+        raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
+    return _file_rows(name, kind)
 
 
-def _jsonl_rows(path: Path) -> Rows:
-    def parse(text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return BadRow(f"cannot be read as JSON: {error}")
-
-    return Rows(None, ((f"line {number}", parse(line)) for number, line in enumerate(_lines(path), 1) if line.strip()))
-
-
-def _json_rows(path: Path) -> Rows:
-    """A JSON list, read whole; one object a line (JSON lines) is taken too."""
-    text = "".join(_lines(path))
-    if text.lstrip().startswith("{"):
-        return _jsonl_rows(path)
-    with errors_at(f"{path}: cannot be read as JSON", ValueError, RecursionError):
-        values = json.loads(text) if text.strip() else []
-    if not isinstance(values, list) or not values:
-        raise UserError(f"{path}: expected a list of objects, found {'an empty file' if not text.strip() else 'none'}")
-    return Rows(None, ((f"row {number}", value) for number, value in enumerate(values, 1)))
+def _file_rows(name: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file or pipe. What its kind does not say, its content does."""
+    place = "standard input" if name == STDIN else name
+    with errors_at(place, EOFError, zlib.error), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened:
+        file: Any = opened
+        if zipped := file.peek(2).startswith(b"\x1f\x8b"):
+            file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+        if kind == ".parquet" or file.peek(4).startswith(b"PAR1"):
+            yield from _parquet_rows(place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name)
+            return
+        lines = _lines(place, file)
+        head = _head(lines, 2)
+        if kind in (".csv", ".tsv") or kind not in KINDS and not "".join(head).lstrip().startswith(("{", "[")):
+            yield from _csv_rows(place, head, lines)
+        else:
+            yield from _json_rows(place, head, lines)
 
 
-def _csv_rows(path: Path) -> Rows:
+def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
+    """The lines of a text. Raises UserError naming the first byte that is none of it."""
+    start = file.peek(4)[:4]
+    mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
+    encoding, number = _MARKS.get(mark, "utf-8"), 0
+    lines: Iterable[bytes | str] = file
+    if encoding != "utf-8":
+        lines = io.TextIOWrapper(file, encoding, newline="\n")
+    elif b"\0" in start:
+        guess = "UTF-16LE" if start[0] else "UTF-16BE"
+        raise UserError(f"{place}: line 1: byte 0x00 in column {start.index(0) + 1}: UTF-16 without its mark? Convert "
+                        f"it: iconv -f {guess} -t UTF-8 OLD > NEW")
+    else:
+        file.read(len(mark))
+    try:
+        for line in lines:
+            number += 1
+            yield line if isinstance(line, str) else line.decode()
+    except UnicodeDecodeError as error:
+        at = "after " * (encoding != "utf-8") + f"line {number}"
+        raise UserError(
+            f"{place}: {at}: not {encoding.upper()}: byte 0x{error.object[error.start]:02x} in column "
+            f"{error.start + 1}; save it as UTF-8, or: iconv -f WINDOWS-1252 (or what it is) -t UTF-8 OLD > NEW"
+        ) from error
+
+
+def _head(lines: Iterator[str], filled: int) -> list[str]:
+    """The next lines, up to so many that are not blank."""
+    head: list[str] = []
+    while filled and (line := next(lines, None)) is not None:
+        head.append(line)
+        filled -= bool(line.strip())
+    return head
+
+
+def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
+    first, *more = [line.strip() for line in head if line.strip()] or [""]
+    if not _is_whole(first, more):
+        yield from ((f"line {number}", parse_json(line.rstrip())) for number, line in enumerate(chain(head, lines), 1)
+                    if line.strip())
+        return
+    rows = _listed(parse_json("".join(chain(head, lines))))
+    if isinstance(rows, BadRow):
+        raise UserError(f"{place}: {rows}")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _is_whole(first: str, more: list[str]) -> bool:
+    """Whether a JSON text that begins with these lines, is one value and not a row a line."""
+    if first.startswith("[") and not more:
+        return True
+    try:
+        value = json.loads("\n".join([first, *more]))
+        return bool(more) or isinstance(value, dict) and _listed(value) != [value]
+    except json.JSONDecodeError as error:
+        return error.pos > len(first) + 1  # what the first line begins, the second goes on with
+    except (ValueError, RecursionError):
+        return first.startswith("[")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, or a BadRow. Numbers stay as they are written, NaN is null."""
+    try:
+        return _JSON.decode(text)
+    except RecursionError:
+        return BadRow("nested too deeply")
+    except ValueError as error:
+        return BadRow(f"cannot be read as JSON: {error}")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name such as Train, validation or test_sft means."""
+    return SPLIT_NAMES.get(name.strip().lower().split("_")[0])
+
+
+def _listed(value: Any) -> Any:
+    """The rows of a JSON value: a list of them, perhaps under a key such as data, or under train and val; or columns
+    as pandas writes them. A BadRow where only some lists are under such keys: none may be lost."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, (list, BadRow)) else [value]
+    if all(key.isdigit() for key in value):
+        return value.values()
+    plain = {key.strip().lower() for key, each in value.items() if not isinstance(each, (dict, list))}
+    if not plain.isdisjoint(QUESTIONS) and not plain.isdisjoint(ANSWERS):
+        return [value]
+    lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and isinstance((rows or [{}])[0], dict)}
+    wrapped = {key: rows for key, rows in lists.items() if key.strip().lower() in WRAPPERS or split_of(key)}
+    rest = [key for key, rows in lists.items() if rows and key not in wrapped]
+    if rest and any(wrapped.values()):
+        return BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}, of which {rest[0]!r:.60} is no known "
+                      "name; put them into one list, or under train and val")
+    if wrapped and not rest:
+        return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
+                for key, rows in wrapped.items() for row in rows]
+    columns, first = list(value.values()), next(iter(value.values()))
+    if len(columns) > 1 and all(isinstance(each, dict) and each.keys() == first.keys() for each in columns):
+        if all(key.isdigit() for key in first):
+            return [{name: column[key] for name, column in value.items()} for key in first]
+    elif len(columns) > 1 and all(isinstance(each, list) and len(each) == len(first)
+                                  and not isinstance((each or [[]])[0], (dict, list)) for each in columns):
+        return [dict(zip(value, row)) for row in zip(*columns)]
+    return [value]
+
+
+def _csv_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """The first line names the columns. They are separated as a line such as sep=; says, else as they look."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(_lines(path), strict=True)
-
-    def records() -> Iterator[list[str]]:
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: {error}") from error
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        for fields in rest:
-            if len(fields) == len(header):
-                yield f"line {reader.line_num}", dict(zip(header, fields))
-            elif fields:
-                yield f"line {reader.line_num}", BadRow(f"expected {len(header)} columns as in the first line, found "
-                                                        f"{len(fields)}")
-
-    rest = records()
-    header = next(rest, [])
-    return Rows(header, rows())
+    numbered = _csv_records(place, head, lines)
+    first, header = next(numbered, (0, []))
+    _refuse_twice(f"{place}: line {first}", header)
+    for line, fields in numbered:
+        row = TableRow(zip(header, fields))
+        row.header = f"line {first}"
+        yield f"line {line}", row if len(fields) == len(header) else BadRow(
+            f"expected {len(header)} columns as in the first line, found {len(fields)}")
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _refuse_twice(place: str, names: list[str]) -> None:
+    """Raise UserError where two columns have one name; any number may have none."""
+    count = Counter(filter(None, map(str.strip, names)))
+    if twice := [name for name in count if count[name] > 1]:
+        raise UserError(f"{place}: two columns {twice[0]!r:.60}; give each a name of its own")
+
+
+def _csv_records(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """(line where it begins, fields) of every record that is not empty."""
+    filled = [*dropwhile(lambda line: not line.strip(), head)]
+    if separator := re.fullmatch(r"sep=(.)\s*", "".join(filled[:1])):
+        filled = filled[1:]
+    before, line = len(head) - len(filled), 0
+    try:
+        delimiter = separator[1] if separator else max(
+            ",;\t|", key=lambda each: len(next(csv.reader(filled[:1], delimiter=each), [])))
+        reader = csv.reader(chain(filled, lines), delimiter=delimiter, strict=True)
+        while True:
+            line = before + reader.line_num + 1
+            if record := next(reader):
+                yield line, record
+    except StopIteration:
+        return
+    except csv.Error as error:
+        reason = "in the row that begins here a quote is not closed, or one inside is not doubled"
+        if "new-line" in str(error):
+            reason = "a CR alone, outside quotes; where lines end with it: tr '\\r' '\\n' < OLD > NEW"
+        raise UserError(f"{place}: line {max(line, 1)}: {str(error).split(' - ')[0]}: {reason}") from error
+
+
+def _parquet_rows(place: str, file: Any) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
-    def reading() -> AbstractContextManager[None]:
-        return errors_at(f"{path}: not a readable Parquet file", pyarrow.ArrowException, UnicodeDecodeError)
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        number = 0
-        with reading():
-            for batch in file.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-
-    with reading():
-        file = pyarrow.parquet.ParquetFile(path)
-    return Rows(file.schema_arrow.names, rows())
+    number = 0
+    with errors_at(f"{place}: not a readable Parquet file", pyarrow.ArrowException, UnicodeDecodeError):
+        table = pyarrow.parquet.ParquetFile(file)
+        _refuse_twice(place, table.schema_arrow.names)
+        for batch in table.iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
 
 
-def _hub_rows(name: str) -> Rows:
+def _hub_rows(name: str, subset: str | None = None, split: str | None = None, **how: Any) -> Iterator[tuple[str, Any]]:
     import datasets
     import huggingface_hub
 
@@ -124,8 +280,12 @@ def _hub_rows(name: str) -> Rows:
     with errors_at(f"{name}: not a local file, and loading it from the Hugging Face hub failed", Exception,
                    advice="; check the name and the network, pass a local file with --dataset FILE, or try "
                    "./start_instruct_training.sh demo"):  # the hub client fails in as many ways as networks do
-        rows = datasets.load_dataset(name, split="train")
-    return Rows(rows.column_names, ((f"row {number}", row) for number, row in enumerate(rows, 1)))
-
-
-_READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+        try:
+            rows = datasets.load_dataset(name, subset, split=split or "train", **how)
+        except ValueError as error:
+            choice = re.search(r"(configs|Available|one of|splits):? \[(.*?)\]", str(error))
+            if not choice:
+                raise
+            flag = "--subset" if choice[1] in ("configs", "Available") else "--split"
+            raise UserError(f"{name}: choose with {flag}, one of {choice[2]}") from error
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))

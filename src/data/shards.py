@@ -13,8 +13,10 @@ shards that it does not name are removed. Killed at any moment, the folder holds
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 24  # the most in a shard of several documents: 48 MiB of tokens and loss mask
 KINDS = {"tokens": np.uint16, "loss_mask": np.uint8, "starts": np.int64}  # the arrays of a shard
 _SHARD_NAME = re.compile(r"\d{5,9}-[0-9a-f]{16}")  # it cannot lead out of the folder
+_SHARD_FILE = re.compile(rf"{_SHARD_NAME.pattern}\.({'|'.join(KINDS)})\.npy({re.escape(TEMPORARY_SUFFIX)})?")
 
 
 class Document(NamedTuple):
@@ -65,31 +68,52 @@ class DataWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-        self.waiting: dict[str, list[Document]] = {split: [] for split in SPLITS}
-        self.waiting_tokens = dict.fromkeys(SPLITS, 0)
+        self.waiting = {split: _empty_arrays() for split in SPLITS}
+        self.turns = dict.fromkeys(SPLITS, 0)  # in the shards that are written
+        self.conversations = dict.fromkeys(SPLITS, 0)  # documents of several turns in them
+        _refuse_foreign_files(folder)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
 
     @property
     def empty_splits(self) -> list[str]:
-        return [split for split in SPLITS if not self.shards[split] and not self.waiting[split]]
+        return [split for split in SPLITS if not self.shards[split] and not self.waiting[split]["starts"]]
 
     def add(self, split: str, document: Document) -> None:
         """Raises UserError when the disk does not take a shard that is full."""
-        if self.waiting[split] and self.waiting_tokens[split] + len(document.tokens) > SHARD_TOKENS:
+        waiting = self.waiting[split]
+        if waiting["starts"] and len(waiting["tokens"]) + len(document.tokens) > SHARD_TOKENS:
             self._write_shard(split)
-        self.waiting[split].append(document)
-        self.waiting_tokens[split] += len(document.tokens)
+            waiting = self.waiting[split]
+        waiting["starts"].append(len(waiting["tokens"]))
+        waiting["tokens"].frombytes(document.tokens.tobytes())
+        waiting["loss_mask"].frombytes(document.loss_mask.tobytes())
+
+    def deal_again(self, in_val: Iterable[bool]) -> None:
+        """Put every document where in_val says, in their order; so far all of them are in one split."""
+        [full] = [split for split in SPLITS if split not in self.empty_splits]
+        self._write_shard(full)
+        entries, self.shards[full], self.turns[full], self.conversations[full] = self.shards[full], [], 0, 0
+        sides = iter(in_val)
+        for entry in entries:
+            tokens, mask, starts = (_open_array(shard_file(self.folder, full, entry, kind), entry["sha256"][kind])
+                                    for kind in KINDS)
+            for document in zip(np.split(tokens, starts[1:]), np.split(mask, starts[1:])):
+                self.add("val" if next(sides) else "train", Document(*document))
 
     def _write_shard(self, split: str) -> None:
-        documents, self.waiting[split], self.waiting_tokens[split] = self.waiting[split], [], 0
-        lengths = np.array([len(document.tokens) for document in documents], dtype=np.int64)
-        mask = np.concatenate([document.loss_mask for document in documents])
-        arrays = (np.concatenate([document.tokens for document in documents]), mask, np.cumsum(lengths) - lengths)
-        files = {kind: _npy_bytes(array) for kind, array in zip(KINDS, arrays)}
+        waiting, self.waiting[split] = self.waiting[split], _empty_arrays()
+        if not waiting["starts"]:
+            return
+        arrays = {kind: np.frombuffer(waiting[kind], dtype) for kind, dtype in KINDS.items()}
+        mask = arrays["loss_mask"]
+        turns = np.add.reduceat(np.diff(mask, prepend=mask.dtype.type(0)) == 1, arrays["starts"], dtype=np.int64)
+        self.turns[split] += int(turns.sum())
+        self.conversations[split] += int((turns > 1).sum())
+        files = {kind: _npy_bytes(values) for kind, values in arrays.items()}
         digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-        shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(lengths),
+        shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
                  "tokens": len(mask), "response_tokens": int(mask.sum()), "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
@@ -100,25 +124,54 @@ class DataWriter:
         """Write what waits and the manifest (about says where the data come from), and remove every shard, whole or
         half-written, that the manifest does not name. Returns the manifest."""
         for split in SPLITS:
-            if self.waiting[split]:
-                self._write_shard(split)
+            self._write_shard(split)
         counts = {f"{split}_{key}": sum(shard[key] for shard in shards)
                   for split, shards in self.shards.items() for key in ("examples", "tokens", "response_tokens")}
+        # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
+        multi_turn = 0 < counts["train_examples"] <= 20 * self.conversations["train"]
         manifest = {"format_version": FORMAT_VERSION, "template": TEMPLATE, "tokenizer": TOKENIZER, **about, **counts,
-                    "shards": self.shards}
+                    "multi_turn": multi_turn, "shards": self.shards}
         with durable_file(self.folder / MANIFEST) as file:
             file.write(manifest_bytes(manifest))
         for split, shards in self.shards.items():
             named = {shard_file(self.folder, split, shard, kind) for shard in shards for kind in KINDS}
             for path in (self.folder / split).iterdir():
-                if path.name.removesuffix(TEMPORARY_SUFFIX).endswith(".npy") and path not in named:
+                if _SHARD_FILE.fullmatch(path.name) and path not in named:
                     path.unlink()
         return manifest
 
 
-def _npy_bytes(array: np.ndarray) -> bytes:
+def _empty_arrays() -> dict[str, "array[int]"]:
+    return {"tokens": array("H"), "loss_mask": array("B"), "starts": array("q")}
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Raise UserError where other programs or people keep files that a preparation would replace or mix with its own.
+    Hidden files do not matter."""
+    with errors_at(folder):
+        path = folder / MANIFEST
+        found = [path] if os.path.lexists(path) and not _looks_like_a_manifest(path) else []
+        for split in SPLITS:
+            path = folder / split
+            if path.is_symlink():  # what it leads to may be the folder of other data
+                found.append(path)
+            elif path.is_dir():
+                found += [each for each in path.iterdir()
+                          if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith("."))]
+    if found:
+        raise UserError(f"{found[0]}: not of a preparation by this program; it is left as it is, choose another "
+                        "--output_dir")
+
+
+def _looks_like_a_manifest(path: Path) -> bool:
+    """Also if it is damaged: then the advice is to prepare the data again."""
+    return path.is_file() and not path.is_symlink() and any(
+        key in path.read_bytes() for key in (b'"format_version"', b'"loss_mask"'))
+
+
+def _npy_bytes(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    np.save(buffer, values)
     return buffer.getvalue()
 
 
@@ -128,6 +181,8 @@ def open_prepared(folder: Path) -> Prepared:
     path, again = folder / MANIFEST, "; prepare the data again"
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; run: python src/prepare_instruct_dataset.py")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file{again}")
     with errors_at(f"{path}: not a manifest of prepared data", Exception, advice=again):  # a forged one fails anyhow
         data = path.read_bytes()
         manifest: dict[str, Any] = json.loads(data)
@@ -174,6 +229,8 @@ def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) ->
 def _open_array(path: Path, sha256: str) -> np.ndarray:
     digest, again = hashlib.sha256(), "; prepare the data again"
     with errors_at(path, Exception, advice=again):  # a forged one fails anywhere in numpy's reader
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")  # but a pipe or a device, which may have no end
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)

@@ -1,0 +1,233 @@
+"""What a row means: every form of questions, answers and conversations of public data, and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from conftest import write_jsonl
+from data.rows import BadRow, Number, Source
+from data.shapes import Example, Shapes
+from errors import UserError
+from helpers import open_data, prepare
+from instruct_format import encode_conversation
+
+Row = dict[str, Any]
+Turns = list[tuple[str, str, str]]
+SYSTEM, USER, BOT = ({"role": role, "content": text} for role, text in (
+    ("system", "Be brief."), ("user", "Name the plural."), ("assistant", "leaves")))
+MORE, YES = {"role": "user", "content": "More?"}, {"role": "assistant", "content": "Yes."}
+PLAIN: Turns = [("Name the plural.", "", "leaves")]
+BRIEF: Turns = [("Be brief.\n\nName the plural.", "", "leaves")]
+TWO: Turns = [*PLAIN, ("More?", "", "Yes.")]
+
+
+def said(*pairs: str, role: str = "from", text: str = "value") -> list[dict[str, str]]:
+    """Messages from who says it and what, in turn."""
+    return [{role: who, text: what} for who, what in zip(pairs[::2], pairs[1::2])]
+
+
+# name -> (row, its turns, the shape)
+SHAPES: dict[str, tuple[Row, Turns, str]] = {
+    "Alpaca": ({"instruction": "I", "input": "in", "output": "O", "text": "I in O"}, [("I", "in", "O")], "Alpaca"),
+    "Alpaca without input": ({"instruction": "I", "output": "O"}, [("I", "", "O")], "Alpaca"),
+    "Dolly": ({"instruction": "I", "context": "c", "response": "R", "category": "x"}, [("I", "c", "R")], "Dolly"),
+    "GPTeacher": ({"instruction": "I", "input": "in", "response": "R"}, [("I", "in", "R")],
+                  "instruction/input/response"),
+    "pair": ({"instruction": "I", "response": "R"}, [("I", "", "R")], "instruction/response"),
+    "completion": ({"prompt": "P", "completion": " C\n"}, [("P", "", " C")], "prompt/completion"),
+    "FAQ": ({"question": "Q", "answer": "A"}, [("Q", "", "A")], "question/answer"),
+    "FLAN": ({"inputs": "I", "targets": "T", "task": "t"}, [("I", "", "T")], "inputs/targets"),
+    "LMFlow": ({"input": "I", "output": "O"}, [("I", "", "O")], "input/output"),
+    "Camel": ({"role_1": "x", "message_1": "Q", "message_2": "A"}, [("Q", "", "A")], "message_1/message_2"),
+    "OpenOrca": ({"id": 1, "system_prompt": "S", "question": "Q", "response": "R"}, [("S\n\nQ", "", "R")], "OpenOrca"),
+    "OpenOrca, no system": ({"system_prompt": "", "question": "Q", "response": "R"}, [("Q", "", "R")], "OpenOrca"),
+    "any case, blanks": ({" Prompt": "P", "RESPONSE ": "R"}, [("P", "", "R")], "prompt/response"),
+    "messages": ({"messages": [USER, BOT, MORE, YES], "id": 1}, TWO, "messages"),
+    "messages and a pair": ({"prompt": "P", "completion": "C", "messages": [USER, BOT]}, PLAIN, "messages"),
+    "a text in brackets beside a pair": ({"prompt": "P", "completion": "C", "conversation": "[sighs] Hi"},
+                                         [("P", "", "C")], "prompt/completion"),
+    "a list of numbers beside a pair": ({"prompt": "P", "completion": "C", "conversation": "[1, 2]"},
+                                        [("P", "", "C")], "prompt/completion"),
+    "messages without a turn beside a pair": ({"prompt": "P", "completion": "C", "messages": [{**USER, "content": ""}]},
+                                              [("P", "", "C")], "messages and prompt/completion"),
+    "a system column beside messages": ({"system_prompt": "Be brief.", "messages": [USER, BOT, MORE, YES]},
+                                        [*BRIEF, TWO[1]], "messages"),
+    "system in both places": ({"messages": [SYSTEM, USER, BOT], "system_prompt": "Be brief."}, BRIEF, "messages"),
+    "weight 0": ({"messages": [SYSTEM, USER, {**BOT, "weight": Number("0")}, MORE, {**YES, "weight": 1}]},
+                 [("Be brief.\n\nName the plural.\n\nMore?", "", "Yes.")], "messages"),
+    "weight 0.0, at the end": ({"messages": [USER, BOT, MORE, {**YES, "weight": 0.0}]}, PLAIN, "messages"),
+    "an empty list as context": ({"instruction": "I", "context": [], "response": "R"}, [("I", "", "R")], "Dolly"),
+    "an empty object as input": ({"instruction": "I", "input": {}, "output": "O"}, [("I", "", "O")], "Alpaca"),
+    "a solution and its last line": ({"problem": "P", "answer": "4", "solution": "2 + 2 = 4"},
+                                     [("P", "", "2 + 2 = 4")], "problem/solution"),
+    "no messages but a pair": ({"prompt": "P", "completion": "C", "messages": None}, [("P", "", "C")],
+                               "prompt/completion"),
+    "data beside a pair": ({"prompt": "P", "completion": "C", "data": ["x"]}, [("P", "", "C")], "prompt/completion"),
+    "system": ({"messages": [SYSTEM, USER, BOT]}, BRIEF, "messages"),
+    "developer": ({"messages": [{**SYSTEM, "role": "developer"}, USER, BOT]}, BRIEF, "messages"),
+    "system in the middle": ({"messages": [USER, BOT, SYSTEM, MORE, YES]}, [*PLAIN, ("Be brief.\n\nMore?", "", "Yes.")],
+                             "messages"),
+    "ShareGPT": ({"conversations": said("human", "Q", "gpt", "A", "human", "R", "gpt", "B")},
+                 [("Q", "", "A"), ("R", "", "B")], "ShareGPT"),
+    "ShareGPT, gpt first": ({"conversations": said("gpt", "Hi!", "human", "Q", "gpt", "A")}, [("Q", "", "A")],
+                            "ShareGPT"),
+    "system, gpt first": ({"conversations": said("system", "S", "gpt", "Hi!", "human", "Q", "gpt", "A")},
+                          [("S\n\nQ", "", "A")], "ShareGPT"),
+    "other speakers": ({"Conversation": said("Human", "Q", "BOT", "A", "prompter", "R", "model", "B", role="role")},
+                       [("Q", "", "A"), ("R", "", "B")], "messages"),
+    "two questions in a row": ({"messages": said("user", "Q", "user", "R", "assistant", "A")}, [("Q\n\nR", "", "A")],
+                               "ShareGPT"),
+    "two answers in a row": ({"messages": [USER, BOT, YES]}, [("Name the plural.", "", "leaves\n\nYes.")], "messages"),
+    "question at the end": ({"messages": [USER, BOT, MORE]}, PLAIN, "messages"),
+    "empty answer": ({"messages": [USER, {**BOT, "content": " \n"}, MORE, YES]},
+                     [("Name the plural.\n\nMore?", "", "Yes.")], "messages"),
+    "null answer": ({"messages": [USER, BOT, MORE, {**YES, "content": None}]}, PLAIN, "messages"),
+    "empty question": ({"messages": [{**USER, "content": ""}, BOT]}, [("", "", "leaves")], "messages"),
+    "only a question": ({"messages": [USER]}, [], "messages"),
+    "only an answer": ({"messages": [BOT]}, [], "messages"),
+    "no messages": ({"messages": []}, [], ""),
+    "text in parts": ({"messages": [{**USER, "content": [{"type": "text", "text": "Name"}, "the plural."]}, BOT]},
+                      [("Name\nthe plural.", "", "leaves")], "messages"),
+    "fields of other roles": ({"messages": [{**USER, "tool_calls": None, "from": None, "name": "x"}, BOT]}, PLAIN,
+                              "messages"),
+    "messages as JSON text": ({"messages": json.dumps([USER, BOT])}, PLAIN, "messages"),
+    "LIMA": ({"conversations": ["Q", "A", "R", "B"], "source": "x"}, [("Q", "", "A"), ("R", "", "B")], "texts in turn"),
+    "UltraChat": ({"id": "0", "data": ["Q", "A"]}, [("Q", "", "A")], "texts in turn"),
+    "Capybara": ({"conversation": [{"input": "Q", "output": "A"}, {"input": "R", "output": "B"}]},
+                 [("Q", "", "A"), ("R", "", "B")], "questions and answers in turn"),
+    "indentation": ({"instruction": "\n  I", "input": "\t\r\n x\r\n", "output": "    def f():\r\n        pass \n\n"},
+                    [("  I", " x", "    def f():\n        pass")], "Alpaca"),
+    "empty values": ({"instruction": "I", "input": float("nan"), "output": None}, [("I", "", "")], "Alpaca"),
+    "numbers as written": ({"instruction": Number("1e5"), "input": Number("1.0"), "output": Number("-0")},
+                           [("1e5", "1.0", "-0")], "Alpaca"),
+    "numbers and booleans": ({"instruction": True, "input": 1.5, "output": 7}, [("true", "1.5", "7")], "Alpaca"),
+    "a list of one text": ({"instruction": "I", "input": [""], "output": ["O"]}, [("I", "", "O")], "Alpaca"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_recognised(name):
+    row, turns, shape = SHAPES[name]
+    shapes = Shapes({})
+    assert (shapes.example(row), " and ".join(shapes.names)) == (Example(tuple(turns)), shape)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no object": (["I", "O"], "expected an object with columns such as instruction and output, found a list"),
+    "one column": ({"instruction": "I", "x": "y"},
+                   "no column for the output (found: 'instruction', 'x'); say which it"),
+    "no column": ({}, "no column for the instruction and for the output (found: none)"),
+    "one text": ({"text": "### Human: Hi### Assistant: Hi"}, "such as philschmid/guanaco-sharegpt-style"),
+    "a tree": ({"message_id": "0", "parent_id": None, "text": "Hi", "role": "prompter"},
+               "a variant with messages or pairs"),
+    "a list of two": ({"instruction": "I", "output": ["a", "b"]},
+                      "column 'output' must be text, found a list; make it one"),
+    "an object": ({"instruction": {"a": 1}, "output": "O"}, "column 'instruction' must be text, found an object"),
+    "bytes": ({"instruction": "I", "output": b"O"}, "column 'output' must be text, found bytes"),
+    "tools": ({"messages": [USER, {"role": "tool", "content": "42"}, BOT]},
+              "column 'messages': message 2: role 'tool' is none of user, assistant and system"),
+    "no role": ({"messages": [{"content": "Hi"}, BOT]}, "message 1 has no role and content (found: 'content')"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT]},
+                  "column 'messages': message 1 has a part that is no text: {'type': 'image_url'"),
+    "messages are a text": ({"messages": "Hi"}, "column 'messages' must be a list of messages, found text"),
+    "messages are broken JSON": ({"messages": "[{'role': 'user'}]"},
+                                 "found text that cannot be read as JSON: Expecting"),
+    "messages are an object": ({"messages": {"role": "user"}}, "must be a list of messages, found an object"),
+    "messages are numbers": ({"messages": [1, 2]}, "message 1 must be an object with role and content, found a number"),
+    "surrogate in a message": ({"messages": [{**USER, "content": "\ud800"}, BOT]},
+                               "message 1 has half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_is_refused(name):
+    row, reason = REFUSED[name]
+    with pytest.raises(BadRow) as refused:
+        Shapes({}).example(row)
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(("columns", "row", "turns"), [
+    ({"instruction": "frage", "output": "antwort"}, {"Frage ": "Q", "antwort": "A", "output": "x"}, [("Q", "", "A")]),
+    ({"instruction": "question", "output": "answer"}, {"instruction": "x", "question": "Q", "output": "y",
+                                                       "answer": "A"},
+     [("Q", "", "A")]),
+    ({"instruction": "prompt", "output": "completion"}, {"prompt": "P", "completion": "C", "messages": [USER, BOT]},
+     [("P", "", "C")]),
+    ({"messages": "log"}, {"log": [USER, BOT], "instruction": "I", "output": "O"}, PLAIN),
+    ({"input": ""}, {"instruction": "I", "input": "in", "output": "O"}, [("I", "", "O")]),
+    ({"input": "hint", "system": "system"}, {"instruction": "I", "hint": "h", "output": "O", "system": "S"},
+     [("S\n\nI", "h", "O")]),
+    ({"input": ""}, {"instruction": "I", "": "7", "output": "O"}, [("I", "", "O")]),
+    ({"system": "system"}, {"system": "Be brief.", "messages": [USER, BOT]}, BRIEF),
+    ({"input": "hint"}, {"instruction": "I", "output": "O"}, [("I", "", "O")]),
+    ({"split": ""}, {"instruction": "I", "output": "O", "split": "val"}, [("I", "", "O")]),
+])
+def test_columns_that_the_user_names_win(columns, row, turns):
+    assert Shapes(columns).example(row) == Example(tuple(turns))
+
+
+def test_columns_that_no_row_has_are_refused(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"frage": "Q", "antwort": "A"}, {"frage": "R", "antwort": "B"}])
+    assert prepare(data, tmp_path, "--columns", "instruction=Frage", "output=antwort")["train_examples"] == 1
+    for named, reason in (("instruction=question", "a.jsonl: line 1: no column 'question' .found: 'frage', 'antwort'"),
+                          ("instruction=frage", "line 1: no column for the output"),
+                          ("output=nope", "no column 'nope' .found: 'frage', 'antwort'.$"),
+                          ("input=kontext", "a.jsonl: --columns: no row has a column 'kontext'"),
+                          ("question",
+                           "'question' is not MEANING=NAME with a MEANING of messages, instruction, output")):
+        more = () if "for the output" in reason else ("output=antwort", *(
+            ["instruction=frage"] if "instruction" not in named else []))[named.startswith("output"):]
+        with pytest.raises(UserError, match=reason):
+            prepare(data, tmp_path, "--columns", named, *more)
+
+
+def test_the_first_value_says_whether_a_column_is_a_split():
+    names = {"train": "train", "Training": "train", " val": "val", "validation": "val", "VALID": "val", "dev": "val",
+             "eval": "val", "test": "test", "train_sft": "train", "Test_gen": "test", "validation_set": "val"}
+    for first in names:
+        shapes = Shapes({})
+        assert {name: shapes.example({"prompt": "P", "answer": "A", "Split": name}).split
+                for name in (first, *names)} == {first: names[first], **names}
+        with pytest.raises(BadRow, match="'Split' must be train, val or test, found 'gpt4'"):
+            shapes.example({"prompt": "P", "answer": "A", "Split": "gpt4"})
+    other = Shapes({})
+    assert [other.example({"prompt": "P", "answer": "A", "split": value}).split
+            for value in (None, "", float("nan"), "gpt4", "train", 3, ["val"])] == [None] * 7
+
+
+def test_several_turns_reach_the_shards_and_the_report(tmp_path, capsys):
+    """One document, each answer trained; repeats and sides go by the first prompt and by everything."""
+    row = {"id": 7, "messages": [SYSTEM, USER, BOT, MORE, YES], "tools": []}
+    again = {"id": 8, "messages": [SYSTEM, USER, BOT, MORE, {**YES, "content": "No."}]}
+    others = [{"messages": said("user", f"Q{n}", "assistant", "A", role="role", text="content")} for n in range(3)]
+    gpt_first = {"messages": [BOT, *others[0]["messages"], MORE]}
+    rows = [row, {**row, "id": 9}, again, *others, gpt_first, {"messages": [USER]}]
+    manifest = prepare(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert manifest["dropped"] == {"empty_output": 1, "exact_repeat": 2, "bad_row": 0}
+    assert (manifest["shape"], manifest["multi_turn"], manifest["total_examples"]) == ("messages", True, 8)
+    report = capsys.readouterr().out
+    assert report.startswith("shape: messages, 1.4 turns on average; columns used: messages; ignored: id, tools\n"
+                             "1 answers without a question left out\n2 questions without an answer left out\n")
+    [sides] = ({split: [tuple(map(list, data.example(n))) for n in range(len(data))] for split, data in each.items()}
+               for each in [open_data(tmp_path / "out")])
+    documents = [encode_conversation(turns) for turns in (
+        [BRIEF[0], TWO[1]], [BRIEF[0], ("More?", "", "No.")], *([(f"Q{n}", "", "A")] for n in range(3)))]
+    assert sorted(map(tuple, sides["train"] + sides["val"])) == sorted(documents)
+    assert (documents[0] in sides["train"]) == (documents[1] in sides["train"])
+    assert ("### Instruction:\nBe brief.\n\nName the plural.\n\n### Response:\n>>>leaves<|endoftext|><<<"
+            "### Instruction:\nMore?\n\n### Response:\n>>>Yes.<|endoftext|><<<\n") in report
+
+
+def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
+    shapes = Shapes({})
+    rows = [{"instruction": 1, "output": ["O"]}, {"prompt": "P", "completion": True, "id": 0}, {"messages": [
+        USER, BOT, YES | {"weight": 0}]}]
+    found = list(shapes.examples([Source("a.json", iter([("row 1", rows[0]), ("row 2", 7)])),
+                                  Source("b.json", iter([("row 1", "x"), ("row 2", rows[1]), ("row 3", rows[2])]))]))
+    assert [getattr(row, "advice", None) for _, row in found] == [None, " (--skip_bad drops such rows)", "", None, None]
+    assert shapes.notes(1.0) == [
+        "shape: Alpaca and prompt/completion and messages, 1.0 turns on average; columns used: instruction, output, "
+        "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
+        "1 lists of one text became it", "1 answers of weight 0 left out"]

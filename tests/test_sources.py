@@ -1,0 +1,240 @@
+"""Where rows come from: kinds of files, encodings, separators, several files, pipes, and very small data."""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import prepare_instruct_dataset
+from conftest import run_script, write_jsonl
+from data.rows import open_sources
+from errors import UserError
+from helpers import prepare, texts_of
+from instruct_format import prompt_text
+
+ROWS = [{"instruction": f"Question {n}", "input": "", "output": f"Antwort {n}: \u00fc, \u4e2d"} for n in range(12)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+LIST, PRETTY = json.dumps(ROWS, ensure_ascii=False), json.dumps(ROWS, indent=2, ensure_ascii=False)
+
+
+def table(separator: str, first: str = "", header: tuple[str, ...] = ("instruction", "input", "output")) -> str:
+    """As spreadsheets write it."""
+    file = io.StringIO(first)
+    file.seek(0, io.SEEK_END)
+    csv.writer(file, delimiter=separator).writerows([header, *(row.values() for row in ROWS)])
+    return file.getvalue()
+
+
+def parquet() -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), buffer)
+    return buffer.getvalue()
+
+
+def columns(of: type = dict) -> str:
+    """As pandas writes a table by default, or as lists."""
+    found: dict[str, Any] = {name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}
+    return json.dumps({name: list(column.values()) if of is list else column for name, column in found.items()})
+
+
+TEXTS: dict[str, tuple[str, str | bytes]] = {
+    "lines": ("a.jsonl", LINES), "ndjson": ("a.ndjson", LINES), "lines in .json": ("a.json", LINES),
+    "lines in .txt": ("a.txt", LINES), "list": ("a.json", LIST), "list in .jsonl": ("a.jsonl", LIST),
+    "pretty list in .jsonl": ("a.jsonl", "\n\n" + PRETTY), "list without suffix": ("a", PRETTY),
+    "data": ("a.json", json.dumps({"version": "1", "data": ROWS}, indent=1)),
+    "data in one line": ("a.jsonl", json.dumps({"Data": ROWS})),
+    "by columns": ("a.json", columns()), "by lists": ("a.json", columns(list)),
+    "under two cases of a key": ("a.json", json.dumps({"data": ROWS[:5], "Data": ROWS[5:]})),
+    "by index": ("a.json", json.dumps({str(n): row for n, row in enumerate(ROWS)})),
+    "Parquet": ("a.parquet", parquet()), "Parquet without suffix": ("a", parquet()), "comma": ("a.csv", table(",")),
+    "semicolon": ("a.csv", table(";")), "sep line": ("a.csv", table(";", "sep=;\r\n")), "tab": ("a.tsv", table("\t")),
+    "tab in .csv": ("a.CSV", table("\t")), "bar in .txt": ("a.txt", table("|")),
+    "header with blanks": ("a.csv", table(";", header=(" Instruction", " INPUT ", "output "))),
+}
+ENCODINGS = {"": "utf-8", "BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-16BE": "utf-16-be"}
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about a power cut."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
+    folder = tmp_path_factory.mktemp("expected")
+    prepare(write_jsonl(folder / "a.jsonl", ROWS), folder / "out", "--val_fraction", 0.3)
+    texts = texts_of(folder / "out")
+    assert sorted(sum(texts.values(), [])) == sorted((prompt_text(row["instruction"]), row["output"]) for row in ROWS)
+    return texts
+
+
+@pytest.mark.parametrize(("name", "encoding"), [(name, encoding) for name, (_, content) in TEXTS.items()
+                                                for encoding in ENCODINGS if isinstance(content, str) or not encoding])
+def test_every_kind_in_every_encoding_is_read_packed_or_not(tmp_path, name, encoding):
+    file, content = TEXTS[name]
+    if isinstance(content, str):
+        content = (codecs.BOM_UTF16_BE if encoding == "UTF-16BE" else b"") + content.encode(ENCODINGS[encoding])
+    for path, data in ((tmp_path / file, content), (tmp_path / f"{file}.gz", gzip.compress(content))):
+        path.write_bytes(data)
+        [source] = open_sources([str(path)], {})
+        assert [{name.strip().lower(): value for name, value in row.items()} for _, row in source.rows] == ROWS
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps({**ROWS[0], "examples": [{"a": "b"}]}),
+    json.dumps({"question": {"text": "Q", "id": "1"}, "answer": {"text": "A", "id": "2"}}),
+    json.dumps({"question": {"0": "Q"}, "answer": {"1": "A"}}),
+    json.dumps({"messages": [{"role": "user"}], "examples": []}),
+])
+def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    [source] = open_sources([str(tmp_path / "a.json")], {})
+    assert [row for _, row in source.rows] == [json.loads(text)]
+
+
+def typed(data: bytes) -> io.TextIOWrapper:
+    """What sys.stdin is."""
+    return io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lines", "list", "semicolon", "Parquet", "data"])
+def test_standard_input_and_pipes_are_read_by_their_content(tmp_path, expected, monkeypatch, name):
+    content = TEXTS[name][1]
+    data = content if isinstance(content, bytes) else content.encode()
+    for stdin in (data, gzip.compress(data)):
+        monkeypatch.setattr("sys.stdin", typed(stdin))
+        assert prepare(Path("-"), tmp_path / "out", "--val_fraction", 0.3)["source"] == "standard input"
+        assert texts_of(tmp_path / "out") == expected
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    prepare(tmp_path / "pipe", tmp_path / "out", "--val_fraction", 0.3)
+    writer.join()
+    assert texts_of(tmp_path / "out") == expected
+
+
+def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, expected, monkeypatch):
+    for number, (name, text) in enumerate([("b2.json", LIST), ("a.jsonl", LINES), ("b1.csv", table(","))]):
+        (tmp_path / name).write_text(text.replace("Question ", f"Question {number}"))
+    for name in ("[c].jsonl", "d.jsonl"):
+        (tmp_path / name).write_text(LINES if name[0] == "[" else "")
+    (tmp_path / "folder.jsonl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ["a.jsonl", "b*", "./b2.json", str(tmp_path / "a.jsonl"), "[c].jsonl", "*.jsonl"]
+    assert prepare_instruct_dataset.main(["--dataset", *names, "--output_dir", "out", "--val_fraction", "0.01"]) == 0
+    manifest = json.loads(Path("out/dataset_info.json").read_text())
+    assert manifest["source"] == "a.jsonl, b1.csv, b2.json, [c].jsonl, d.jsonl"
+    assert (manifest["total_examples"], manifest["dropped"]["exact_repeat"]) == (48, 0)
+    prompts = [prompt_text(f"Question {number}{n}") for number in ("1", "2", "0", "") for n in range(12)]
+    train, val = ([prompt for prompt, _ in side] for side in texts_of(tmp_path / "out").values())
+    assert train == [prompt for prompt in prompts if prompt not in val] and len(train) + len(val) == 48
+
+
+@pytest.mark.parametrize(("names", "told"), [
+    (["*.xyz"], r"\*\.xyz: no file matches"), (["absent.csv"], "absent.csv: no such file"),
+    (["my data/absent"], "my data/absent: no such file"), (["a/b/c"], "a/b/c: no such file"),
+    ([".", "a.jsonl"], r"\.: not a file; for all in it"),
+    (["a.jsonl", "--subset", "x"],
+     "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),
+    (["a.jsonl", "--streaming"], "a.jsonl: --split, --subset"),
+    (["-"], r"-: nothing to train on \(0 rows read\)"), (["-", "-"], r"-, -: nothing to train on \(0 rows read\)"),
+    (["a.jsonl", "--output_dir", ""], "argument --output_dir: a folder without a name"),
+    (["a.jsonl", "--output_dir", "a.jsonl"], "a.jsonl: a file, not a folder$"),
+    (["a.jsonl", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
+])
+def test_wrong_sources_of_data_are_refused(tmp_path, monkeypatch, names, told):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "I"}] * 3)
+    monkeypatch.setattr("sys.stdin", typed(b""))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        prepare_instruct_dataset.main(["--dataset", *names])
+    assert re.match(told, str(refused.value)) and "--skip_bad" not in str(refused.value)
+
+
+def test_flags_reach_the_hub_and_what_it_offers_is_listed(tmp_path, monkeypatch):
+    """With messages of the datasets library; the hub itself is not asked."""
+    import datasets
+
+    asked: list[tuple[tuple, dict]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **flags: asked.append((names, flags)) or ROWS)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "me/mine", "--subset", "de", "--split", "train_sft", "--revision", "v1", "--streaming"]
+    for given in (flags, flags[:2]):
+        assert prepare_instruct_dataset.main([*given, "--output_dir", "out"]) == 0
+    assert asked == [(("me/mine", "de"), {"split": "train_sft", "revision": "v1", "streaming": True}),
+                     (("me/mine", None), {"split": "train", "revision": None, "streaming": False})]
+    assert json.loads(Path("out/dataset_info.json").read_text())["source"] == "me/mine"
+    for message, told in (
+            ("Config name is missing.\nPlease pick one among the available configs: ['de', 'en']\nExample of usage:",
+             "choose with --subset, one of 'de', 'en'"),
+            ("BuilderConfig 'fr' not found. Available: ['de', 'en']", "choose with --subset, one of 'de', 'en'"),
+            ('Unknown split "train". Should be one of [\'a\', \'b\'].', "choose with --split, one of 'a', 'b'"),
+            ("Bad split: train. Available splits: ['test']", "choose with --split, one of 'test'"),
+            ("Something else",
+             "not a local file, and loading it from the Hugging Face hub failed: Something else; check")):
+        def refuse(*_: object, message: str = message, **__: object) -> None:
+            raise ValueError(message)
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        with pytest.raises(UserError, match=f"^me/mine: {re.escape(told)}"):
+            prepare_instruct_dataset.main([*flags, "--output_dir", "out"])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.99])
+@pytest.mark.parametrize("count", [2, 3])
+def test_with_two_prompts_neither_split_is_empty(tmp_path, monkeypatch, count, fraction, seed):
+    """Also where a prompt has many answers, where the documents are in written shards, and where all say train."""
+    monkeypatch.setattr("data.shards.SHARD_TOKENS", 100)
+    rows = [{**row, "output": f"{row['output']} {n}"} for n in range(9) for row in ROWS[:count]]
+    found = []
+    for more in ({}, {"split": "train"}, {"split": "test"}):
+        named = [{**row, **({"split": "train"} if more else {})} for row in rows] + [{**ROWS[9], **more}] * bool(more)
+        if more == {"split": "train"}:
+            named.pop()
+        manifest = prepare(write_jsonl(tmp_path / "a.jsonl", named), tmp_path / "out", "--val_fraction", fraction,
+                           "--seed", seed)
+        texts = texts_of(tmp_path / "out")
+        assert sum(map(len, texts.values())) == 9 * count and manifest["total_examples"] == len(named)
+        assert manifest["dropped"].get("test_split", 0) == (more == {"split": "test"})
+        sides = [{prompt for prompt, _ in texts[split]} for split in ("train", "val")]
+        assert all(sides) and not sides[0] & sides[1]
+        for split, side in texts.items():  # in the order of the file
+            assert [answer for _, answer in side] == [row["output"] for row in rows
+                                                      if (prompt_text(row["instruction"]),
+                                                          row["output"]) in texts[split]]
+        found.append(texts)
+    assert found[0] == found[1] == found[2]
+
+
+def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path):
+    wrapped = {"train": ROWS[:6], "Train": ROWS[6:8], "validation_set": ROWS[8:11], "test": ROWS[11:]}
+    (tmp_path / "a.json").write_text(json.dumps(wrapped))
+    manifest = prepare(tmp_path / "a.json", tmp_path / "out")
+    assert [manifest[key] for key in ("train_examples", "val_examples", "dropped")] == [
+        8, 3, {"empty_output": 0, "exact_repeat": 0, "bad_row": 0, "test_split": 1}]
+    prompts = {prompt for prompt, _ in texts_of(tmp_path / "out")["val"]}
+    assert prompts == {prompt_text(row["instruction"]) for row in ROWS[8:11]}
+    with pytest.raises(UserError,
+                       match="line 2: column 'split' must be given in every row or in none; --columns split= "):
+        prepare(write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "split": "val"}, ROWS[1]]), tmp_path / "out")
+
+
+def test_a_pipe_is_prepared_and_the_report_is_printed_in_any_encoding(tmp_path):
+    rows = "".join(json.dumps({**row, "output": "\N{ROCKET} \u05d0\u2028x"}) + "\n" for row in ROWS)
+    flags = "--dataset", "-", "--output_dir", tmp_path / "out"
+    code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, stdin=rows,
+                                      env={"PYTHONIOENCODING": "latin-1"})
+    assert (code, stderr) == (0, "") and ">>>\\U0001f680 \\u05d0\\u2028x<|endoftext|><<<" in stdout
