@@ -1,58 +1,126 @@
-"""Bring published GPT-2 weights in.
+"""Bring GPT-2 weights in, and take a fine-tuned model out.
 
     python src/convert_checkpoint.py import gpt2                    (or gpt2-medium, gpt2-large, gpt2-xl: from the hub)
     python src/convert_checkpoint.py import path/to/hf_folder --output checkpoints/best_model.pt
+    python src/convert_checkpoint.py export checkpoints_instruct/best_model.pt my_model          (a Hugging Face folder)
+    python src/convert_checkpoint.py export checkpoints_instruct/best_model.pt my_model.gguf     (llama.cpp, ollama)
 """
 
+import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 
-from cli import Parser, printable_line, run
-from errors import UserError, errors_at
+from answering.settings import Settings
+from cli import Parser, number, printable_line, run
+from errors import CheckpointError, UserError, errors_at
+
+GGUF = ".gguf"  # what an output of this kind ends with
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
-    parser = Parser("Import published GPT-2 weights.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    importing = commands.add_parser("import", help="published weights -> a checkpoint to fine-tune from")
-    importing.add_argument("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with config.json and "
-                                          "*.safetensors")
+    parser = Parser("Import GPT-2 weights, export a fine-tuned model.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
+    importing = commands.add_parser("import", help="weights from elsewhere -> a checkpoint to fine-tune from")
+    importing.add_argument("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder with config.json and "
+                                          "weights; or a file of torch.save or safetensors")
     importing.add_argument("--output", type=Path, default=Path("checkpoints/best_model.pt"),
                            help="the file to write (default: %(default)s)")
-    importing.add_argument("--force", action="store_true", help="replace --output if it exists")
+    importing.add_argument("--n_head", type=number(int, 1), default=0,
+                           help="attention heads, for weights that come without their configuration")
+    exporting = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder or a GGUF file")
+    exporting.add_argument("source", metavar="checkpoint", help="a checkpoint of this project, or anything that import "
+                                                                "takes, but for names of the hub")
+    exporting.add_argument("output", type=Path, help="the folder to write, or a file NAME.gguf")
+    exporting.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "q8_0"),
+                           help="of the numbers; q8_0 (8 bits) is for GGUF only (default: %(default)s)")
+    for command in (importing, exporting):
+        command.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(argv)
 
 
 def fetch(source: str) -> Path:
-    """The folder of the model: local, or downloaded from the hub. Raises UserError when it cannot be had."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{source}: not a folder; name the folder that holds config.json and the .safetensors files")
+    """Where the model is: a local path, or downloaded from the hub. Raises UserError when it cannot be had."""
+    path = Path(source)
+    if path.exists():
+        return path
+    absent = f"{source}: no such file or folder"
+    if not HUB_NAME.fullmatch(source) or path.suffix in (".pt", ".pth", ".bin", ".safetensors", GGUF):
+        raise UserError(absent)
     import huggingface_hub
 
-    with errors_at(f"{source}: no such folder, and fetching it from the Hugging Face hub failed", Exception):
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
+    huggingface_hub.logging.set_verbosity_error()  # its retries are reported once, below
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model*.bin*"])
+        return folder
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(f"{absent}, and the Hugging Face hub has no public model of this name") from error
+    except Exception as error:  # what the hub's library says is long, and for who calls it; the system's words help
+        reason = f"{error.strerror}; " if isinstance(error, OSError) and error.strerror else ""
+        raise UserError(f"{absent}, and fetching it from the Hugging Face hub failed: {reason}check the network, "
+                        "or import a local file or folder") from error
 
 
-def import_weights(source: str, output: Path) -> None:
-    folder = fetch(source)
+def check_output(output: Path, is_folder: bool, is_forced: bool) -> None:
+    """Raise UserError where something is that may not be replaced."""
+    for path in (output, *[output.with_suffix(".Modelfile")] * (output.suffix == GGUF)):
+        if path.exists():
+            from weights.export import check_folder
+            from weights.safe_load import check_is_file
+
+            (check_folder if is_folder else check_is_file)(path)
+            if not is_forced:
+                raise UserError(f"{path}: exists; --force replaces it, another output leaves it")
+
+
+def import_weights(source: str, output: Path, n_head: int = 0) -> None:
+    path = fetch(source)
     from weights.checkpoint import save, size_of
-    from weights.pretrained import load_folder
+    from weights.pretrained import open_any
 
-    config, weights = load_folder(folder)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save(output, {"step": 0, "val_losses": [], "template": None, "model_config": vars(config), "model": weights})
-    print(f"wrote {printable_line(output)}: {size_of(weights) // 4:,} parameters, {config.n_layer} layers of width "
-          f"{config.n_embd}")
+    state = open_any(path, n_head)
+    with errors_at(f"{output}: cannot write it"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    save(output, state, lambda text: print(printable_line(text)))
+    sizes = state["model_config"]
+    print(f"wrote {printable_line(output)}: {size_of(state['model']) // 4:,} parameters, {sizes['n_layer']} layers of "
+          f"{sizes['n_head']} heads, width {sizes['n_embd']}")
+
+
+def export_weights(source: Path, output: Path, dtype: str) -> None:
+    import torch
+
+    from instruct_format import TEMPLATE
+    from weights.checkpoint import model_of
+    from weights.export import export_folder, export_gguf
+    from weights.pretrained import check_vocabulary, open_any
+
+    state = open_any(source)
+    check_vocabulary(model_of(state, source, torch.device("cpu")).config.vocab_size, source)
+    if state["template"] not in (None, TEMPLATE):
+        raise CheckpointError(f"{source}: fine-tuned with template {state['template']!r:.60}, this version knows "
+                              f"{TEMPLATE!r}")
+    with errors_at(f"{output}: cannot write there"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    (export_gguf if output.suffix == GGUF else export_folder)(state, output, dtype, Settings()._asdict())
+    print(f"wrote {printable_line(output)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
-    if options.output.exists() and not options.force:
-        raise UserError(f"{options.output}: exists; --force replaces it, --output writes elsewhere")
-    import_weights(options.source, options.output)
+    is_gguf = options.output.suffix == GGUF
+    check_output(options.output, options.command == "export" and not is_gguf, options.force)
+    if getattr(options, "dtype", "") == "q8_0" and not is_gguf:
+        raise UserError(f"--dtype q8_0 is for GGUF: {options.output}{GGUF}")
+    if options.command == "import":
+        import_weights(options.source, options.output, options.n_head)
+    else:
+        export_weights(Path(options.source), options.output, options.dtype)
     return 0
 
 

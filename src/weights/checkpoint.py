@@ -1,13 +1,15 @@
 """Our checkpoint, and a run's folder of them.
 
 A checkpoint is what torch.save writes of tensors and plain values. A run's folder has step_NNNNNN.pt files, latest.pt
-(a second name of the newest of them) and best_model.pt (the weights of the lowest val loss).
+(a second name of the newest of them) and best_model.pt (the weights of the lowest val loss). What other programs or
+people put there is never replaced nor removed, whatever it is called.
 """
 
 import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ FORMAT = "gpt2-instruct"
 FORMAT_VERSION = 1
 LATEST, BEST = "latest.pt", "best_model.pt"
 _STEP_FILE = re.compile(r"step_(\d{6,})\.pt")
+_TEMPORARY = re.compile(rf"(step_\d{{6,}}|latest|best_model)\.pt{re.escape(TEMPORARY_SUFFIX)}")
 _LARGEST_SIZE = 1 << 24  # of anything in a model's configuration: beyond it, only a forged file
 
 
@@ -60,8 +63,10 @@ _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write state to path durably. Raises UserError when the disk does not take it."""
+def save(path: Path, state: Mapping[str, Any], say: Callable[[str], None] = lambda text: None) -> None:
+    """Write state to path durably; say names what is set aside for it. Raises UserError when the disk does not take
+    it, or something that is no file has its name."""
+    _make_room(path, say)
     with durable_file(path, needed=size_of(state)) as file:
         torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)
 
@@ -79,7 +84,11 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises UserError when there is none, CheckpointError when it is damaged, unsafe, or not of this project.
     """
-    state = load_any(path)
+    return verify(load_any(path), path)
+
+
+def verify(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The state with every field of this version. Raises CheckpointError when it is not a usable checkpoint of ours."""
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this project; --pretrained_model takes weights from "
                               "elsewhere")
@@ -107,7 +116,8 @@ def _require(fields: Mapping[str, Callable[[Any], bool]], state: Mapping[str, An
 
 
 def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError unless the weights are exactly those of this configuration, by name and shape."""
+    """Raise CheckpointError unless the weights are exactly those of this configuration, by name and shape, and
+    finite."""
     if config.n_layer > len(weights) or max(vars(config).values()) > _LARGEST_SIZE:
         raise CheckpointError(f"{path}: its config does not fit its weights")
     with torch.device("meta"):
@@ -117,6 +127,10 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], path: Path) 
         if expected.get(name) != found.get(name):
             raise CheckpointError(f"{path}: weights do not fit: {name} is {found.get(name, 'absent')}, expected "
                                   f"{expected.get(name, 'absent')}")
+    for name, tensor in weights.items():
+        if not tensor.sum(dtype=torch.float32).isfinite():  # five times as fast as asking each value
+            raise CheckpointError(f"{path}: {name} has values that are not finite (NaN or infinite); use another "
+                                  "checkpoint")
 
 
 def build_model(config: GPTConfig, weights: Mapping[str, Tensor], device: torch.device) -> GPT:
@@ -137,33 +151,39 @@ def model_of(state: Mapping[str, Any], path: Path, device: torch.device) -> GPT:
 
 def step_files(folder: Path) -> list[Path]:
     """The step_NNNNNN.pt files of a folder, newest (by number) first."""
-    found = [(int(match[1]), path) for path in folder.glob("step_*.pt") if (match := _STEP_FILE.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("step_*.pt") if _STEP_FILE.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_file(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.pt"
 
 
-def save_step(folder: Path, state: Mapping[str, Any], keep_last: int) -> None:
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def save_step(folder: Path, state: Mapping[str, Any], keep_last: int,
+              say: Callable[[str], None] = lambda text: None) -> None:
     """Save the run's state as step_NNNNNN.pt, point latest.pt at it, and only then remove older step files, so that
-    keep_last stay. Files of higher steps stay too: a run that went back has yet to reach them."""
+    keep_last stay. Files of higher steps stay too."""
     path = step_file(folder, state["step"])
-    save(path, state)
-    point_latest(path, state)
-    files = step_files(folder)
+    save(path, state, say)
+    point_latest(path, state, say)
+    files = [file for file in step_files(folder) if is_ours(file)]
     with errors_at(f"{folder}: cannot remove older step files"):
         for old in files[files.index(path) + keep_last:]:
             old.unlink(missing_ok=True)
         sync_folder(folder)
 
 
-def point_latest(path: Path, state: Mapping[str, Any]) -> None:
+def point_latest(path: Path, state: Mapping[str, Any], say: Callable[[str], None] = lambda text: None) -> None:
     """Make latest.pt a second name (hard link) of this file of the same folder, or a copy of state, which it holds,
     where the file system has no hard links. Raises UserError when the disk refuses."""
     latest, temporary = path.with_name(LATEST), path.with_name(LATEST + TEMPORARY_SUFFIX)
     if latest.exists() and latest.samefile(path):  # renaming a file to its other name leaves both
         return
+    _make_room(latest, say)
     temporary.unlink(missing_ok=True)
     with suppress(OSError):
         os.link(path, temporary)
@@ -176,8 +196,63 @@ def point_latest(path: Path, state: Mapping[str, Any]) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed save left. Only for the process that holds the folder."""
-    for path in folder.glob("*.pt" + TEMPORARY_SUFFIX):
-        path.unlink(missing_ok=True)
+    with errors_at(f"{folder}: cannot remove what a killed save left"):
+        for path in folder.glob("*.pt" + TEMPORARY_SUFFIX):
+            if _TEMPORARY.fullmatch(path.name) and is_ours(path):
+                path.unlink(missing_ok=True)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this file begins as a checkpoint of ours does. A temporary one may have got no further than its name."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        begin = file.read(512)
+        return FORMAT.encode() in begin or (not begin and path.suffix == TEMPORARY_SUFFIX)
+    return False
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a file a name that means nothing in a run's folder. Returns its new path."""
+    other = path
+    for number in count(1):
+        other = path.with_name(f"{path.stem}.abandoned{number}{path.suffix}")
+        if not os.path.lexists(other):
+            break
+    with errors_at(f"{path}: cannot rename it to {other.name}"):
+        return path.rename(other)
+
+
+def _make_room(path: Path, say: Callable[[str], None]) -> None:
+    """Set aside the files and links that are not ours and would be replaced by a file of ours. Raises UserError where
+    anything else is: renamed, a device or a folder would be missed by whoever uses it."""
+    for each in (path, path.with_name(path.name + TEMPORARY_SUFFIX)):
+        if os.path.lexists(each) and not is_ours(each):
+            if not each.is_symlink() and not each.is_file():
+                raise UserError(f"{each}: not a file, so nothing is written there; move it away")
+            say(f"{each} was there: now {_set_aside(each).name}")
+
+
+def abandon_others(source: Path, step: int, say: Callable[[str], None]) -> None:
+    """Set aside the step files that are not of the branch of source, which a run goes on from: those beyond its step,
+    or, when it has no name of a run's (it was set aside itself, say), all of them."""
+    is_known = source.name == LATEST or _STEP_FILE.fullmatch(source.name)
+    with errors_at(source.parent):
+        for path in step_files(source.parent):
+            if (step_of(path) > step or not is_known) and is_ours(path):
+                say(f"{path} is not what led to {source.name} at step {step}; it is now {_set_aside(path).name}")
+        sync_folder(source.parent)
+
+
+def require_no_run(folder: Path) -> None:
+    """Raise UserError where a run is already, or files that a new one would mix with its own."""
+    other = "another --checkpoint_dir starts a new one"
+    if (folder / LATEST).exists():
+        raise UserError(f"{folder / LATEST}: a run is here already; --resume latest (or auto) goes on with it, {other}")
+    for path in (*step_files(folder), folder / BEST):
+        if os.path.lexists(path):
+            advice = "if they are yours, --resume latest goes on from the newest; " if path.name != BEST else ""
+            raise UserError(f"{path}: files of a run, but no {LATEST}; {advice}{other}")
 
 
 def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:

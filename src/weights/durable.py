@@ -4,12 +4,14 @@ A file is written beside its target, flushed, fsynced and renamed, and its folde
 happens, the old file or the new one is there. No torch in here.
 """
 
+import errno
 import fcntl
 import io
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO
 from errors import UserError, errors_at
 
 TEMPORARY_SUFFIX, LOCK = ".tmp", ".lock"
+_HOLDER = re.compile(r"(process \d+ on .*\n)?")  # what a lock of ours holds
 
 
 class _EarlyWriter(io.BufferedWriter):
@@ -28,14 +31,16 @@ class _EarlyWriter(io.BufferedWriter):
         self.waiting += len(data)
         if self.waiting >= 1 << 25 and hasattr(os, "posix_fadvise"):
             self.flush()
-            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # it is advice, and some file systems take none
+                os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self.waiting = 0
         return super().write(data)
 
 
 @contextmanager
 def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
-    """Yield a file to write; once the block ends well, path holds it, durably. On any failure path is untouched.
+    """Yield a file to write; once the block ends well, path holds it, durably. On any failure path is untouched. Its
+    folder is made if it is not there, again too: somebody may have removed it in mid-run.
 
     Raises UserError when the disk does not take it, naming the path, the bytes needed (as the caller says, or as many
     as were written) and the bytes free.
@@ -43,6 +48,7 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     before = "; what was there before is untouched"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it may be a second name of another file
         with _EarlyWriter(io.FileIO(temporary, "wb")) as file:
             yield file
@@ -65,39 +71,60 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
                         f"{free_bytes(path.parent):,} are free){before}") from error
 
 
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+def free_bytes(folder: Path) -> float:
+    """The bytes that are free there; without end where the file system does not say."""
+    try:
+        return shutil.disk_usage(folder).free if folder.is_dir() else 0
+    except OSError:
+        return float("inf")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames, links and removals in a folder durable."""
+    """Make renames, links and removals in a folder durable, where the file system can sync a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir") -> Iterator[None]:
-    """Hold the folder. The system lets go of it when the process ends, however it ends.
+def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
+                warn: Callable[[str], None] = lambda text: None, is_named: bool = True) -> Iterator[None]:
+    """Hold the folder. The system lets go of it when the process ends, however it ends. Where the file system has no
+    locks, warn says so. is_named: whether the lock is to name this process.
 
-    Raises UserError naming the holder when another process holds it.
+    Raises UserError naming the holder when another process holds it, and naming the lock when it cannot be used.
     """
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+    path = folder / LOCK
+    with errors_at(f"{path}: cannot lock the folder", advice=f"; choose another {flag}"):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
+                                      or not _HOLDER.fullmatch(path.read_text(errors="replace"))):
+            raise UserError(f"{path}: not a lock of this program; move it away, or choose another {flag}")
+        file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{folder}: another {what} is writing there ({file.read().strip()}); wait for it, stop it, "
-                            f"or choose another {flag}") from None
+            raise UserError(f"{folder}: another {what} is writing there ({path.read_text().strip()}); wait for it, "
+                            f"stop it, or choose another {flag}") from None
+        except OSError as error:
+            warn(f"warning: {path}: this file system has no locks ({error.strerror}); a second {what} in this folder "
+                 "would not be noticed, so start none")
+
+    def name_holder(text: str) -> None:
+        with suppress(OSError):  # a full disk takes no name; the lock is there all the same
+            if is_named:
+                file.truncate(0)
+                file.write(text.encode())
+
     with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        name_holder(f"process {os.getpid()} on {platform.node()}\n")
         try:
             yield
         finally:
-            file.truncate(0)
+            name_holder("")

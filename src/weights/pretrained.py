@@ -1,4 +1,4 @@
-"""Weights from elsewhere: a file of torch.save or a Hugging Face folder becomes our names, layout and fp32."""
+"""Weights from elsewhere: a file or folder that holds a GPT-2 becomes our names, layout and fp32."""
 
 import json
 import re
@@ -12,68 +12,114 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errors import CheckpointError, UserError, errors_at
+from instruct_format import VOCAB_SIZE
 from model import GPTConfig
-from weights.checkpoint import FORMAT, check_weights, is_weight, load
-from weights.safe_load import load_any
+from weights.checkpoint import BEST, FORMAT, FORMAT_VERSION, LATEST, check_weights, is_weight, step_files, verify
+from weights.safe_load import check_is_file, load_any
 
-# What other trainers call the sizes of a model.
+# Where the config.json of an exported folder says how the model was fine-tuned, and what it says.
+ABOUT, FINE_TUNED = "gpt2_instruct", ("template", "multi_turn", "data_source")
+# Under what name programs save the weights (else the file is the state dict itself), and the sizes of the model.
+_WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config", "model_args", "config")
+# What other trainers call the sizes.
 _NAMES = {"context_length": ("block_size", "n_positions", "n_ctx"), "n_layer": ("num_layers",),
           "n_head": ("num_heads",), "n_embd": ("embd_size",)}
-# What a GPT-2 of transformers must be like to be the model that model.py computes.
-_EXPECTED = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
-             "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "n_inner": None,
-             "layer_norm_epsilon": 1e-5}
+_PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (n_layer, n_embd)
+_LARGEST_VOCABULARY = 51_200  # GPT-2's, padded to a multiple of 1,024
+# What a GPT-2 of transformers may say and be the model that model.py computes. The activations are one function.
+_EXPECTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
+    "layer_norm_epsilon": (1e-5,)}
+
+_OTHER = "; only GPT-2 as published can be fine-tuned here, for other models take another trainer, such as TRL"
+_ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload().save_pretrained(FOLDER), and import "
+            "that folder")
 
 
-def open_any(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint of ours, or the same fields for a pre-trained model: template None, no losses.
+def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
+    """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
+    safetensors, a Hugging Face folder. template is None unless it is a model that this project exported. n_head is
+    for weights that come without a configuration.
 
-    Raises UserError when there is no such file, CheckpointError when it is damaged, unsafe, or no GPT-2.
+    Raises UserError when there is no such file or the number of heads is not known, CheckpointError when it is
+    damaged, unsafe, or no GPT-2.
     """
-    if path.is_dir():
-        config, weights = load_folder(path)
-    elif load_any(path).get("format") == FORMAT:
-        return load(path)
-    else:
-        config, weights = load_pretrained(path)
-    return {"step": 0, "val_losses": [], "template": None, "multi_turn": False, "data_source": "",
-            "model_config": vars(config), "model": weights}
-
-
-def load_pretrained(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Configuration and weights (our names, fp32) of a pre-trained GPT-2 in a file of torch.save.
-
-    Takes a checkpoint of ours, a bare state dict, or {'model': ...} with a config dict or a pickled config dataclass.
-    Raises UserError when there is no such file, CheckpointError when it is damaged, unsafe, or no GPT-2.
-    """
-    state = load_any(path)
-    found = state.get("model", state)
+    state = _read(path)
+    if state.get("format") == FORMAT:
+        state = verify(state, path)
+        if n_head not in (0, state["model_config"].get("n_head")):
+            raise CheckpointError(f"{path}: it has {state['model_config'].get('n_head')} heads, not {n_head}")
+        return state
+    found: Any = next((state[key] for key in _WEIGHTS if key in state), state)
     if not isinstance(found, Mapping) or not all(is_weight(*item) for item in found.items()):
-        raise CheckpointError(f"{path}: no model weights in it (expected a state dict, or one under 'model')")
-    weights = normalize_weights(found, path)
-    sizes: object = next((state[key] for key in ("model_config", "model_args", "config") if key in state), {})
-    return config_of(sizes, weights, path), weights
+        raise CheckpointError(f"{path}: no model weights in it (expected a state dict, bare or under "
+                              f"{', '.join(map(repr, _WEIGHTS))})")
+    with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
+        weights = normalize_weights(found, path)
+        sizes = next((state[key] for key in _SIZES if key in state), None) or _config_beside(path)
+        named = sizes if isinstance(sizes, dict) else getattr(sizes, "__dict__", {})
+        config = config_of(named, weights, path, n_head)
+        check_vocabulary(config.vocab_size, path)
+        tuned = {"template": None, "multi_turn": False, "data_source": "", **named.get(ABOUT, {})}
+    return verify({"format": FORMAT, "format_version": FORMAT_VERSION, "step": 0, "val_losses": [],
+                   **{name: tuned[name] for name in FINE_TUNED}, "model_config": vars(config), "model": weights}, path)
 
 
-def load_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Configuration and weights of a Hugging Face folder: config.json and one or more .safetensors files.
+def check_vocabulary(vocab_size: int, path: Path) -> None:
+    """Raise CheckpointError unless this is the vocabulary of GPT-2's tokenizer, as it is or padded."""
+    if not VOCAB_SIZE <= vocab_size <= _LARGEST_VOCABULARY:
+        raise CheckpointError(
+            f"{path}: its vocabulary has {vocab_size:,} tokens, GPT-2's has {VOCAB_SIZE:,} (padded: up to "
+            f"{_LARGEST_VOCABULARY:,}), so it knows another tokenizer; use a model trained on GPT-2's tokens")
 
-    Raises UserError when a file is missing or not readable, CheckpointError when it is no GPT-2 as published.
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file holds; the weights of a folder as {'model': ...}."""
+    if path.is_dir():
+        return {"model": {name: tensor for file in _files_of(path) for name, tensor in _read(file).items()}}
+    if path.suffix != ".safetensors":
+        return load_any(path)
+    check_is_file(path)
+    with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
+        return load_file(path)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of weights of a Hugging Face folder, which may be in several parts."""
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: {_ADAPTER}")
+    if any(folder.glob("*.ckpt*.index")):
+        raise CheckpointError(f"{folder}: a TensorFlow checkpoint; transformers 4 makes a folder of it that can be "
+                              "imported (convert_gpt2_original_tf_checkpoint_to_pytorch.py)")
+    if not (folder / "config.json").exists():
+        for path in (folder / BEST, folder / LATEST, *step_files(folder)):
+            if path.exists():
+                raise UserError(f"{folder} holds checkpoints; name one: {path}")
+    _config_beside(folder, needed=True)
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise UserError(f"{folder}: no .safetensors file and no pytorch_model.bin in it; save the model with "
+                    "save_pretrained()")
+
+
+def _config_beside(path: Path, needed: bool = False) -> dict[str, Any]:
+    """The config.json of a folder, or beside a file; empty where there is none and it is not needed.
+
+    Raises UserError when it cannot be read, CheckpointError when it describes another kind of model.
     """
-    with errors_at(f"{folder}/config.json: not readable as a model's configuration", ValueError, AttributeError):
-        sizes: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-        wrong = [f"{key} {sizes[key]!r}" for key, value in _EXPECTED.items() if sizes.get(key, value) != value]
-    if wrong:
-        raise CheckpointError(f"{folder}: not a GPT-2 as published: {', '.join(wrong)}")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no .safetensors file; save the model with save_pretrained(safe_serialization=True)")
-    found: dict[str, Tensor] = {}
-    for file in files:
-        with errors_at(f"{file}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
-            found.update(load_file(file))
-    weights = normalize_weights(found, folder)
-    return config_of(sizes, weights, folder), weights
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if not needed and not config.exists():
+        return {}
+    with errors_at(f"{config}: not readable as a model's configuration", ValueError, RecursionError):
+        check_is_file(config)
+        sizes = json.loads(config.read_bytes())
+        if not isinstance(sizes, dict):
+            raise ValueError("not an object")
+    if sizes.get("model_type", "gpt2") != "gpt2":
+        raise CheckpointError(f"{path}: not a GPT-2 as published: model_type {sizes['model_type']!r:.60}{_OTHER}")
+    return sizes
 
 
 def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -82,18 +128,22 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     Wrapper prefixes and causal-mask buffers go, the tied output matrix goes, Conv1D weights (published GPT-2) are
     transposed, biases that a model was trained without become zeros.
     """
+    prefix = next((name.removesuffix("wte.weight") for name in found if re.search(r"(^|\.)wte\.weight$", name)), None)
+    if prefix is None or prefix + "wpe.weight" not in found:
+        raise CheckpointError(f"{path}: {_ADAPTER}" if any(".lora_" in name for name in found) else
+                              f"{path}: no GPT-2 (no transformer.wte.weight and wpe.weight in it){_OTHER}")
     weights: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)
-        if name != "lm_head.weight" and not name.startswith("transformer."):
-            name = "transformer." + name
-        if not re.search(r"\.attn\.(masked_)?bias$", name):
-            weights[name] = tensor.float()
-    embedding, output = weights.get("transformer.wte.weight"), weights.pop("lm_head.weight", None)
-    if embedding is None:
-        raise CheckpointError(f"{path}: no GPT-2 (it has no transformer.wte.weight)")
+        if re.search(r"\.attn\.(masked_)?bias$", name):
+            continue
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds values of type {tensor.dtype}, not weights")
+        weights[re.sub(f"^{re.escape(prefix)}", "transformer.", name)] = tensor.float()
+    embedding = weights["transformer.wte.weight"]
+    output = weights.pop(prefix.removesuffix("transformer.") + "lm_head.weight", None)
     if output is not None and not torch.equal(output, embedding):
-        raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; GPT-2 ties them")
+        raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; GPT-2 ties them, so train it again "
+                              "with the two tied: it cannot be converted")
     first = weights.get("transformer.h.0.attn.c_attn.weight")
     if first is not None and first.shape == (embedding.shape[1], 3 * embedding.shape[1]):
         for name in [name for name in weights if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)]:
@@ -104,22 +154,31 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     return weights
 
 
-def config_of(sizes: object, weights: Mapping[str, Tensor], path: Path) -> GPTConfig:
-    """The model's sizes: what the weights show, and the number of heads, which they do not (default n_embd / 64).
+def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0) -> GPTConfig:
+    """The model's sizes: what the weights show, and the number of heads, which they do not.
 
-    sizes is a dict or an object with fields. Raises CheckpointError when they contradict the weights.
+    named is what the file or its config.json says. Raises CheckpointError when that contradicts the weights or n_head,
+    or is not GPT-2 as published; UserError when nothing says the number of heads and the sizes are not published ones.
     """
-    named = sizes if isinstance(sizes, dict) else vars(sizes)
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
-    shown = {"vocab_size": vocab_size, "n_embd": n_embd, "n_head": max(1, n_embd // 64),
-             "context_length": weights.get("transformer.wpe.weight", torch.empty(0)).shape[0],
-             "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})}
-    for field in shown:
-        value = next((named[name] for name in (field, *_NAMES.get(field, ())) if name in named), shown[field])
-        if field != "n_head" and value != shown[field]:
-            raise CheckpointError(f"{path}: its config says {field} {value}, its weights have {shown[field]}")
-        shown[field] = value
-    with errors_at(path, ValueError, raised=CheckpointError):
-        config = GPTConfig(**shown)
+    shown = {"context_length": weights["transformer.wpe.weight"].shape[0], "vocab_size": vocab_size, "n_embd": n_embd,
+             "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
+             "n_head": n_head}
+    expected = {**_EXPECTED, "n_inner": (None, 4 * n_embd)}
+    wrong = [f"{key} {named[key]!r:.60}" for key, values in expected.items() if key in named
+             and named[key] not in values]
+    if wrong:
+        raise CheckpointError(f"{path}: not a GPT-2 as published: {', '.join(wrong)}{_OTHER}")
+    for field, value in shown.items():
+        said = next((named[name] for name in (field, *_NAMES.get(field, ())) if name in named), None)
+        if said is not None and (type(said) is not int or said != value and (field, value) != ("n_head", 0)):
+            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, "
+                                  + (f"--n_head says {value}" if field == "n_head" else f"its weights have {value}"))
+        shown[field] = said or value
+    shown["n_head"] = shown["n_head"] or _PUBLISHED_HEADS.get((shown["n_layer"], n_embd), 0)
+    if not shown["n_head"]:
+        raise UserError(f"{path}: nothing says how many heads its {shown['n_layer']} layers of width {n_embd} have, "
+                        "and the weights do not show it: add --n_head N")
+    config = GPTConfig(**shown)
     check_weights(config, weights, path)
     return config

@@ -2,14 +2,20 @@
 
 A file of torch.save is a zip with a CRC-32 for each entry, so damage shows, in files of other programs too. It is
 loaded with weights_only=True, and the few classes that other trainers pickle along (a config dataclass, numpy arrays)
-become inert objects. So nothing that stands in a file is ever executed, not even in one that was forged.
+become inert objects. So nothing that stands in a file is ever executed, not even in one that was forged. Files from
+before PyTorch 1.6 are loaded as safely, but have no checksums: damage to their weights shows only where it leaves a
+value that is not finite.
 """
 
 import struct
 import zipfile
+from codecs import getincrementaldecoder
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from pickletools import genops
+from typing import Any, BinaryIO
 
 import torch
 
@@ -18,6 +24,12 @@ from errors import CheckpointError, UserError, errors_at
 # Beside these, any class whose name ends in Config: as inert objects they can do nothing either.
 _HARMLESS = {"argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.ndarray", "numpy.dtype",
              *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar"))}
+_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save began before PyTorch 1.6
+_ADVICE = {  # how files of other programs begin, and what to do with them
+    struct.pack("<i", 20240326): "a model file of llm.c; import the folder that its dev/eval/export_hf.py makes of it",
+    b"GGUF": "a GGUF file; import the Hugging Face folder or the checkpoint that it was made from",
+    b"\x89HDF": "a TensorFlow file; import the weights that PyTorch can read (model.safetensors, pytorch_model.bin)",
+}
 
 
 class _Inert:
@@ -32,30 +44,77 @@ class _Inert:
                 self.__dict__.update(part)
 
 
+def check_is_file(path: Path) -> None:
+    """Raise UserError unless path is a regular file: reading a pipe or a device might never end."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file" if path.exists()
+                        else f"{path}: no such file")
+
+
 def load_any(path: Path) -> dict[str, Any]:
     """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped.
 
     Raises UserError when there is no such file, CheckpointError when it is damaged, unsafe, or holds something else.
     """
-    if path.is_dir() or not path.exists():
-        raise UserError(f"{path}: {'a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    check_is_file(path)
     # a damaged or hostile file fails anywhere in zip, pickle or tensor code
     with errors_at(f"{path}: not a loadable checkpoint", Exception, raised=CheckpointError):
-        _check_zip(path)
-        unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        refused = sorted(name for name in unsafe if name not in _HARMLESS and not name.endswith("Config"))
-        if refused:
-            raise CheckpointError(f"{path}: refused, it would run code that is not ours: {', '.join(refused)}")
-        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in unsafe]
-        with torch.serialization.safe_globals(stand_ins):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            begin = file.read(len(_BEFORE_ZIP))
+            named = _named_before_zip(file) if begin == _BEFORE_ZIP else None
+        if begin[:4] in _ADVICE:
+            raise CheckpointError(f"{path}: {_ADVICE[begin[:4]]}")
+        if named is None:
+            _check_zip(path)
+            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        _refuse_unsafe(named, path)
+        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in named]
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=begin != _BEFORE_ZIP)
+        except UnpicklingError as error:  # PyTorch's own words advise to load it unsafely
+            raise CheckpointError(f"{path}: refused, it is more than tensors and plain values") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, not a dictionary")
     return state
 
 
+def _refuse_unsafe(named: set[str], path: Path) -> None:
+    """Raise CheckpointError when a file names classes or functions beside the harmless ones."""
+    refused = sorted(name for name in named if name not in _HARMLESS and not name.endswith("Config"))
+    if any(name.startswith("torch.nn.modules.") for name in refused):
+        raise CheckpointError(f"{path}: a whole pickled module, which only code that is not ours could open; in the "
+                              "program that made it, save its weights: torch.save(model.state_dict(), ...)")
+    if refused:
+        raise CheckpointError(f"{path}: refused, it would run code that is not ours: {', '.join(refused)}")
+
+
+def _named_before_zip(file: BinaryIO) -> set[str]:
+    """The classes and functions that the four pickles at the start of such a file name (version, system, state, keys
+    of the storages), without those of PyTorch and OrderedDict: of these, torch.load refuses the unsafe ones itself."""
+    named = {str(argument).replace(" ", ".") for _ in range(4) for code, argument, _ in genops(file)
+             if code.name == "GLOBAL"}
+    return {name for name in named if name.startswith("torch.nn.modules.")
+            or not name.startswith(("torch.", "collections.OrderedDict", "_codecs.encode"))}
+
+
+def _instead_of_zip(path: Path) -> str:
+    """What a file is that has no end of a zip archive."""
+    with path.open("rb") as file:
+        begin = file.read(512)
+    if begin.startswith(b"PK\3\4"):
+        return "incomplete (no end of the archive); copy it again"
+    with suppress(UnicodeDecodeError):
+        text = getincrementaldecoder("utf-8")().decode(begin)  # it may end within a character
+        if text and not any(letter < " " and not letter.isspace() for letter in text):
+            return "it is text"
+    return "no file of torch.save" if begin else "it is empty"
+
+
 def _check_zip(path: Path) -> None:
     """Refuse a file whose bytes are not those that torch.save wrote, as far as they decide what is loaded."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(_instead_of_zip(path))
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         # torch.save stores its tensors as they are: anything else is a zip bomb, or read otherwise by PyTorch.

@@ -1,0 +1,299 @@
+"""Weights out: a model of ours as a folder of Hugging Face's form, or as a GGUF file.
+
+Every file is whole or absent, and config.json, without which nothing opens a folder, comes last.
+"""
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from errors import UserError, errors_at
+from instruct_format import END_OF_TEXT, VOCAB_SIZE, tokenizer
+from weights.checkpoint import size_of
+from weights.durable import durable_file
+from weights.pretrained import ABOUT, FINE_TUNED
+
+END = "<|endoftext|>"
+_SPECIAL_IDS = {name: END_OF_TEXT for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+_SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# The text around a question once more, as instruct_format writes it, in Jinja for chat templates: CR LF becomes a
+# newline, fields lose the blank lines around them, not the indentation of their first line; a system text stands before
+# the first question; a model that was trained on single questions sees the last one alone.
+_CHAT_TEMPLATE = """\
+{%- macro tidy(text) -%}
+  {%- set lines = text.replace('\\r\\r\\n', '\\n').replace('\\r\\n', '\\n') -%}
+  {%- set bare = lines.strip() -%}
+  {%- if bare -%}{{- lines.split(bare)[0].split('\\n')[-1] ~ bare -}}{%- endif -%}
+{%- endmacro -%}
+{%- set state = namespace(system='', first=0) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' -%}
+    {%- set state.system = state.system ~ tidy(message['content']) ~ '\\n\\n' -%}
+  {%- elif message['role'] == 'user' and not multi_turn -%}
+    {%- set state.first = loop.index0 -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- for message in messages[state.first:] -%}
+  {%- if message['role'] == 'user' -%}
+    {{- '### Instruction:\\n' ~ tidy(state.system ~ tidy(message['content'])) ~ '\\n\\n' -}}
+    {%- set state.system = '' -%}
+    {%- set input = tidy(message['input'] or '') -%}
+    {%- if input -%}{{- '### Input:\\n' ~ input ~ '\\n\\n' -}}{%- endif -%}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- '### Response:\\n' ~ tidy(message['content']) ~ '<|endoftext|>' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}
+"""
+# And as ollama's Go templates, which can strip nothing: for the last question, and for all of them.
+_OLLAMA_LAST = """\
+{{- $question := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $question = .Content }}{{ end }}{{ end -}}
+### Instruction:
+{{ if .System }}{{ .System }}
+
+{{ end }}{{ $question }}
+
+### Response:
+"""
+_OLLAMA_ALL = """\
+{{- $system := .System }}{{ range .Messages }}{{ if eq .Role "user" }}### Instruction:
+{{ if $system }}{{ $system }}
+
+{{ $system = "" }}{{ end }}{{ .Content }}
+
+### Response:
+{{ else if eq .Role "assistant" }}{{ .Content }}<|endoftext|>{{ end }}{{ end }}"""
+_ALPACA_GPT4 = "vicgalle/alpaca-gpt4"
+_UNFINISHED = ".unfinished_export"  # in a folder while it is written
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless this folder is empty or an export of ours, perhaps one that was broken off: in any other,
+    a README.md would be somebody's."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: a file, not a folder")
+    with errors_at(f"{folder}: cannot read it"):
+        names = sorted(path.name for path in folder.iterdir())
+    config: object = None
+    if "config.json" in names and (folder / "config.json").is_file():
+        with suppress(OSError, ValueError, RecursionError):
+            config = json.loads((folder / "config.json").read_bytes())
+    if names and _UNFINISHED not in names and not (isinstance(config, dict) and ABOUT in config):
+        raise UserError(f"{folder}: not a folder that was exported here ({', '.join(names[:3])} in it); choose another")
+
+
+def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: Mapping[str, Any]) -> None:
+    """Write the model of a state, as open_any gives it, as a folder that transformers, vLLM, MLX and llama.cpp's
+    converter read. settings are how chat answers. Raises UserError when the disk or the dtype does not take it."""
+    kind, state = getattr(torch, dtype), {**state, "data_source": _without_folders(state["data_source"])}
+    tensors = {name.removeprefix("transformer."):
+               tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
+               for name, tensor in _weights(state, kind).items()}
+    template = _chat_template(state)
+    texts = {**tokenizer_files(state["model_config"]["context_length"], template), "README.md": _model_card(state),
+             "generation_config.json": _json({"do_sample": True, **_SPECIAL_IDS, **{
+                 name: settings[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}})}
+    if template:
+        made_by = "# model.gguf is made by: python src/convert_checkpoint.py export CHECKPOINT FOLDER/model.gguf\n"
+        texts |= {"Modelfile": made_by + _modelfile(state, "model.gguf", settings), "chat_template.jinja": template}
+    with errors_at(f"{folder}: cannot write there"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _UNFINISHED).touch()
+        (folder / "config.json").unlink(missing_ok=True)
+    _write_safetensors(folder / "model.safetensors", tensors, kind)
+    for name, text in [*texts.items(), ("config.json", _json(_config(state, dtype)))]:
+        with _file_for_all(folder / name) as file:
+            file.write(text.encode())
+    with errors_at(f"{folder}: cannot write there"):
+        (folder / _UNFINISHED).unlink(missing_ok=True)
+
+
+def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapping[str, Any]) -> None:
+    """Write the model of a state as llama.cpp and ollama read it, with a Modelfile beside it. Vectors and positions
+    stay fp32. Raises UserError when the package gguf is missing, or like export_folder."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{path}: writing GGUF needs one more package: pip install gguf") from error
+    kind_name = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[dtype]
+    kind, fp32 = (gguf.GGMLQuantizationType[name] for name in (kind_name, "F32"))
+    sizes = state["model_config"]
+    if dtype == "q8_0" and sizes["n_embd"] % 32:
+        raise UserError(f"{path}: q8_0 takes widths that are multiples of 32, this one is {sizes['n_embd']}; use "
+                        "--dtype float16")
+    if state["template"]:
+        with _file_for_all(path.with_suffix(".Modelfile")) as file:
+            file.write(_modelfile(state, path.name, settings).encode(errors="backslashreplace"))
+    with _file_for_all(path, size_of(state["model"])) as file:
+        writer = gguf.GGUFWriter(file.name, "gpt2")
+        _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{kind_name}"])
+        names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.", "transformer.h.": "blk.",
+                 "transformer.ln_f.": "output_norm.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
+                 "mlp.c_proj": "ffn_down", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
+        for name, tensor in _weights(state, torch.float16 if dtype == "float16" else torch.float32).items():
+            wanted = kind if tensor.dim() == 2 and "wpe" not in name else fp32
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), wanted), raw_dtype=wanted)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _weights(state: Mapping[str, Any], kind: torch.dtype) -> dict[str, Tensor]:
+    """The weights, of the vocabulary only the tokens that there are. Raises UserError when kind cannot hold one."""
+    weights = dict(state["model"])
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:VOCAB_SIZE]
+    for name, tensor in weights.items():
+        if tensor.abs().max() > torch.finfo(kind).max:
+            raise UserError(f"{name} has a value of {tensor.abs().max():.3g}, too large for {kind}; use float32")
+    return weights
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], kind: torch.dtype) -> None:
+    """The length of the header, the header, and the tensors one after another: no copy of the model in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * kind.itemsize
+        header[name] = {"dtype": _SAFETENSORS[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with _file_for_all(path, len(text) + end) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.to(kind).reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _file_for_all(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
+    """A durable file that everybody may read, whatever the umask: servers run as other users."""
+    with durable_file(path, needed) as file:
+        os.fchmod(file.fileno(), 0o644)
+        yield file
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _config(state: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json: n_ctx for llama.cpp and MLX, n_positions for transformers; no dropout, as it was trained."""
+    sizes = state["model_config"]
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB_SIZE,
+        "n_ctx": sizes["context_length"], "n_positions": sizes["context_length"],
+        **{name: sizes[name] for name in ("n_embd", "n_head", "n_layer")}, "n_inner": None,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+        "tie_word_embeddings": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **_SPECIAL_IDS,
+        "torch_dtype": dtype, ABOUT: {name: state[name] for name in FINE_TUNED}}
+
+
+@cache
+def _spelled() -> tuple[dict[str, int], list[str]]:
+    """GPT-2's vocabulary and merges as OpenAI spelled them, from the ranks.
+
+    A byte that prints stands for itself, the others for the letters from U+0100 on. A token was made by the merge of
+    the last two parts that the merges before it leave of it.
+    """
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printing)
+    letters = {**{byte: chr(byte) for byte in printing}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
+    ranks = dict(sorted(tokenizer()._mergeable_ranks.items(), key=lambda item: item[1]))
+    merges = []
+    for token in ranks:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            _, at = min((ranks.get(one + two, END_OF_TEXT), at) for at, (one, two) in enumerate(pairwise(parts)))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join("".join(letters[byte] for byte in part) for part in parts))
+    vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    return {**vocabulary, END: END_OF_TEXT}, merges
+
+
+def tokenizer_files(context_length: int, chat_template: str = "") -> dict[str, str]:
+    """What the tokenizers of others are made of: the old pair of files, the new one, and how they are used."""
+    vocabulary, merges = _spelled()
+    bytes_as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    whole = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": bytes_as_letters,
+        "post_processor": {**bytes_as_letters, "trim_offsets": False}, "decoder": bytes_as_letters,
+        "added_tokens": [{"id": END_OF_TEXT, "content": END, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True}],
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                  "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocabulary, "merges": merges}}
+    use = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context_length,
+           **{name: END for name in ("bos_token", "eos_token", "pad_token", "unk_token")}, "add_prefix_space": False,
+           "clean_up_tokenization_spaces": False}
+    if chat_template:
+        use["chat_template"] = chat_template
+    return {"vocab.json": json.dumps(vocabulary), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            "tokenizer.json": json.dumps(whole), "tokenizer_config.json": _json(use)}
+
+
+def _add_metadata(writer: Any, state: Mapping[str, Any], file_type: int) -> None:
+    """The sizes, the tokenizer and the chat template, under the names that GGUF has for them."""
+    sizes = state["model_config"]
+    for name, value in {"context_length": sizes["context_length"], "embedding_length": sizes["n_embd"],
+                        "feed_forward_length": 4 * sizes["n_embd"], "block_count": sizes["n_layer"],
+                        "head_count": sizes["n_head"], "layer_norm_eps": 1e-5, "file_type": file_type,
+                        "quantization_version": 2, "tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2",
+                        "add_bos_token": False, **_SPECIAL_IDS}.items():
+        getattr(writer, f"add_{name}")(value)
+    vocabulary, merges = _spelled()
+    writer.add_token_list(list(vocabulary))
+    writer.add_token_types([3 if token == END else 1 for token in vocabulary])  # 3: control, never text
+    writer.add_token_merges(merges)
+    if template := _chat_template(state):
+        writer.add_chat_template(template)
+
+
+def _chat_template(state: Mapping[str, Any]) -> str:
+    """Empty for a model that was not fine-tuned."""
+    multi_turn = "true" if state["multi_turn"] else "false"
+    return f"{{%- set multi_turn = {multi_turn} -%}}\n{_CHAT_TEMPLATE}" if state["template"] else ""
+
+
+def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any]) -> str:
+    """The recipe of ollama for a GGUF file beside it: the template, and chat's settings."""
+    parameters = {"num_ctx": state["model_config"]["context_length"], "num_predict": settings["max_new_tokens"],
+                  **{name: settings[name] for name in ("temperature", "top_k", "top_p")}, "repeat_penalty": 1.0}
+    return "\n".join([
+        f"FROM ./{gguf}", f'TEMPLATE """{_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST}"""',
+        *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
+        *(f'PARAMETER stop "{text}"' for text in (END, "### Instruction:")), ""])
+
+
+def _without_folders(source: str) -> str:
+    """The names of data without the folders of files, which are nobody else's business. Names of the hub stay."""
+    return ", ".join(re.split(r"[/\\]", name)[-1] if re.match(r"(?s)[/~.]|[A-Za-z]:|.*[/\\].*[/\\]", name) else name
+                     for name in source.split(", "))
+
+
+def _model_card(state: Mapping[str, Any]) -> str:
+    """README.md: what the model is, whose data it was trained on, how to ask it."""
+    source = "".join(letter if letter.isprintable() else " " for letter in state["data_source"].replace("`", "'"))
+    is_alpaca_gpt4 = _ALPACA_GPT4 in source
+    licence = (f"{_ALPACA_GPT4} is CC BY-NC 4.0, not for commercial use, and its authors ask that models trained on it "
+               "be used for research only." if is_alpaca_gpt4 else
+               "The licence of these data holds for this model too: name it here before you publish it.")
+    lines = ["---", *["license: cc-by-nc-4.0"] * is_alpaca_gpt4, "library_name: transformers",
+             "pipeline_tag: text-generation", "---", f"# GPT-2 of {state['model_config']['n_layer']} layers", ""]
+    if state["template"]:
+        lines += [f"Fine-tuned to follow instructions, on `{source or 'data that are not known'}`. {licence}", "",
+                  "```python", "from transformers import pipeline", "", "ask = pipeline('text-generation', model='.')",
+                  "messages = [{'role': 'user', 'content': 'Name three primary colours.'}]",
+                  "print(ask(messages)[0]['generated_text'][-1]['content'])", "```", ""]
+    return "\n".join(lines)

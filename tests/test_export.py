@@ -1,0 +1,340 @@
+"""A model taken out gives others the prompts, ids, logits and answers that it has here, and comes back as it was."""
+
+import hashlib
+import json
+import random
+import re
+import stat
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jinja2
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import convert_checkpoint
+from answering.answer import Answer
+from answering.settings import Settings
+from conftest import run_script, write_checkpoint
+from errors import CheckpointError, UserError
+from helpers import rows_of, same_state, small_model
+from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, prompt_text, tokenizer
+from model import Documents, GPTConfig
+from weights.checkpoint import load, model_of
+from weights.pretrained import open_any
+
+CONFIG = GPTConfig(context_length=96, vocab_size=50304, n_layer=2, n_head=4, n_embd=64)
+
+
+def export(source: Path, output: Path, *flags: str) -> Path:
+    assert convert_checkpoint.main(["export", str(source), str(output), *flags]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Fine-tuned on several turns or not; random weights, every parameter of them."""
+    folder, model = tmp_path_factory.mktemp("checkpoints"), small_model(config=CONFIG)
+    return {multi_turn: write_checkpoint(
+        folder / f"{multi_turn}.pt", model_config=vars(CONFIG), model=model.state_dict(), multi_turn=multi_turn,
+        data_source="vicgalle/alpaca-gpt4 and 2 more" if multi_turn else "my `rows`\n\x1b\udce9.jsonl")
+        for multi_turn in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints: dict[bool, Path]) -> dict[bool, Path]:
+    return {multi_turn: export(path, path.with_suffix("")) for multi_turn, path in checkpoints.items()}
+
+
+@pytest.fixture(scope="module")
+def hf(folders: dict[bool, Path]) -> tuple[Any, Any]:
+    """The tokenizer and the model as transformers reads them."""
+    return (transformers.AutoTokenizer.from_pretrained(folders[False]),
+            transformers.AutoModelForCausalLM.from_pretrained(folders[False]).eval())
+
+
+# The files
+
+
+def test_the_folder_is_as_others_read_it(folders, checkpoints):
+    folder, ours = folders[False], load(checkpoints[False])["model"]
+    config, use, answers = (json.loads((folder / f"{name}.json").read_text())
+                            for name in ("config", "tokenizer_config", "generation_config"))
+    assert config["architectures"] == ["GPT2LMHeadModel"] and config["n_ctx"] == config["n_positions"] == 96
+    assert config["vocab_size"] == 50257 and config["tie_word_embeddings"] is True
+    assert {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {END_OF_TEXT}
+    assert use["clean_up_tokenization_spaces"] is False and use["model_max_length"] == 96
+    assert {name: answers[name] for name in ("do_sample", "max_new_tokens", "temperature", "top_k", "top_p")} == {
+        "do_sample": True, "max_new_tokens": 256, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors.keys() == {name.removeprefix("transformer.") for name in ours}  # so no lm_head either
+    assert tensors["wte.weight"].shape == (50257, 64)
+    for name, tensor in tensors.items():
+        expected = ours[f"transformer.{name}"][:50257] if name == "wte.weight" else ours[f"transformer.{name}"]
+        assert torch.equal(tensor, expected.t() if ".c_" in name and tensor.dim() == 2 else expected)
+
+
+def test_the_vocabulary_and_the_merges_are_openais_to_the_byte(folders):
+    """The SHA-256 of encoder.json and vocab.bpe as OpenAI published them, which tiktoken checks too."""
+    for name, digest in {"vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+                         "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}.items():
+        assert hashlib.sha256((folders[False] / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_modelfile_and_the_card(folders, tmp_path):
+    """The data have their names there, without the folders of files."""
+    for multi_turn, folder in folders.items():
+        modelfile, card = (folder / "Modelfile").read_text(), (folder / "README.md").read_text()
+        assert all(f"\n{line}\n" in modelfile for line in (
+            "PARAMETER num_ctx 96", "PARAMETER temperature 0.7", 'PARAMETER stop "<|endoftext|>"'))
+        assert re.match("# model.gguf is made by: .* export .*/model.gguf\nFROM ./model.gguf\nTEMPLATE ", modelfile)
+        assert "### Response:\n" in modelfile
+        assert ("license: cc-by-nc-4.0\n" in card) == multi_turn == ("<|endoftext|>{{ end }}" in modelfile)
+    assert "on `my 'rows'   .jsonl`. " in (folders[False] / "README.md").read_text()
+    bare = "rows.csv, vicgalle/alpaca-gpt4, a b.json, c.json, d and 2 more"
+    source = "/home/me/rows.csv, vicgalle/alpaca-gpt4, ~/a b.json, x/y/c.json, C:\\me\\d and 2 more"
+    folder = export(write_checkpoint(tmp_path / "a.pt", data_source=source), tmp_path / "out")
+    assert open_any(folder)["data_source"] == bare and f" on `{bare}`. " in (folder / "README.md").read_text()
+
+
+# Prompts
+
+
+TEXTS = ["    def f():\n        return 0\n\n", "\r\n \r\n  if x:\r\r\n    y\r\n\r\nz \r w\r\n",
+         "Name three colours.", "def f():\n    return 0\n\n", "\n\nHello\n", "",
+         "caf\u00e9 \N{ROCKET} \u6f22\u200d",
+         "{{ 7 * 7 }} {% raw %} <b>&amp;</b> 'quoted' \"text\" \\n", "### Response:\nx", "it's  we'll\t\t1234 !?"]
+
+
+def user(content: str, **more: str) -> dict[str, str]:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def rendered(hf, messages: list[dict[str, str]], template: str | None = None, prompt: bool = True) -> list[int]:
+    return hf[0].apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt,
+                                     return_dict=False)
+
+
+def template_of(folder: Path) -> str:
+    return (folder / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_chat_template_gives_our_prompts(hf, folders, text):
+    for multi_turn, folder in folders.items():
+        template, other = template_of(folder), TEXTS[TEXTS.index(text) - 3]
+        assert rendered(hf, [user(text)], template) == encode_prompt(text)
+        assert rendered(hf, [user(text, input=other)], template) == encode_prompt(text, other)
+        assert rendered(hf, [user(f"Q: {text}".strip() + "\n\n### Input:\nA leaf")], template) == encode_prompt(
+            f"Q: {text}", "A leaf")
+        system = {"role": "system", "content": "Be brief."}
+        tidied = prompt_text(text).removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
+        assert rendered(hf, [system, user(text)], template) == encode_prompt(f"Be brief.\n\n{tidied}")
+        turns = [system, user("First", input="x"), assistant("A 1"), user(text), assistant("A 2"), user("Last")]
+        if multi_turn:
+            first = encode_example("Be brief.\n\nFirst", "x", "A 1")[0] + encode_example(text, "", "A 2")[0]
+            assert rendered(hf, turns, template) == [*first, *encode_prompt("Last")]
+        else:
+            assert rendered(hf, turns, template) == encode_prompt("Be brief.\n\nLast")
+        assert rendered(hf, [user(text), assistant("An answer.")], template, prompt=False) == encode_example(
+            text, "", "An answer.")[0]
+
+
+def test_it_renders_in_plain_jinja_and_stands_in_both_places(folders, hf):
+    """llama-cpp-python and others use Jinja without the extensions of transformers."""
+    template = template_of(folders[False])
+    text = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(
+        messages=[user("Hi")], add_generation_prompt=True)
+    assert tokenizer().encode_ordinary(text) == encode_prompt("Hi")
+    assert template == json.loads((folders[False] / "tokenizer_config.json").read_text())["chat_template"]
+    assert hf[0].chat_template == template
+
+
+def test_the_tokenizer_is_tiktokens(hf):
+    chance = random.Random(0)
+    pieces = [*TEXTS, *map(chr, (*range(32, 127), 0x301, 0x4e00, 0x1f600, 0xa0, 0x2028)), "\n", "  ", "'s", "12"]
+    texts = ["".join(chance.choices(pieces, k=chance.randint(1, 12))) for _ in range(10_000)]
+    assert hf[0](texts)["input_ids"] == tokenizer().encode_ordinary_batch(texts)
+    assert len(hf[0]) == 50257 and hf[0].encode("<|endoftext|>") == [END_OF_TEXT]
+    assert hf[0].batch_decode(hf[0](TEXTS)["input_ids"]) == TEXTS
+
+
+# Answers
+
+
+def test_transformers_answers_as_chat(hf, folders, checkpoints):
+    """Logits, greedy generate, and the pipeline with messages."""
+    model = model_of(load(checkpoints[False]), checkpoints[False], torch.device("cpu"))
+    tokens = torch.randint(0, 50257, (96,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model.logits(model(tokens, Documents.of([96])))[:, :50257], hf[1](tokens[None]).logits[0]
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=0)
+    ask = transformers.pipeline("text-generation", model=str(folders[False]))
+    for question in ("Name three colours.", "Why?\nSay it in a word."):
+        answer = Answer(model, question, "", Settings(max_new_tokens=20, temperature=0))
+        text = "".join(answer.pieces())
+        [found] = ask([user(question)], do_sample=False, max_new_tokens=20)
+        assert found["generated_text"][-1]["content"] == text
+        prompt = torch.tensor([encode_prompt(question)])
+        generated = hf[1].generate(prompt, do_sample=False, max_new_tokens=20)[0, prompt.size(1):].tolist()
+        assert tokenizer().decode([token for token in generated if token != END_OF_TEXT]) == text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_folders_load_as_such(checkpoints, tmp_path, dtype):
+    folder = export(checkpoints[False], tmp_path / "out", "--dtype", dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    kind = getattr(torch, dtype)
+    assert model.dtype == kind
+    assert torch.equal(model.transformer.h[1].mlp.c_fc.weight,
+                       load(checkpoints[False])["model"]["transformer.h.1.mlp.c_fc.weight"].t().to(kind))
+
+
+# Back again
+
+
+def test_an_export_comes_back_as_it_was(folders, checkpoints, tmp_path):
+    for multi_turn, folder in folders.items():
+        output = tmp_path / f"{multi_turn}.pt"
+        assert convert_checkpoint.main(["import", str(folder), "--output", str(output)]) == 0
+        before, after = load(checkpoints[multi_turn]), load(output)
+        same = ("template", "multi_turn", "data_source")
+        assert {name: after[name] for name in same} == {name: before[name] for name in same}
+        cut = {**before["model"], "transformer.wte.weight": before["model"]["transformer.wte.weight"][:50257].clone()}
+        assert same_state(after["model"], cut) and same_state(open_any(folder)["model"], cut)
+        again = export(output, tmp_path / f"again{multi_turn}")
+        assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_saved_again_folder_is_still_known(hf, tmp_path):
+    hf[1].save_pretrained(tmp_path)
+    assert open_any(tmp_path)["template"] == TEMPLATE
+
+
+def test_a_pretrained_model_goes_out_without_a_template(tmp_path, checkpoints):
+    source = write_checkpoint(tmp_path / "a.pt", template=None)
+    folder = export(source, tmp_path / "out")
+    assert not (folder / "Modelfile").exists() and not (folder / "chat_template.jinja").exists()
+    assert open_any(folder)["template"] is None
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None
+
+
+# GGUF
+
+
+def test_a_gguf_file_holds_the_model_and_its_tokenizer(folders, checkpoints, tmp_path):
+    """Matrices in 8 bits, the rest in fp32. What llama.cpp makes of it is measured in benchmarks/."""
+    path = export(checkpoints[True], tmp_path / "my model.gguf", "--dtype", "q8_0")
+    assert (tmp_path / "my model.Modelfile").read_text().startswith("FROM ./my model.gguf\n")
+    assert {stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()} == {0o644}
+    reader, ours = gguf.GGUFReader(path), load(checkpoints[True])["model"]
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith("token_type")}
+    assert {name: fields[f"gpt2.{name}"] for name in ("context_length", "embedding_length", "block_count",
+            "feed_forward_length", "attention.head_count")} == {
+        "context_length": 96, "embedding_length": 64, "block_count": 2, "feed_forward_length": 256,
+        "attention.head_count": 4}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    vocabulary = json.loads((folders[True] / "vocab.json").read_text())
+    assert fields["tokenizer.ggml.tokens"] == sorted(vocabulary, key=vocabulary.__getitem__)
+    assert fields["tokenizer.ggml.merges"] == (folders[True] / "merges.txt").read_text().splitlines()[1:]
+    assert {fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")} == {END_OF_TEXT}
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.chat_template"] == template_of(folders[True])
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == len(ours)
+    for name, theirs in {"h.1.mlp.c_fc.weight": "blk.1.ffn_up.weight", "h.0.ln_2.bias": "blk.0.ffn_norm.bias",
+                         "h.0.attn.c_attn.weight": "blk.0.attn_qkv.weight", "wpe.weight": "position_embd.weight",
+                         "h.1.attn.c_proj.weight": "blk.1.attn_output.weight", "ln_f.weight": "output_norm.weight",
+                         "h.0.mlp.c_proj.weight": "blk.0.ffn_down.weight", "wte.weight": "token_embd.weight"}.items():
+        expected, tensor = ours[f"transformer.{name}"][:50257].numpy(), tensors[theirs]
+        is_matrix = expected.ndim == 2 and name != "wpe.weight"
+        assert tensor.tensor_type.name == ("Q8_0" if is_matrix else "F32")
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        assert np.abs(found - expected).max() <= {"F32": 0, "Q8_0": 5e-3}[tensor.tensor_type.name]
+
+
+# What is refused, and what a failure leaves
+
+
+def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch):
+    source, existing = checkpoints[False], tmp_path / "mine"
+    existing.mkdir()
+    (existing / "notes.txt").write_text("mine")
+    (tmp_path / "b.Modelfile").write_text("mine")
+    for name in ("theirs", "g.gguf", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("README.md", "config.json"):
+        (tmp_path / "theirs" / name).write_text('{"model_type": "gpt2"}')
+    wide = small_model(config=CONFIG).state_dict()
+    wide["transformer.ln_f.weight"] = torch.full((64,), 1e6)
+    for checkpoint, output, flags, message, kind in [
+            *((source, "mine", flags, r"mine: not a folder that was exported here \(notes.txt in it\)", UserError)
+              for flags in ([], ["--force"])),
+            (source, "theirs", ["--force"], r"that was exported here \(README.md, config.json in it\)", UserError),
+            (source, "c.pt", ["--force"], "c.pt: a file, not a folder", UserError),
+            (source, "g.gguf", ["--force"], "g.gguf: a folder, not a file", UserError),
+            (source, "empty", [], "empty: exists; --force replaces it", UserError),
+            (source, "b.gguf", [], "b.Modelfile: exists; --force replaces it", UserError),
+            (source, "out", ["--dtype", "q8_0"], "q8_0 is for GGUF", UserError),
+            (write_checkpoint(tmp_path / "c.pt", template="other/7"), "out", [], "fine-tuned with template 'other/7'",
+             CheckpointError),
+            (write_checkpoint(tmp_path / "d.pt", vocab_size=99), "out", [], "99 tokens, GPT-2's has", CheckpointError),
+            (write_checkpoint(tmp_path / "e.pt", model_config=vars(CONFIG), model=wide), "out", ["--dtype", "float16"],
+             r"ln_f.weight has a value of 1e\+06, too large", UserError),
+            (tmp_path / "absent.pt", "out", [], "absent.pt: no such file", UserError)]:
+        with pytest.raises(kind, match=message) as caught:
+            export(checkpoint, tmp_path / output, *flags)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in existing.iterdir()] == ["notes.txt"] and not (tmp_path / "out").exists()
+    assert (tmp_path / "theirs" / "README.md").read_text() == '{"model_type": "gpt2"}'
+    assert export(source, tmp_path / "empty", "--force")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="pip install gguf"):
+        export(source, tmp_path / "f.gguf")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, folders, tmp_path, monkeypatch, name):
+    """With --force over an older export too, and files of others there stay."""
+    folder = export(checkpoints[True], tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.name == name:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoints[False], folder, "--force")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="config.json: no such file"):
+        open_any(folder)
+    export(checkpoints[False], folder, "--force")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        **{path.name: path.read_bytes() for path in folders[False].iterdir()}, "notes.txt": b"mine"}
+
+
+def test_thirty_real_questions_are_prompted_as_here(hf, alpaca):
+    for row in islice(rows_of(alpaca), 30):
+        [turn] = row.turns
+        messages = [user(turn.instruction, input=turn.input)]
+        assert rendered(hf, messages) == encode_prompt(turn.instruction, turn.input)
+        assert rendered(hf, [*messages, assistant(turn.output)], prompt=False) == encode_example(*turn)[0]
+
+
+def test_the_command_line_exports(tiny_checkpoint, tmp_path):
+    code, stdout, stderr = run_script("convert_checkpoint.py", "export", tiny_checkpoint, tmp_path / "new" / "out")
+    assert (code, stdout, stderr) == (0, f"wrote {tmp_path}/new/out\n", "")

@@ -1,0 +1,334 @@
+"""Weights as other programs write them are read as they are meant; what is no GPT-2 says what to do next."""
+
+import json
+import os
+import random
+import re
+import struct
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+import chat
+import train_instruct
+from conftest import write_jsonl
+from errors import CheckpointError, UserError
+from helpers import prepare, run_inputs, same_state, small_model, write_pretrained
+from model import GPT, Documents, GPTConfig
+from weights.checkpoint import model_of
+from weights.pretrained import config_of, open_any
+
+CPU = torch.device("cpu")
+PADDED = GPTConfig(64, 50304, 2, 4, 32)
+Weights = dict[str, torch.Tensor]
+
+
+def with_output(weights: Weights) -> Weights:
+    return {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return dict(small_model(config=PADDED).state_dict())
+
+
+def prefixed(prefix: str, weights: Weights) -> Weights:
+    return {prefix + name: tensor for name, tensor in with_output(weights).items()}
+
+
+def without_biases(weights: Weights) -> Weights:
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
+
+
+NANOGPT = {"block_size": 64, "vocab_size": 50304, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0}
+OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the programs of this name do it
+    "nanoGPT": lambda weights: {"model": prefixed("_orig_mod.", weights), "model_args": {**NANOGPT, "bias": True},
+                                "optimizer": {"state": {}, "param_groups": []}, "iter_num": 9, "best_val_loss": 3.1,
+                                "config": {"dtype": "bfloat16", "n_head": 12}},
+    "nanoGPT without bias": lambda weights: {"model": prefixed("", without_biases(weights)), "model_args": NANOGPT},
+    "masks": lambda weights: {"model": {**weights, "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
+                                        "transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64).bool()},
+                              "config": {"num_heads": 4}},
+    "state_dict": lambda weights: {"state_dict": prefixed("model.", weights), "config": {"n_head": 4}},
+    "model_state_dict": lambda weights: {"model_state_dict": prefixed("module.", weights), "config": {"n_head": 4}},
+    "own names": lambda weights: {"model": weights, "model_config": {"context_length": 64, "num_layers": 2,
+                                                                     "num_heads": 4, "embd_size": 32}},
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("program", OWN)
+def test_files_of_other_trainers_load_as_they_are(tmp_path, weights, program, is_zip):
+    torch.save(OWN[program](weights), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    state = open_any(tmp_path / "a.pt")
+    expected = weights if program != "nanoGPT without bias" else {
+        name: torch.zeros_like(tensor) if name.endswith(".bias") else tensor for name, tensor in weights.items()}
+    assert GPTConfig(**state["model_config"]) == PADDED and same_state(state["model"], expected)
+    assert (state["template"], state["multi_turn"], state["data_source"]) == (None, False, "")
+
+
+@pytest.mark.parametrize("module, name, prefix", [
+    ("model", "GPTConfig", ""), ("__main__", "GPTConfig", "_orig_mod."),
+    ("src.gpt", "ModelConfig", "_orig_mod.module.")])
+def test_the_users_own_pretrained_file_loads_as_it_is(tmp_path, monkeypatch, weights, module, name, prefix):
+    """A padded vocabulary, a pickled config dataclass (build-nanogpt's is of __main__), optimizer and random states
+    with numpy arrays."""
+    config_class = make_dataclass(name, [(field, int, size) for field, size in {
+        "context_length": 64, "vocab_size": 50304, "num_layers": 2, "embd_size": 32, "num_heads": 4}.items()])
+    config_class.__module__ = module
+    state = {"model": prefixed(prefix, weights), "config": config_class(), "step": 1000, "val_loss": 3.1,
+             "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]},
+             "rng_state": {"numpy": np.random.RandomState(0).get_state(), "torch": torch.get_rng_state(),
+                           "python": random.getstate(), "scalar": np.float64(1.5)}}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, types.SimpleNamespace(**{name: config_class}))
+        for is_zip in (True, False):
+            torch.save(state, tmp_path / f"{is_zip}.pt", _use_new_zipfile_serialization=is_zip)
+    for path in tmp_path.glob("*.pt"):
+        loaded = open_any(path)
+        assert GPTConfig(**loaded["model_config"]) == PADDED and same_state(loaded["model"], weights)
+
+
+# Folders of transformers
+
+
+def in_parts(model: GPT2LMHeadModel, folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    items = list(model.state_dict().items())
+    for number, part in enumerate((items[:9], items[9:])):
+        torch.save(dict(part), folder / f"pytorch_model-0000{number + 1}-of-00002.bin")
+
+
+def as_before_zip(model: GPT2LMHeadModel, folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def without_head(model: GPT2LMHeadModel, folder: Path) -> None:
+    bare = GPT2Model(model.config)
+    bare.load_state_dict(model.transformer.state_dict())
+    bare.save_pretrained(folder)
+
+
+def beside_old_parts(model: GPT2LMHeadModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    torch.save({"wte.weight": torch.zeros(3)}, folder / "pytorch_model.bin")
+
+
+FOLDERS: dict[str, Callable[[GPT2LMHeadModel, Path], None]] = {
+    "safetensors": lambda model, folder: model.save_pretrained(folder),
+    "safetensors in parts": lambda model, folder: model.save_pretrained(folder, max_shard_size="100KB"),
+    "bin in parts": in_parts, "bin before zip": as_before_zip, "without head": without_head,
+    "two kinds": beside_old_parts,
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=48, n_layer=2, n_head=4, n_inner=192)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("form, activation", [*((form, "gelu_new") for form in FOLDERS),
+                                              ("safetensors", "gelu_pytorch_tanh"), ("safetensors", "gelu_fast")])
+def test_folders_of_transformers_have_its_logits(tmp_path, reference, form, activation):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    FOLDERS[form](reference, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "activation_function": activation}))
+    model = model_of(open_any(folder), folder, CPU)
+    tokens = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model.logits(model(tokens, Documents.of([32]))), reference(tokens[None]).logits[0]
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_16_bit_weights_become_fp32(tmp_path, reference):
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.save({name: tensor.to(dtype) for name, tensor in reference.state_dict().items()}, tmp_path / "a.pt")
+        found = open_any(tmp_path / "a.pt", n_head=4)["model"]["transformer.h.1.mlp.c_fc.weight"]
+        assert torch.equal(found, reference.state_dict()["transformer.h.1.mlp.c_fc.weight"].t().to(dtype).float())
+
+
+# The number of heads
+
+
+def test_heads_are_never_guessed(tmp_path, weights):
+    path = tmp_path / "a.pt"
+    torch.save(with_output(weights), path)
+    with pytest.raises(UserError, match=r"how many heads its 2 layers of width 32 have.*: add --n_head N") as caught:
+        open_any(path)
+    assert caught.value.exit_code == 2
+    assert open_any(path, n_head=4)["model_config"]["n_head"] == 4
+    with pytest.raises(CheckpointError, match="32 is not a multiple of n_head 5"):
+        open_any(path, n_head=5)
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    assert open_any(path)["model_config"]["n_head"] == 2
+    for named in (path, write_pretrained(tmp_path / "ours.pt", small_model())):
+        with pytest.raises(CheckpointError, match="2.*4"):
+            open_any(named, n_head=4)
+
+
+def test_published_sizes_have_the_published_heads(tmp_path):
+    config = GPTConfig(context_length=1, vocab_size=1)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    assert config_of({}, {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, tmp_path) == config
+
+
+# What cannot be taken
+
+
+class Whole(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = torch.nn.Embedding(3, 3)
+
+
+def changed(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Weights], Any]:
+    return lambda weights: {"model": {**weights, name: tensor(weights[name])}, "config": {"n_head": 4}}
+
+
+EMBEDDING, NORM = "transformer.wte.weight", "transformer.h.1.ln_1.weight"
+WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
+    "untied": (lambda weights: {**weights, "lm_head.weight": weights[EMBEDDING] + 1}, "train it again with the two "),
+    "a missing layer": (lambda weights: {"model": {name: tensor for name, tensor in weights.items() if name != NORM},
+                                         "config": {"n_head": 4}}, f"do not fit: {NORM} is absent, expected "),
+    "a wrong shape": (changed(NORM, lambda tensor: tensor[1:]), r"do not fit: .* is \[31\], expected \[32\]"),
+    "a scalar": (changed(NORM, lambda _: torch.tensor(1.0)), r"do not fit: .* is \[\], expected \[32\]"),
+    "a scalar embedding": (changed(EMBEDDING, lambda _: torch.tensor(1.0)), "no GPT-2: "),
+    "integers": (changed(NORM, lambda tensor: tensor.long()), "holds values of type torch.int64, not weights"),
+    "complex": (changed(NORM, lambda tensor: tensor + 1j), "holds values of type torch.complex64, not weights"),
+    "NaN": (changed(NORM, lambda tensor: tensor / 0 * 0), f"{NORM} has values that are not finite"),
+    "infinite": (changed(EMBEDDING, lambda tensor: tensor / 0), f"{EMBEDDING} has values that are not finite"),
+    "a config that lies": (lambda weights: {"model": weights, "config": {"n_head": 4, "num_layers": 5}},
+                           "its config says n_layer 5, its weights have 2"),
+    "a config of other things": (lambda weights: {"model": weights, "config": {"n_head": torch.ones(2)}},
+                                 "its config says n_head tensor"),
+    "a config that is none": (lambda weights: {"model": weights, "config": 5}, "add --n_head N"),
+    "heads that do not divide": (lambda weights: {"model": weights, "config": {"num_heads": 5}}, "not a multiple of"),
+    "another function": (lambda weights: {"model": weights, "config": {"n_head": 4, "activation_function": "relu"}},
+                         "not a GPT-2 as published: activation_function 'relu'; .* take another trainer"),
+    "a small vocabulary": (changed(EMBEDDING, lambda tensor: tensor[:50256]), "50,256 tokens, GPT-2's has 50,257"),
+    "a large vocabulary": (changed(EMBEDDING, lambda tensor: tensor.repeat(2, 1)), "100,608 tokens, GPT-2's has 50,25"),
+    "no model": (lambda _: {"model": {"weights": 3}}, "no model weights in it"),
+    "LLaMA": (lambda _: {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)}, "no GPT-2 .*take another trainer"),
+    "PEFT": (lambda _: {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
+    "a whole module": (lambda _: Whole(), r"a whole pickled module.*torch.save\(model.state_dict\(\)"),
+    "a list": (lambda _: [1, 2, 3], "holds list, not a dictionary"),
+}
+
+
+@pytest.mark.parametrize("case, is_zip", [*((case, True) for case in WRONG),
+                                          *((case, False) for case in ("NaN", "a whole module", "a list"))])
+def test_what_is_no_gpt2_is_refused(tmp_path, weights, case, is_zip):
+    make, message = WRONG[case]
+    torch.save(make(weights), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(UserError, match=rf"^[^\n]*a.pt: .*{message}") as caught:
+        open_any(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    assert caught.value.exit_code == (2 if "--n_head" in message else 3)
+
+
+FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, what is said of it, exit code
+    "PEFT": ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "a PEFT adapter.* merge it first", 3),
+    "TensorFlow": ({"model.ckpt.index": b"", "hparams.json": b"{}"}, "a TensorFlow checkpoint; .* imported", 3),
+    "nothing": ({}, "config.json: no such file", 2),
+    "a run": ({"latest.pt": b"", "best_model.pt": b"", "step_000001.pt": b""}, "name one: .*/best_model.pt", 2),
+    "a young run": ({"step_000001.pt": b"", "step_000002.pt": b""}, " holds checkpoints; name .*/step_000002.pt", 2),
+    "a run and a model": ({"config.json": b"{}", "latest.pt": b""}, r"no .safetensors file and no pytorch_model", 2),
+    "no weights": ({"config.json": b"{}"}, r"no .safetensors file and no pytorch_model.bin", 2),
+    "LLaMA": ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b""}, "model_type 'llama'; .*TRL", 3),
+    "not JSON": ({"config.json": b"["}, "not readable as a model's configuration", 2),
+    "a list": ({"config.json": b"[]"}, "not readable as a model's configuration: not an object", 2),
+    "nested": ({"config.json": b"[" * 100_000 + b"]" * 100_000}, "not readable as a model's configuration", 2),
+    "nested object": ({"config.json": b'{"a":' * 100_000}, "not readable as a model's configuration", 2),
+    "not UTF-8": ({"config.json": b"\xff\xfe\xff"}, "not readable as a model's configuration", 2),
+    "damaged": ({"config.json": b"{}", "model.safetensors": b"\xff" * 100}, "not a readable safetensors file", 3),
+    "llm.c": ({"config.json": b"{}", "pytorch_model.bin": struct.pack("<2i", 20240326, 3)}, "dev/eval/export_hf.py", 3),
+    "GGUF": ({"config.json": b"{}", "pytorch_model.bin": b"GGUF\3\0\0\0"}, "a GGUF file; import the", 3),
+    "HDF5": ({"config.json": b"{}", "pytorch_model.bin": b"\x89HDF\r\n\x1a\n"}, "a TensorFlow file; import the", 3),
+    **{name: ({"config.json": b"{}", "pytorch_model.bin": content}, f"not a loadable checkpoint: {message}$", 3)
+       for name, content, message in (
+           ("text", "caf\u00e9\r\n".encode() * 99, "it is text"), ("cut text", "x\u00e9".encode()[:-1], "it is text"),
+           ("no text", b"\x89PNG\r\n\x1a\n\0", "no file of torch.save"), ("empty", b"", "it is empty"),
+           ("a cut zip", b"PK\3\4" + b"\0" * 99, r"incomplete \(no end of the archive\); copy it again"))},
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_folders_that_cannot_be_taken_say_what_to_do(tmp_path, case):
+    files, message, code = FILES[case]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(tmp_path.name)}.*{message}[^\n]*$") as caught:
+        open_any(tmp_path)
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "config.json"])
+def test_a_pipe_or_a_device_is_one_line(tmp_path, name):
+    """Reading it would wait for ever."""
+    path = tmp_path / name
+    os.mkfifo(path)
+    read = tmp_path if name == "config.json" else path
+    with pytest.raises(UserError, match=rf"{name}: .*a pipe or a device, not a file$" if read == tmp_path else
+                       rf"{name}: a pipe or a device, not a file$"):
+        open_any(read)
+    for main, flag in ((chat.main, "--checkpoint"), (train_instruct.main, "--resume")):
+        with pytest.raises(UserError, match="not a "):
+            main([flag, str(path), "--device", "cpu"])
+    with pytest.raises(UserError, match="/dev/zero: a pipe or a device, not a file"):
+        open_any(Path("/dev/zero"))
+
+
+def test_a_damaged_file_from_before_zip_is_refused_or_loads_whole(tmp_path, weights):
+    """It has no checksums: what is noticed is structure, shapes, and values that are not finite."""
+    path = tmp_path / "a.pt"
+    torch.save({"model": weights, "config": {"n_head": 4}}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for end in (0, 10, 100, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match="a.pt: "):
+            open_any(path)
+
+
+# The trainer
+
+
+def train(folder: Path, data: Path, pretrained: Path, *flags: object) -> int:
+    return train_instruct.main([str(flag) for flag in (
+        "--data_dir", data, "--pretrained_model", pretrained, "--checkpoint_dir", folder / "checkpoints",
+        "--tensorboard_dir", folder / "runs", "--max_steps", 1, "--device", "cpu", *flags)])
+
+
+def test_the_trainer_takes_folders_and_heads_and_says_what_the_model_is(tmp_path, reference, capsys):
+    reference.save_pretrained(tmp_path / "model")
+    data, _ = run_inputs(tmp_path)
+    torch.save(reference.state_dict(), tmp_path / "bare.pt")
+    for number, (source, flags) in enumerate([("model", []), ("bare.pt", ["--n_head", 4])]):
+        assert train(tmp_path / str(number), data, tmp_path / source, *flags, "--total_batch_size", 64) == 0
+        assert "2 layers of 4 heads, width 48, context_length 32, weights of " in capsys.readouterr().out
+    with pytest.raises(UserError, match="add --n_head N"):
+        train(tmp_path / "2", data, tmp_path / "bare.pt")
+
+
+def test_another_vocabulary_is_refused_at_the_start(tmp_path):
+    rows = [{"instruction": f"Question {n}", "input": "", "output": "x"} for n in range(20)]
+    prepare(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "data")
+    pretrained = write_pretrained(tmp_path / "a.pt", small_model())
+    with pytest.raises(CheckpointError, match="a.pt: its vocabulary has 1,009 tokens, GPT-2's has 50,257"):
+        train(tmp_path, tmp_path / "data", pretrained)
