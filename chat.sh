@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Chat: ./chat.sh [CHECKPOINT | demo] [flags of src/chat.py...]
+# Chat: ./chat.sh [CHECKPOINT | demo] [flags of src/chat.py...], from any folder
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
+project=$PWD
 source src/environment.sh
 use_environment
+case $python in /*) ;; *) python=$project/$python ;; esac
 
-checkpoint=()
 if [[ "${1:-}" == demo ]]; then
-    checkpoint=(--checkpoint demo/checkpoints/best_model.pt)
-    shift
+    checkpoint=$project/demo/checkpoints/best_model.pt
+    if [[ ! -e $checkpoint ]]; then
+        echo "error: no demo yet; run ./start_instruct_training.sh demo first" >&2
+        exit 2
+    fi
+    set -- --checkpoint "$checkpoint" "${@:2}"
 elif [[ $# -gt 0 && "$1" != -* ]]; then
-    checkpoint=(--checkpoint "$1")
-    shift
+    set -- --checkpoint "$@"
 fi
-exec "$python" src/chat.py "${checkpoint[@]}" "$@"
+cd "$here"  # files are found where the user stands, or else in the project
+exec "$python" "$project/src/chat.py" "$@"

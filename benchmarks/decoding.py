@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py [--rounds 5] [--peers transformers,ctranslate2_f32,...]
 
-A measurement is a prompt of 60 tokens, as the template and a question make, and 128 greedy tokens after it; ours and
-the peer's take turns.
+A measurement is a prompt of 60 tokens, as the template and a question make, and 128 tokens after it, greedy or, where
+the name ends in _sampled, with chat's default settings; ours and the peer's take turns.
 """
 
 from __future__ import annotations
@@ -19,87 +19,61 @@ from hf_tokenizer import as_hugging_face
 PROMPT, NEW = list(range(1000, 1060)), 128
 PEERS = {"transformers": "ours_f32", "ctranslate2_f32": "ours_f32", "llama_f32": "ours_f32", "products": "ours_f32",
          "ctranslate2_int8": "ours_int8", "llama_q8_0": "ours_int8", "ours_f32": "ours_int8",
-         "products_int8": "ours_int8"}
+         "products_int8": "ours_int8", "llama_f32_sampled": "ours_f32_sampled",
+         "llama_q8_0_sampled": "ours_int8_sampled",
+         "ours_alone": "ours_batch"}  # the last: 8 prompts one at a time, and together
 
 
 def prepare(folder: Path) -> None:
     """One random GPT-2 in every program's format."""
     import ctranslate2
     import torch
-    from gguf import GGMLQuantizationType
     from transformers import GPT2Config, GPT2LMHeadModel
 
     import convert_checkpoint
+    from answering.settings import Settings
+    from weights.export import export_gguf
+    from weights.pretrained import open_any
 
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config()).save_pretrained(folder / "hf")
-    tokenizer = as_hugging_face()
-    tokenizer.save_pretrained(folder / "hf")
+    as_hugging_face().save_pretrained(folder / "hf")
     convert_checkpoint.import_weights(str(folder / "hf"), folder / "ours.pt")
     for name, quantization in (("ctranslate2_f32", None), ("ctranslate2_int8", "int8")):
         converter = ctranslate2.converters.TransformersConverter(str(folder / "hf"))
         converter.convert(str(folder / name), quantization=quantization)
-    write_gguf(folder / "ours.pt", folder / "llama_f32", tokenizer, GGMLQuantizationType.F32)
-    write_gguf(folder / "ours.pt", folder / "llama_q8_0", tokenizer, GGMLQuantizationType.Q8_0)
+    state = open_any(folder / "ours.pt")
+    for name, dtype in (("llama_f32", "float32"), ("llama_q8_0", "q8_0")):
+        export_gguf(state, folder / name, dtype, Settings()._asdict())
 
 
-def write_gguf(source: Path, target: Path, tokenizer, kind) -> None:  # type: ignore[no-untyped-def]
-    """Our checkpoint as llama.cpp reads a GPT-2: vectors and positions in fp32, matrices as kind."""
-    import json
-
-    import gguf
-
-    from weights.checkpoint import load
-
-    weights = load(source)["model"]
-    writer = gguf.GGUFWriter(str(target), "gpt2")
-    for name, value in {"context_length": 1024, "embedding_length": 768, "block_count": 12,
-                        "feed_forward_length": 3072, "head_count": 12, "layer_norm_eps": 1e-5}.items():
-        getattr(writer, f"add_{name}")(value)
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
-    writer.add_token_types([3 if number == 50256 else 1 for number in range(50257)])
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
-    writer.add_eos_token_id(50256)
-    names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.", "transformer.h.": "blk.",
-             "transformer.ln_f.": "output_norm.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv",
-             "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    tensors = {name: tensor.numpy() for name, tensor in weights.items()}
-    for name, array in [*tensors.items(), ("output.weight", tensors["transformer.wte.weight"])]:
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        is_matrix = array.ndim == 2 and not name.startswith("position")
-        wanted = kind if is_matrix else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def ours(folder: Path, form: str) -> Callable[[], object]:
+def ours(folder: Path, form: str, sampled: bool) -> Callable[[], object]:
     import torch
 
+    from answering.batch import generate_batch
     from answering.decode_weights import for_decoding
-    from answering.generate import generate
+    from answering.generate import GREEDY, generate
+    from answering.settings import Settings
     from weights.checkpoint import load, model_of
 
     model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
     for_decoding(model, int8=form == "int8")
-    return lambda: list(generate(model, PROMPT, NEW))
+    if form == "batch":
+        return lambda: generate_batch(model, [PROMPT[cut:] for cut in range(8)], NEW)
+    settings, generator = Settings() if sampled else GREEDY, torch.Generator().manual_seed(0)
+    return lambda: list(generate(model, PROMPT, NEW, settings, generator=generator))
 
 
 def products(folder: Path, form: str) -> Callable[[], object]:
     """The matrix products of the layers for the prompt and NEW tokens in ours' layouts; those of attention are not."""
     import torch
 
-    from answering.decode_weights import OneRow
+    from answering.decode_weights import OneRow, Packed
     from weights.checkpoint import load
 
     weights = load(folder / "ours.pt")["model"]
-    layers = [OneRow(tensor, weights.get(name.removesuffix("weight") + "bias"), form == "int8")
+    layer_of = OneRow if form == "int8" else Packed
+    layers = [layer_of(tensor, weights.get(name.removesuffix("weight") + "bias"))
               for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name]
     inputs = {(rows, size): torch.randn(rows, size) for rows in (1, len(PROMPT)) for size in (768, 3072)}
 
@@ -134,31 +108,37 @@ def ctranslate2(folder: Path, name: str) -> Callable[[], object]:
                                             include_prompt_in_result=False)
 
 
-def llama(folder: Path, name: str) -> Callable[[], object]:
+def llama(folder: Path, name: str, sampled: bool) -> Callable[[], object]:
     from llama_cpp import Llama
+
+    from answering.settings import Settings
+
+    settings = Settings()
+    how = {"temp": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p, "min_p": 0.0}
 
     model = Llama(str(folder / name), n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
 
     def work() -> None:
         model.reset()
-        for _, _ in zip(range(NEW), model.generate(PROMPT, temp=0.0, repeat_penalty=1.0)):
+        for _, _ in zip(range(NEW), model.generate(PROMPT, **(how if sampled else {"temp": 0.0}), repeat_penalty=1.0)):
             pass
 
     return work
 
 
 def serve_one(name: str, folder: Path) -> None:
+    sampled, name = name.endswith("_sampled"), name.removesuffix("_sampled")
     if name.startswith("ours"):
-        work = ours(folder, name.removeprefix("ours_"))
+        work = ours(folder, name.removeprefix("ours_"), sampled)
     elif name.startswith("products"):
         work = products(folder, "int8" if name.endswith("int8") else "f32")
     else:
         work = {"t": lambda: transformers(folder), "c": lambda: ctranslate2(folder, name),
-                "l": lambda: llama(folder, name)}[name[0]]()
+                "l": lambda: llama(folder, name, sampled)}[name[0]]()
 
     def counted() -> float:
         work()
-        return NEW
+        return NEW * (8 if name == "ours_batch" else 1)
 
     serve(counted)
 

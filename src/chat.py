@@ -1,41 +1,56 @@
-"""Chat with a fine-tuned GPT-2 in a terminal.
+"""Chat with a fine-tuned GPT-2 in a terminal, or answer questions from a pipe.
 
     ./chat.sh [CHECKPOINT] [flags...]
     ./chat.sh --prompt "Name three primary colours."        answers once and exits
+    ./chat.sh --jsonl < questions.jsonl > answers.jsonl     answers each line
 
-Every question stands alone: the model was trained on single questions, so nothing is remembered between them.
+Every question stands alone, unless the model was trained on conversations of several turns.
 """
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends without a word
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from answering.settings import Settings, add_flags
 from cli import Parser, printable_line, run
-from errors import CheckpointError, UserError
+from errors import UserError
 
 if TYPE_CHECKING:
     from model import GPT
 
+PROJECT = Path(__file__).parent.parent
 CHECKPOINT_DIR = Path("checkpoints_instruct")
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
-    parser = Parser("Chat with a fine-tuned GPT-2 in a terminal.")
-    parser.add_argument("--checkpoint", type=Path, help="default: best_model.pt of checkpoints_instruct/, or latest.pt")
+    parser = Parser("Chat with a fine-tuned GPT-2 in a terminal, or answer questions from a pipe, one a line.")
+    parser.add_argument("--checkpoint", type=Path, help="ours, or any pre-trained GPT-2; default: best_model.pt of "
+                        "checkpoints_instruct/, or latest.pt")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
     parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits: more than twice as fast on a CPU")
-    parser.add_argument("--prompt", help="answer this once and exit")
-    parser.add_argument("--input", default="", help="the input that goes with --prompt, or with the first question")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", help="answer this once and exit")
+    asked.add_argument("--jsonl", action="store_true", help="stdin has an object with instruction and perhaps input on "
+                       "each line; answers are JSON; sixteen lines are read, then answered together")
+    parser.add_argument("--input", help="the input that goes with --prompt (default: stdin, if that is no terminal) or "
+                        "with the first question")
     add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON")
+    parser.add_argument("--no_history", action="store_true", help="neither read nor keep what is typed")
     return parser.parse_args(argv)
 
 
 def find_checkpoint(path: Path | None) -> Path:
-    """The checkpoint to chat with. Raises UserError when there is none."""
-    for candidate in [path] if path else [CHECKPOINT_DIR / "best_model.pt", CHECKPOINT_DIR / "latest.pt"]:
+    """The checkpoint to chat with, in this folder or else the project's. Raises UserError when there is none."""
+    names = [path] if path else [CHECKPOINT_DIR / "best_model.pt", CHECKPOINT_DIR / "latest.pt"]
+    for candidate in [*names, *(PROJECT / name for name in names)]:
         if candidate.exists():
             return candidate
     raise UserError(f"{path}: no such checkpoint" if path else
@@ -43,44 +58,67 @@ def find_checkpoint(path: Path | None) -> Path:
                     "demo (./start_instruct_training.sh demo, then ./chat.sh demo)")
 
 
-def open_model(path: Path, device_name: str, quantize: str | None) -> "GPT":
-    """The model of a checkpoint, ready to answer; says on stderr which one it is. Raises CheckpointError when the
-    checkpoint is damaged or was not fine-tuned with this template, UserError for a device that cannot be used."""
+def open_model(path: Path, device_name: str, quantize: str | None) -> tuple["GPT", dict[str, Any]]:
+    """The model of a checkpoint, ready to answer, and the state that it came from. Raises CheckpointError when it is
+    damaged or was fine-tuned with another template, UserError for a device that cannot be used."""
     import torch
 
     from answering.decode_weights import for_decoding
-    from instruct_format import TEMPLATE
+    from answering.opened import verified_model
     from training.precision import device_named
-    from weights.checkpoint import load, model_of
+    from weights.pretrained import open_any
 
     device = torch.device(device_named(device_name))
-    state = load(path)
-    if state["template"] != TEMPLATE:
-        raise CheckpointError(f"{path}: fine-tuned with template {state['template']!r}, chat knows {TEMPLATE!r}"
-                              if state["template"] else f"{path}: a pre-trained model; fine-tune it first")
-    model = model_of(state, path, device)
     if quantize and device.type != "cpu":
         raise UserError(f"--quantize int8 is for CPUs, not for {device.type}; leave it out, or add --device cpu")
+    state = open_any(path)
+    if device.type == "cpu":  # read, not mapped: the file may be overwritten while its model is in use
+        state["model"] = {name: tensor.clone() for name, tensor in state["model"].items()}
+    model = verified_model(state, path, device)
     if device.type == "cpu":
         for_decoding(model, int8=quantize is not None)
+    return model, state
+
+
+def summary(path: Path, state: dict[str, Any], device: str, ending: str) -> str:
+    """What the model is and how it takes questions, in a line of at most 80 columns."""
+    size = sum(tensor.numel() for tensor in state["model"].values()) / 1e6
     losses = [loss for step, loss in state["val_losses"] if step == state["step"]]
-    loss = f", val loss {losses[0]:.4f}" if losses else ""
-    print(printable_line(f"{path}: step {state['step']}{loss}, on {device.type}; /help lists the commands"),
-          file=sys.stderr)
-    return model
+    facts = ["", f"{size:.{0 if size >= 10 else 1}f}M", *(f"val loss {loss:.4f}" for loss in losses[:1]), device]
+    text = ", ".join(facts) + ": " + ("pre-trained, not fine-tuned" if state["template"] is None else
+                                      "remembers the turns before" if state["multi_turn"] else
+                                      "each question stands alone") + ending
+    room = 80 - len(text)
+    name = printable_line(path if len(printable_line(path)) <= room else path.name)
+    return (name if len(name) <= room else f"{name[:room - 3]}...") + text
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("the question is empty")
     path = find_checkpoint(options.checkpoint)
+    if options.jsonl and options.input is not None:
+        raise UserError("--input does not go with --jsonl, whose objects have inputs of their own")
+    from answering.answer import Question
+    from answering.questions import text_of
     from answering.terminal import Chat
+    from errors import errors_at
 
+    model, state = open_model(path, options.device, options.quantize)
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
-    chat = Chat(open_model(path, options.device, options.quantize), settings, options.json)
-    if options.prompt is None:
-        chat.converse(options.input)
-        return 0
-    return 130 if chat.answer(options.prompt, options.input).stopped == "interrupt" else 0
+    chat = Chat(model, str(path), settings, remembers=state["multi_turn"], as_json=options.json or options.jsonl)
+    is_conversation = sys.stdin.isatty() and options.prompt is None and not options.jsonl
+    chat.say(summary(path, state, model.transformer.wte.weight.device.type, "; /help" * is_conversation))
+    del state
+    if is_conversation:
+        return chat.converse(options.input or "", not options.no_history)
+    with errors_at("standard input"):
+        if options.prompt is None:
+            return chat.answer_all(options.input or "", options.jsonl)
+        if options.input is None:
+            options.input = "" if sys.stdin.isatty() else text_of(sys.stdin.buffer.read()).rstrip("\r\n")
+    return chat.answer_one(Question(options.prompt, options.input))
 
 
 if __name__ == "__main__":

@@ -169,11 +169,17 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.context_length, config.n_embd), freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.gradient_checkpointing = False  # whether training keeps only what stands between the blocks
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         x = self.wte(tokens) + self.wpe(positions)
         for layer, block in enumerate(self.h):
-            x = block(x, attend, rows if layer == len(self.h) - 1 else None)
+            wanted = rows if layer == len(self.h) - 1 else None
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, attend, wanted, use_reentrant=False,
+                                                      preserve_rng_state=False)
+            else:
+                x = block(x, attend, wanted)
         return self.ln_f(x)
 
 

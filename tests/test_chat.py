@@ -2,26 +2,26 @@
 
 import io
 import json
-import os
-import re
-import select
+import random
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import answering.answer
+import answering.batch
 import chat
 import cli
 from answering.settings import Settings
-from conftest import SRC, TIMEOUT, Outcome, write_checkpoint
+from answering.terminal import Chat
+from conftest import ROOT, SRC, Outcome, run_command, write_checkpoint
 from errors import UserError
 from helpers import small_model
-from instruct_format import END_OF_TEXT, TEMPLATE, encode_prompt, tokenizer
+from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, tokenizer
+from keyboard import write_parrot
 from model import GPTConfig
 from test_hostile_texts import PAYLOADS, RAW
 from weights import checkpoint
@@ -33,8 +33,9 @@ tokens_of = tokenizer().encode_ordinary
 @pytest.fixture
 def ask(tiny_checkpoint, monkeypatch, capsys) -> Callable[..., Outcome]:
     """Run chat in this process with the tiny model; stdin is what a pipe would hold."""
-    def run(*flags: str, stdin: str | io.TextIOBase = "", checkpoint: Path = tiny_checkpoint) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+    def run(*flags: str, stdin: str | bytes = "", checkpoint: Path = tiny_checkpoint) -> Outcome:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             cli.run(lambda: chat.main(["--checkpoint", str(checkpoint), "--max_new_tokens", "8", *flags]))
@@ -57,12 +58,14 @@ def answers(monkeypatch) -> Callable[..., list[list[int]]]:
     def install(tokens: list[int], interrupted_at: int | None = None) -> list[list[int]]:
         prompts = []
 
-        def fake(_, prompt: list[int], limit: int, *rest: object) -> Iterator[int]:
+        def fake(_, prompt: list[int], limit: int, *rest: Any) -> Iterator[int]:
             prompts.append(prompt)
             for number, token in enumerate(tokens[:limit]):
                 if number == interrupted_at:
                     signal.raise_signal(signal.SIGINT)
                 yield token
+                if rest[-1]():  # is_stopped
+                    return
 
         monkeypatch.setattr(answering.answer, "generate", fake)
         return prompts
@@ -70,23 +73,18 @@ def answers(monkeypatch) -> Callable[..., list[list[int]]]:
     return install
 
 
-def write_parrot(path: Path, token: int, context_length: int = 64) -> Path:
-    """A model that always says this token: its embedding is the only one that the hidden state points at."""
-    weights = small_model(config=GPTConfig(context_length, n_layer=2, n_head=2, n_embd=32)).state_dict()
-    for name, tensor in weights.items():
-        tensor.fill_(name == "transformer.ln_f.bias")
-    weights["transformer.wte.weight"][token] = 1.0
-    return write_checkpoint(path, context_length=context_length, model=weights)
-
-
 def test_json_is_one_line_with_everything(ask, tiny_checkpoint):
     flags = ["--prompt", "Say 'é'", "--input", "x\ny", "--seed", "1", "--device", "cpu"]
     code, stdout, stderr = ask(*flags, "--json", stdin="never read\n")
     assert (code, stdout.count("\n")) == (0, 1)
-    assert stderr == f"{tiny_checkpoint}: step 3, val loss 4.2500, on cpu; /help lists the commands\n"
+    assert stderr == "tiny.pt, 1.6M, val loss 4.2500, cpu: each question stands alone\n"
     answer = json.loads(stdout)
-    assert answer.pop("response") + "\n" == ask(*flags).stdout and answer.pop("seconds") >= 0
-    assert answer == {"instruction": "Say 'é'", "input": "x\ny", "tokens": 8, "stopped": "length"}
+    assert cli.printable(answer.pop("response")) + "\n" == ask(*flags).stdout
+    assert answer.pop("seconds") >= 0 and answer.pop("tokens_per_second") > 0
+    assert answer == {"instruction": "Say 'é'", "input": "x\ny", "tokens": 8, "stopped": "length", "seed": 1,
+                      "prompt_tokens": len(encode_prompt("Say 'é'", "x\ny")), "checkpoint": str(tiny_checkpoint),
+                      "settings": {"max_new_tokens": 8, "temperature": 0.7, "top_k": 50, "top_p": 0.95,
+                                   "repetition_penalty": 1.0}}
 
 
 def test_a_seed_or_temperature_0_makes_answers_reproducible(ask):
@@ -105,6 +103,10 @@ def test_json_says_why_an_answer_stopped(ask, answers, tmp_path):
         found.append(ask("--prompt", "Hi", "--json"))
     assert [[json.loads(stdout)[key] for key in ("response", "tokens", "stopped")] for _, stdout, _ in found] == [
         ["", 0, "end"], [" word" * 3, 3, "end"], [" word" * 8, 8, "length"], [" word" * 8, 8, "length"]]
+    notes = [ask("--prompt", "Hi", "--max_new_tokens", number).stderr.splitlines()[1:] for number in ("8", "10")]
+    found = json.loads(ask("--prompt", "word" + " word" * 50, "--json").stdout)
+    assert notes == [["(cut at 8 tokens: --max_new_tokens)"], []] and found["stopped"] == "context"
+    assert found["prompt_tokens"] + found["tokens"] == 64
 
 
 def conversation(ask: Callable[..., Outcome], *lines: str, flags: tuple[str, ...] = ()) -> tuple[list, Outcome]:
@@ -114,30 +116,101 @@ def conversation(ask: Callable[..., Outcome], *lines: str, flags: tuple[str, ...
     return [(answer["instruction"], answer["input"]) for answer in answers], outcome
 
 
-def test_piped_questions_are_answered_a_line_each_and_unknown_commands_are_told(ask):
-    asked, outcome = conversation(ask, "One?", "", "/nonsense now", "/help", "  Two?  ", "/exit", "Three?")
-    assert asked == [("One?", ""), ("Two?", "")]
+def test_piped_questions_are_answered_a_line_each_and_commands_are_questions(ask):
+    asked, outcome = conversation(ask, "One?", "", "/etc/passwd holds what?", "/help", "  Two?  ", "exit", "Three?")
+    assert [question for question, _ in asked] == ["One?", "/etc/passwd holds what?", "/help", "Two?", "exit", "Three?"]
     assert (outcome.code, len(outcome.error_lines)) == (0, 1)  # the line that names the checkpoint
-    assert "unknown command /nonsense\n" in outcome.stdout and outcome.stdout.count("/exit") == 2  # the list, twice
     assert ask(stdin="").code == 0 and ask("--json", stdin="A line without its newline").stdout.count("\n") == 1
 
 
-def test_input_goes_with_the_next_question_only_in_the_prompt_of_training(ask, answers):
+def test_input_goes_with_one_question_only_in_the_prompt_of_training(ask, answers):
     prompts = answers([])
-    ask("--prompt", " Do <|endoftext|> this\n", "--input", " it ")
-    conversation(ask, "Zero?", "/input  some text ", "One?", "Two?", "/input gone", "/input", "Three?",
-                 flags=("--input", "first"))
+    ask("--prompt", " Do <|endoftext|> this\n", "--input", " it ", stdin="not read")
+    ask("--prompt", "Sum up", stdin="\ufeffa\nfile\n")
+    conversation(ask, "Zero?", "One?", flags=("--input", "first"))
     assert prompts == [encode_prompt(*asked) for asked in [
-        ("Do <|endoftext|> this", "it"), ("Zero?", "first"), ("One?", "some text"), ("Two?", ""), ("Three?", "")]]
+        (" Do <|endoftext|> this", " it"), ("Sum up", "a\nfile"), ("Zero?", "first"), ("One?", "")]]
+    objects = '{"instruction": "Two?", "input": "a\\nb"}\n{"input": null, "instruction": "Three?", "x": 1}'
+    many = ask("--jsonl", stdin=objects)
+    assert [json.loads(line)["prompt_tokens"] for line in many.stdout.splitlines()] == [
+        len(encode_prompt("Two?", "a\nb")), len(encode_prompt("Three?"))]
+    for flags in (("--prompt", "a", "--jsonl"), ("--input", "a", "--jsonl"), ("--prompt", " "), ("--prompt", "")):
+        assert (refused := ask(*flags)).code == 2 and len(refused.error_lines) == 1  # before the model is loaded
+    assert ask("--input", "a", stdin="\n").error_lines[1:] == ["error: no question for the --input"]
 
 
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of Python in a UTF-8 and in the C locale
-@pytest.mark.parametrize("stdin", [b"caf\xe9?\n", "One?\n".encode("utf-16")])
-def test_input_that_is_not_utf8_is_one_line_or_answered(ask, stdin, errors):
-    code, stdout, stderr = ask("--json", stdin=io.TextIOWrapper(io.BytesIO(stdin), "utf-8", errors))
-    assert (code, stdout == "", len(stderr.splitlines())) == ((2, True, 2) if errors == "strict" else (0, False, 1))
-    assert ("error: standard input is not UTF-8" in stderr) == (code == 2)
+BAD = {b"caf\xe9?": "not UTF-8: byte 0xe9 in column", b"a\0b": "a NUL character", b"word " * 900: "too many for a con"}
+BAD_OBJECTS = {
+    b'{"instruction": "caf\xe9"}': "not UTF-8: byte 0xe9 in column", b'{"instruction": "a"': "cannot be read as JSON: ",
+    b'["a"]': "expected an object with an instruction", b"{}": "expected an ob", b'{"input": "a"}': "expected an ob",
+    b'{"instruction": 7}': "'instruction' must be text", b'{"instruction": null}': "'instruction' must be text",
+    b'{"instruction": "a", "input": 7}': "'input' must be text", b'{"instruction": " "}': "the question is empty",
+    b'{"instruction": "a", "input": "' + b"word " * 90 + b'"}': "too many for a context of 64; shorten the input",
+    b"[" * 100_000: "cannot be read as JSON", b"7" * 5000: "cannot be read as JSON"}
+
+
+@pytest.mark.parametrize("flag, good, bad", [("--json", b"One?", BAD),
+                                             ("--jsonl", b'{"instruction": "One?"}', BAD_OBJECTS)])
+def test_a_line_that_cannot_be_answered_costs_no_other(ask, flag, good, bad):
+    """50 lines, the bad ones spread over them: each has its line of output, which names it."""
+    lines = [good] * 50
+    lines[2:2 + 3 * len(bad):3] = bad
+    code, stdout, stderr = ask(flag, "--max_new_tokens", "1", stdin=b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    found = [json.loads(line) for line in stdout.splitlines()]
+    assert (code, len(found)) == (2, 50) and f"error: {len(bad)} of 50 questions were not answered" in stderr
+    for number, (line, answer) in enumerate(zip(lines, found), 1):
+        assert line == good or (answer["error"].startswith(f"line {number}: ") and bad[line] in answer["error"])
+        assert (answer["instruction"] == "One?") == ("error" not in answer) == (line == good)
+    text = ask("--max_new_tokens", "1", stdin=b"One?\ncaf\xe9\nTwo?\n")
+    assert (text.code, text.stderr.count("error: line 2: not UTF-8: byte 0xe9 in column 4\n")) == (2, 1)
+
+
+def test_utf16_is_named(ask):
+    code, stdout, stderr = ask(stdin="One?\nTwo?\n".encode("utf-16"))
+    assert (code, stdout, stderr.count("error: line")) == (2, "", 3)
     assert json.loads(ask("--prompt", "caf\udce9?", "--json").stdout)["tokens"] == 8
+
+
+def test_an_answer_depends_on_its_own_seed_alone(ask):
+    flags = ("--json", "--seed", "5")
+
+    def responses(*flags: str, stdin: str = "") -> list[str]:
+        return [json.loads(line)["response"] for line in ask(*flags, stdin=stdin).stdout.splitlines()]
+
+    questions = ["One?", "Two?", "One?"] * 6  # more than one batch
+    objects = "\n".join(json.dumps({"instruction": question}) for question in questions)
+    one, two, again, *_ = found = responses(*flags, stdin="\n".join(questions))
+    assert one == again and [two] == responses("--prompt", "Two?", *flags)
+    assert responses("--jsonl", *flags[1:], stdin=objects) == found
+    exact = ("--quantize", "int8", "--device", "cpu", *flags)
+    assert responses(*exact, "--jsonl", stdin=objects) == responses(*exact, stdin="\n".join(questions))
+    drawn = json.loads(ask("--prompt", "Two?", "--json").stdout)
+    assert responses("--prompt", "Two?", "--json", "--seed", str(drawn["seed"])) == [drawn["response"]]
+
+
+def test_random_tokens_are_the_text_of_all_of_them(answers):
+    """500 sequences: the pieces together, and the response, are what decoding the whole gives."""
+    chance = random.Random(0)
+    for _ in range(500):
+        tokens = [chance.randrange(END_OF_TEXT) for _ in range(chance.randrange(30))]
+        text = tokenizer().decode(tokens)
+        answers(tokens)
+        answer = answering.answer.Answer(small_model(), "Hi", "", Settings())
+        assert "".join(answer.pieces()) == answer.text == text or "\n### " in text
+
+
+@pytest.mark.parametrize("before, header, rest", [
+    ("Yes.\n\n", "### Instruction:", "\nMore?\n\n### Response:\nNo."), ("Yes.\n", "### Input:", "\nx"),
+    ("", "### Response:", "\nx"),
+    ("a\n#\n##\n### Instructions\n### In\n\n\n", "### Instruction:", " x")])
+def test_a_header_of_the_template_ends_the_answer_and_never_shows(answers, before, header, rest):
+    answers(tokens_of(before + header + rest))
+    answer = answering.answer.Answer(small_model(), "Hi", "", Settings())
+    pieces = list(answer.pieces())
+    assert "".join(pieces) == answer.text == before.rstrip("\n") and answer.stopped == "end"
+    for kept in ("a ### Instruction: b", "### Instruct", "a\n\n", "a\n\n#", "\n\n### Inputs"):
+        answers(tokens_of(kept))
+        assert "".join(answering.answer.Answer(small_model(), "Hi", "", Settings()).pieces()) == kept
 
 
 def test_characters_are_streamed_whole(answers):
@@ -158,8 +231,8 @@ def test_the_models_output_never_drives_the_terminal(ask, answers, payload):
     for flags in ([], ["--json"]):
         code, stdout, stderr = ask("--prompt", "Hi", "--max_new_tokens", "100", *flags)
         shown = json.loads(stdout)["response"] if flags else stdout[:-1]
-        assert (code, shown) == (0, cli.printable(f"x{payload}y"))
-        assert not RAW.search(stdout + stderr + shown)
+        assert (code, shown) == (0, f"x{payload}y" if flags else cli.printable(f"x{payload}y"))
+        assert not RAW.search(stdout + stderr)
 
 
 @pytest.mark.parametrize("payload", EVIL, ids=ascii)
@@ -180,9 +253,8 @@ def test_file_names_and_checkpoint_metadata_never_drive_the_terminal(ask, tmp_pa
     *((part, value, f"not a usable checkpoint: {part} missing or of another type") for part, values in {
         "step": ["3", -1, ...], "val_losses": [None, [["3", "4"]], [[3, "4.2"]], 7, ...], "template": [7, ["x"], ...],
         "model": [None, [], {"a": 1}, ...], "model_config": [None, [1], ...]}.items() for value in values),
-    ("format", "theirs", "not a checkpoint of this project"),
-    ("template", None, "a pre-trained model; fine-tune it first"),
-    ("template", "chatml/7", f"fine-tuned with template 'chatml/7', chat knows '{TEMPLATE}'"),
+    ("format", "theirs", "its vocabulary has 64 tokens, GPT-2's has 50,257"),
+    ("template", "chatml/7", f"fine-tuned with template 'chatml/7', this version knows '{TEMPLATE}'"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_exit_code_3(ask, tmp_path, run_state, part, value, message):
     """A file with fitting checksums can still hold anything, or lack a part (...)."""
@@ -191,7 +263,7 @@ def test_a_checkpoint_that_does_not_fit_is_exit_code_3(ask, tmp_path, run_state,
     check_refused(ask, tmp_path / "odd.pt", 3, message)
 
 
-def test_a_prompt_longer_than_the_context_is_exit_code_2_or_a_line_of_a_chat_that_goes_on(ask):
+def test_a_prompt_longer_than_the_context_is_exit_code_2_and_what_makes_it_so_is_named(ask):
     """A prompt of 63 tokens leaves room for one, a prompt of 64 for none."""
     question, long = "word" + " word" * (63 - len(encode_prompt("word"))), "word " * 100
     assert len(encode_prompt(question)) == 63
@@ -200,13 +272,14 @@ def test_a_prompt_longer_than_the_context_is_exit_code_2_or_a_line_of_a_chat_tha
         code, stdout, stderr = ask("--prompt", longer)
         assert (code, stdout, stderr.count("\n")) == (2, "", 2)  # the first line names the checkpoint
         assert stderr.endswith(f"\nerror: the question has {found} tokens, too many for a context of 64; shorten it\n")
-    asked, outcome = conversation(ask, long, f"/input {long}", "One?", "/input", "Two?")
-    assert (asked, outcome.code) == ([("Two?", "")], 0)
-    assert [line.startswith("error: the question has") for line in outcome.error_lines] == [False, True, True]
+    found = len(encode_prompt("One?", long))
+    assert ask("--prompt", "One?", "--input", long).stderr.endswith(
+        f"\nerror: the question with its input has {found} tokens, too many for a context of 64; shorten the input\n")
 
 
 def test_the_best_checkpoint_is_taken_before_the_latest(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "PROJECT", tmp_path)
     with pytest.raises(UserError, match=r"^no checkpoint in checkpoints_instruct: fine-tune first.*demo.*$"):
         chat.main(["--prompt", "Hi"])
     chat.CHECKPOINT_DIR.mkdir()
@@ -218,52 +291,136 @@ def test_the_best_checkpoint_is_taken_before_the_latest(tiny_checkpoint, tmp_pat
 def test_a_missing_or_damaged_checkpoint_is_one_line(ask, tiny_checkpoint, tmp_path):
     path, data = tmp_path / "a.pt", tiny_checkpoint.read_bytes()
     check_refused(ask, path, 2, "a.pt: no such checkpoint\n")
-    check_refused(ask, tmp_path, 2, "a folder, not a checkpoint\n")
+    assert (folder := ask(checkpoint=tmp_path)).code == 2 and "config.json: no such file" in folder.stderr
     middle = len(data) // 2  # more damages: test_damage.py
     for damaged in (b"", data[:-1], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]):
         path.write_bytes(damaged)
         check_refused(ask, path, 3)
 
 
-def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_prompt_with_exit_code_130(ask, answers):
+def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130(ask, answers):
     answers(tokens_of(" word") * 8, interrupted_at=2)
     before = signal.getsignal(signal.SIGINT)
     code, stdout, _ = ask("--prompt", "Hi", "--json")
     answer = json.loads(stdout)
     assert (code, answer["tokens"], answer["response"], answer["stopped"]) == (130, 3, " word" * 3, "interrupt")
     assert signal.getsignal(signal.SIGINT) is before
-    asked, outcome = conversation(ask, "One?", "Two?")
-    assert (len(asked), outcome.stdout.count('"stopped": "interrupt"'), outcome.code) == (2, 2, 0)
+    asked, outcome = conversation(ask, "One?", "Two?")  # the first is interrupted, and that ends the batch
+    assert (len(asked), outcome.stdout.count('"stopped": "interrupt"'), outcome.code) == (1, 1, 130)
+    assert ask("--prompt", "Hi").stderr.splitlines()[1:] == ["(stopped)"]
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path):
-    """In a pseudo-terminal, as a user at a keyboard has it. An answer is 16,000 tokens long: that takes seconds, so a
-    key always comes in the middle of one."""
-    path = write_parrot(tmp_path / "endless.pt", tokens_of(" word")[0], context_length=16384)
-    screen, terminal = os.openpty()
-    subprocess.run(["stty", "-echo"], stdin=terminal, check=True)  # what comes back is what the program wrote
-    process = subprocess.Popen(
-        [sys.executable, SRC / "chat.py", "--checkpoint", path, "--temperature", "0", "--max_new_tokens", "16000"],
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, env={**os.environ, "TERM": "dumb"},
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))  # makes it the controlling terminal
-    os.close(terminal)
+@pytest.mark.parametrize("n_tokens, n_whole", [(1, 0), (8 * 16, 16), (8 * 16 + 1, 16), (8 * 20, 20)])
+def test_ctrl_c_ends_a_batch_with_the_answers_that_are_whole(ask, tmp_path, monkeypatch, n_tokens, n_whole):
+    """At the first or the last token of sixteen questions, or of those after them."""
+    path, choose, chosen = write_parrot(tmp_path / "parrot.pt", tokens_of(" word")[0]), answering.batch.choose, []
 
-    def type_keys(keys: str, until: str) -> str:
-        """Type, then read until a pattern shows."""
-        os.write(screen, keys.encode())
-        text = ""
-        while not re.search(until, text):
-            assert select.select([screen], [], [], TIMEOUT)[0], f"{until!r} did not show up after {text[-300:]!r}"
-            text += os.read(screen, 65536).decode(errors="replace")
-        return text
+    def interrupted(*arguments: Any) -> int:
+        chosen.append(1)
+        if len(chosen) == n_tokens:
+            signal.raise_signal(signal.SIGINT)
+        return choose(*arguments)
 
-    with process, open(screen, "rb", buffering=0):  # closed when a check fails, the terminal ends the chat
-        type_keys("", r"/help lists the commands\r\n> ")
-        for question in ("One?", "Two?"):
-            type_keys(f"{question}\n", "word")  # the answer has begun
-            assert type_keys("\x03", r"\r\n> $").count("word") < 15_000
-        time.sleep(1)  # Python's readline misses a signal between showing the prompt and waiting for keys
-        type_keys("\x03", r"\r\n> $")  # outside an answer it gives a new line
-        type_keys("/help\n", r"Ctrl-C stops an answer\r\n> $")
-        type_keys("\x04", r"\r\n$")
-        assert process.wait(TIMEOUT) == 0
+    monkeypatch.setattr(answering.batch, "choose", interrupted)
+    found = ask("--jsonl", stdin='{"instruction": "Hi"}\n' * 20, checkpoint=path)
+    whole = [line for line in found.stdout.splitlines() if json.loads(line)["stopped"] == "length"]
+    assert (found.code, len(whole), len(chosen)) == (130, n_whole, n_tokens)
+
+
+@pytest.fixture
+def converse(monkeypatch) -> Callable[..., list[list[int]]]:
+    """A conversation in this process, of lines that are typed and of what the model answers; returns the prompts.
+    Ctrl-C comes as this prompt shows, before the next line is waited for."""
+    def run(lines: str, replies: list[str], interrupted_at: str | None = None) -> list[list[int]]:
+        prompts = []
+
+        def fake(_, prompt: list[int], *rest: Any) -> Iterator[int]:
+            prompts.append(prompt)
+            yield from tokens_of(replies.pop(0))
+
+        class Screen(io.StringIO):
+            def write(self, text: str) -> int:
+                if text == interrupted_at:
+                    signal.raise_signal(signal.SIGINT)
+                return super().write(text)
+
+        monkeypatch.setattr(answering.answer, "generate", fake)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setattr(sys, "stderr", Screen())
+        talk = Chat(small_model(config=GPTConfig(256, 50257, 1, 2, 32)), "a.pt", Settings(), remembers=True,
+                    as_json=False)
+        assert talk.converse("", keep_history=False) == 0 and not replies
+        return prompts
+
+    return run
+
+
+def test_ctrl_c_between_two_lines_of_a_message_discards_it(converse):
+    assert converse('"""\nTwo?\n', ["Yes"], "... ") == [encode_prompt("Two?")]
+
+
+def test_regen_answers_the_last_question_after_the_turns_before_it(converse):
+    """Also when that was not kept, because its answer was empty, and the question before it was the same."""
+    first, second, again, more = converse("One?\nOne?\n/regen\n/regen\n", ["Yes", "", "No", "Well"])
+    assert second == again == more == encode_example("One?", "", "Yes")[0] + first
+
+
+def test_a_pretrained_model_answers_and_is_named_as_such(ask, tmp_path, run_state):
+    """Bare weights of other programs too; not one of another vocabulary."""
+    import torch
+
+    weights = small_model(config=GPTConfig(64, 50257, 1, 2, 32)).state_dict()
+    torch.save({"model": weights, "config": {"n_head": 2}}, tmp_path / "bare.pt")
+    write_checkpoint(tmp_path / "ours.pt", template=None)
+    write_checkpoint(tmp_path / "multi.pt", multi_turn=True)
+    for name, said in [("bare.pt", "pre-trained, not fine-tuned"), ("ours.pt", "pre-trained, not fine-tuned"),
+                       ("multi.pt", "remembers the turns before")]:
+        code, stdout, stderr = ask("--prompt", "Hi", "--json", checkpoint=tmp_path / name)
+        assert (code, json.loads(stdout)["tokens"]) == (0, 8)
+        assert stderr.endswith(f"cpu: {said}\n") and len(stderr) <= 81
+    torch.save({"model": small_model().state_dict(), "config": {"n_head": 2}}, tmp_path / "other.pt")
+    check_refused(ask, tmp_path / "other.pt", 3, "its vocabulary has 1,009 tokens, GPT-2's has 50,257")
+
+
+def test_weights_that_are_not_finite_are_exit_code_3(ask, tmp_path, tiny_checkpoint):
+    weights = dict(checkpoint.load(tiny_checkpoint)["model"])
+    weights["transformer.ln_f.weight"] = weights["transformer.ln_f.weight"] * float("nan")
+    write_checkpoint(tmp_path / "nan.pt", model=weights)
+    for flags in ([], ["--temperature", "0"], ["--top_k", "0"], ["--json"], ["--jsonl"]):
+        asked = [] if flags[:1] in (["--json"], ["--jsonl"]) else ["--prompt", "Hi"]
+        code, stdout, stderr = ask(*asked, *flags, stdin='{"instruction": "Hi"}', checkpoint=tmp_path / "nan.pt")
+        assert (code, stdout) == (3, "") and "transformer.ln_f.weight has values that are not finite" in stderr
+
+
+def test_the_checkpoint_may_be_overwritten_while_its_model_is_in_use(tmp_path, tiny_checkpoint):
+    """In place, so that a mapped file would end the program with SIGBUS."""
+    path = tmp_path / "a.pt"
+    path.write_bytes(tiny_checkpoint.read_bytes())
+    model, _ = chat.open_model(path, "cpu", None)
+    path.write_bytes(b"")
+    answer = answering.answer.Answer(model, "word " * 20, "", Settings(max_new_tokens=3))
+    assert len(list(answer.pieces())) == 4
+
+
+@pytest.mark.parametrize("shell, code, shown", [
+    (">&-", 0, ""), (">/dev/full", 2, "error: standard output: No space left on device"), ("2>/dev/full", 0, ""),
+    ("2>&-", 0, ""), ("<&-", 0, "(cut at"), ("| true", 0, ""), ("2>&1 >/dev/null | true", 0, "")])
+def test_streams_that_are_closed_or_full(shell, code, shown, tiny_checkpoint):
+    command = f"{sys.executable} {SRC}/chat.py --checkpoint {tiny_checkpoint} --max_new_tokens 8 --prompt Hi {shell}"
+    found = run_command("bash", "-o", "pipefail", "-c", command)
+    assert found.code == code and shown in found.stderr and "Traceback" not in found.stderr
+
+
+def test_the_launcher_finds_files_where_the_user_stands(tmp_path, tiny_checkpoint):
+    (tmp_path / "latest.pt").symlink_to(tiny_checkpoint)
+    environment = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    for arguments in (["latest.pt"], ["--checkpoint", "latest.pt"], [tiny_checkpoint]):
+        found = run_command(ROOT / "chat.sh", *arguments, "--prompt", "Hi", "--max_new_tokens", "1", cwd=tmp_path,
+                            env=environment)
+        assert found.code == 0, found.stderr
+    code, _, stderr = run_command(ROOT / "chat.sh", "absent.pt", cwd=tmp_path, env=environment)
+    assert (code, stderr) == (2, "error: absent.pt: no such checkpoint\n")
+    for name in ("chat.sh", "src", "requirements.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code, _, stderr = run_command(tmp_path / "chat.sh", "demo", env=environment)
+    assert (code, stderr) == (2, "error: no demo yet; run ./start_instruct_training.sh demo first\n")

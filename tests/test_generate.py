@@ -5,14 +5,21 @@ from functools import partial
 import pytest
 import torch
 
-from answering.decode_weights import OneRow, for_decoding
-from answering.generate import GREEDY, choose, generate, probabilities
+from answering.decode_weights import OneRow, Packed, for_decoding
+from answering.generate import GREEDY, choose, generate, likeliest
 from answering.settings import Settings
+from errors import CheckpointError
 from helpers import small_model
 from model import GPTConfig, KVCache
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 sampling = partial(Settings, Settings().max_new_tokens)  # of temperature, top_k, top_p
+
+
+def probabilities(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Those of likeliest for all tokens: logits (n_vocab,) -> probabilities (n_vocab,)."""
+    tokens, kept = likeliest(logits, settings)
+    return torch.zeros(logits.size(0)).index_copy(0, tokens, kept.float())
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -31,6 +38,69 @@ def test_the_distribution_equals_a_direct_computation(temperature, top_k, top_p)
     expected = torch.tensor([weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(6)])
     found = probabilities(LOGITS, sampling(temperature, top_k, top_p))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    sampling(1.0), sampling(1.0, 0, 1.0), sampling(0.5, 20, 0.9), sampling(2.0, 0, 0.5)])
+def test_the_distribution_over_the_whole_vocabulary(settings):
+    """Against transformers' processors, whose order is the same."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(50257, generator=torch.Generator().manual_seed(0))
+    scores = TemperatureLogitsWarper(settings.temperature)(None, logits[None].double())
+    if settings.top_k:
+        scores = TopKLogitsWarper(settings.top_k)(None, scores)
+    expected = TopPLogitsWarper(settings.top_p)(None, scores).softmax(1)[0]
+    torch.testing.assert_close(probabilities(logits, settings).double(), expected, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-9, 1e9, 1e308])
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_no_temperature_overflows(temperature, top_k):
+    for logits in (LOGITS, LOGITS * 1e37):
+        found = probabilities(logits, sampling(temperature, top_k))
+        assert found.isfinite().all() and abs(float(found.sum()) - 1) < 1e-6
+        assert temperature > 1 or found.tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [GREEDY, Settings(), sampling(1.0, 0, 1.0)])
+def test_scores_that_are_not_finite_are_an_error(settings, bad):
+    for logits in (LOGITS.where(LOGITS != 0.5, bad), torch.full((6,), bad), torch.full((6,), float("-inf"))):
+        with pytest.raises(CheckpointError, match="not finite numbers"):
+            choose(logits, settings)
+    assert choose(LOGITS.where(LOGITS != 0.5, float("-inf")), GREEDY) == 0  # some may be
+
+
+def test_repetition_penalty_weighs_the_last_64_tokens_of_the_answer():
+    """Against a direct computation, and transformers' on the same tokens; tokens of the prompt are not weighed."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    penalized = GREEDY._replace(repetition_penalty=1.8)
+    for answer in ([0], [0, 1, 1], [0, 1, 2, 3], [5] + [4] * 64, []):
+        recent = torch.tensor([answer[-64:]], dtype=torch.int64)
+        expected = RepetitionPenaltyLogitsProcessor(1.8)(recent, LOGITS[None].clone())[0] if answer else LOGITS
+        assert choose(LOGITS, penalized, answer=answer) == int(expected.argmax())
+        drawn = penalized._replace(temperature=1.0, top_k=0, top_p=1.0)
+        draws = [[choose(scores, settings, torch.Generator().manual_seed(seed), answer) for seed in range(50)]
+                 for scores, settings in ((LOGITS, drawn), (expected, drawn._replace(repetition_penalty=1.0)))]
+        assert draws[0] == draws[1]
+    model = small_model(config=GPTConfig(128, 97, 2, 2, 32))
+    assert list(generate(model, [5], 60, penalized)) != list(generate(model, [5], 60))
+
+
+def test_a_long_prompt_is_read_in_pieces_between_which_it_stops(monkeypatch):
+    model, sizes = small_model(config=GPTConfig(1024, 97, 2, 2, 32)), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda tokens, cache: sizes.append(len(tokens)) or decode(tokens, cache))
+    prompt = [number % 97 for number in range(700)]
+    tokens = list(generate(model, prompt, 3))
+    assert sizes == [128] * 5 + [60, 1, 1] and len(tokens) == 3
+    for stop_after in (1, 3, 6, 7):
+        sizes.clear()
+        found = list(generate(model, prompt, 3, is_stopped=lambda: len(sizes) >= stop_after))  # noqa: B023
+        assert found == tokens[:max(0, stop_after - 6)]
+        assert len(sizes) == stop_after
 
 
 def test_draws_follow_the_distribution():
@@ -75,31 +145,38 @@ def test_decoding_gives_the_logits_of_linear_layers():
                 assert torch.allclose(one, other, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (16, 16), (97, 33), (385, 64), (2304, 768), (50257, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_packed_layer_is_a_linear_layer_whatever_the_shape_and_the_rows(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape[0], (9, shape[1])))
+    for given in (bias, None):
+        layer = Packed(weight, given)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
+        for rows in (1, 1, 3, 9):  # the first call leaves the layer as it was
+            assert torch.allclose(layer(x[:rows]).double(), expected[:rows], atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("shape", [(1, 5), (16, 16), (97, 33), (384, 64), (385, 64), (2304, 768), (50257, 8)])
-def test_one_row_is_a_linear_layer_whatever_the_shape_and_the_threads(shape, threads, monkeypatch):
+@pytest.mark.parametrize("n_out", [97, 384, 385, 800])
+def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias(n_out, threads, monkeypatch):
+    """A step is a 255th of the range of the weights that share a row of the table. Several rows are not rounded."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(size, generator=generator) for size in (shape, shape[0], (1, shape[1])))
-    for given in (bias, None):
-        layer = OneRow(weight, given, int8=False)
-        expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
-        for rows in (1, 1, 3):  # the first call leaves the layer as it was
-            assert torch.allclose(layer(x.repeat(rows, 1)).double(), expected.repeat(rows, 1), atol=1e-4, rtol=1e-5)
-
-
-def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias():
-    """A step is a 255th of the range of the weights that share a row of the table."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(800, 64, generator=generator), 1000 * torch.randn(800, generator=generator)
-    layer = OneRow(weight, bias, int8=True)
+    weight, bias = torch.randn(n_out, 64, generator=generator), 1000 * torch.randn(n_out, generator=generator)
+    layer = OneRow(weight, bias)
     width = layer.table.size(1) - 8  # a row ends with its step and its smallest value, in fp32
+    filled = torch.cat([weight, weight.new_zeros(-n_out % width, 64)])
     steps = torch.cat([part.amax(0, keepdim=True).sub(part.amin(0)).div(255).expand(len(part), -1)
-                       for part in weight.split(width)])
+                       for part in filled.split(width)])[:n_out]
     for x in (*torch.eye(64).split(1), torch.randn(1, 64, generator=generator)):
         found, exact = layer(x), x @ weight.t() + bias
         bound = (x.abs() @ steps.t()) / 2 + 1e-3  # the last for sums with numbers of some thousands
         assert found.dtype == torch.float32 and bool(((found - exact).abs() <= bound).all())
         assert not torch.equal(found, exact)
+        assert torch.allclose(layer(x.expand(3, 64)), exact.expand(3, n_out), atol=2e-3, rtol=0)
+
+
+def test_an_int8_model_answers():
     for_decoding(model := small_model(), int8=True)
     assert len(list(generate(model, [1, 2, 3], 10))) == 10

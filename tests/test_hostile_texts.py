@@ -97,7 +97,7 @@ def test_an_import_prints_no_payload(tmp_path, capfd, payload):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder, output = tmp_path / f"x{payload}", tmp_path / f"y{payload}.pt"
-    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_positions=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     capfd.readouterr()
     for text, *force, code in ((None, 0), (None, 2), (json.dumps({**config, "model_type": payload}), "--force", 3),

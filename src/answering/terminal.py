@@ -1,91 +1,263 @@
-"""Lines in, text out: a conversation on a terminal or through pipes. Nothing that a model says drives the terminal."""
+"""Answers on stdout: to one question, to those of a pipe, or in a conversation at a terminal, with its commands.
+
+Everything else goes to stderr, or to the screen of a conversation. Nothing that a model says drives the terminal.
+"""
 
 import json
-import signal
+import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Event
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
 
-import torch
-
-from answering.answer import Answer
-from answering.settings import Settings
-from cli import printable, printable_line
-from errors import UserError
+from answering.answer import Answer, Question, Turn
+from answering.batch import WIDTH
+from answering.lines import Lines, Signals
+from answering.questions import Asked, answer_together, questions_of, text_of
+from answering.settings import TABLE, Settings, changed
+from cli import printable, printable_line, write
+from errors import CheckpointError, UserError, errors_at
 from model import GPT
 
-HELP = """Type a question and press Enter.
-  /input TEXT   give the next question an input to work on (/input alone removes it)
-  /help         this list
-  /exit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+COMMANDS = {
+    "/input": "TEXT or @FILE: what the next question is about; alone: nothing",
+    "/set": "NAME VALUE: how answers are made; alone: shows that, and what the last one took",
+    "/regen": "answer the last question again",
+    "/save": "FILE: the conversation, as JSON lines that can be prepared",
+    "/clear": "forget the conversation",
+    "/help": "this list",
+    "/exit": "leave (so do /quit, /bye, exit, quit, Ctrl-D)",
+}
+LEAVING = ("/exit", "/quit", "/bye", "exit", "quit")
+HELP = "\n".join([
+    'Type a question and press Enter. A paste is one message, and so are lines between """ and """.',
+    "Ctrl-C stops an answer. // begins a question with a slash.",
+    *(f"  {name:8}{meaning}" for name, meaning in COMMANDS.items())])
 
 
 class Chat:
-    """A model, how it answers, and how answers are shown."""
+    """A model, how it answers, how answers are shown, and what was said."""
 
-    def __init__(self, model: GPT, settings: Settings, as_json: bool = False) -> None:
-        self.model, self.settings, self.as_json = model, settings, as_json
-        self.generator = torch.Generator()
-        self.generator.manual_seed(settings.seed) if settings.seed is not None else self.generator.seed()
+    def __init__(self, model: GPT, checkpoint: str, settings: Settings, *, remembers: bool, as_json: bool) -> None:
+        """remembers: whether the model is to know of the turns before, in a conversation."""
+        self.model, self.checkpoint, self.settings = model, checkpoint, settings
+        self.remembers, self.as_json = remembers, as_json
+        self.signals = Signals()
+        self.at_terminal = False
+        self.input = ""  # for the next question
+        self.last: Answer | None = None
+        self.turns: list[Turn] = []
+        self.before: list[Turn] = []  # the turns before the last question
+        self.left_out = 0  # of the turns, because they no longer fit
 
-    def answer(self, question: str, input: str = "") -> Answer:
-        """Answer on stdout: streamed text, or one line of JSON. Ctrl-C stops it. Raises UserError when the question
-        does not fit the model's context."""
-        answer = Answer(self.model, question, input, self.settings, self.generator)
-        with _interrupt() as interrupted:
-            for piece in answer.pieces(interrupted.is_set):
-                if not self.as_json:
-                    print(printable(piece), end="", flush=True)
-        print(json.dumps({"instruction": question, "input": input, "response": printable(answer.text),
-                          "tokens": answer.tokens, "seconds": round(answer.seconds, 3), "stopped": answer.stopped})
-              if self.as_json else "", flush=True)
-        return answer
+    def answer_one(self, question: Question) -> int:
+        """The exit code. Raises UserError when the question does not fit."""
+        with self.signals:
+            self._write_answer(Answer(self.model, *question, self.settings))
+            return 130 * self.signals.interrupted
 
-    def converse(self, input_text: str = "") -> None:
-        """Questions from stdin, a line each, until it ends. input_text goes with the first."""
-        at_terminal = sys.stdin.isatty()
-        if at_terminal:
-            import readline  # noqa: F401  (line editing and history for input())
-        while (line := _read_line("> " if at_terminal else "")) is not None:
-            command, _, rest = line.partition(" ")
-            if command == "/exit":
-                break
-            if command == "/input":
-                input_text = rest.strip()
-            elif command == "/help" or command.startswith("/"):
-                print(HELP if command == "/help" else f"unknown command {printable_line(command)}\n{HELP}")
-            elif command:
+    def answer_all(self, input: str, as_objects: bool) -> int:
+        """Answer the lines of stdin; input goes with the first. Returns the exit code: 0, or 130 after Ctrl-C. Raises
+        UserError at the end if one was not answered."""
+        n_lines = n_failed = 0
+        with self.signals:
+            questions = questions_of(lambda: self.signals.wait(sys.stdin.buffer.readline, -1), input, as_objects)
+            for asked, answer in self._answers(questions, WIDTH if as_objects else 1):
+                n_lines += 1
                 try:
-                    self.answer(line, input_text)
-                    input_text = ""
+                    if isinstance(answer, UserError):
+                        raise answer
+                    self._write_answer(answer)
+                except CheckpointError:
+                    raise
                 except UserError as error:
-                    print(f"error: {printable_line(error)}", file=sys.stderr)
-                except KeyboardInterrupt:  # before the answer began
-                    print()
-        if at_terminal:
-            print()
+                    n_failed += 1
+                    if self.as_json:
+                        self._write_json({**asked.question._asdict(), "error": f"line {asked.line}: {error}"})
+                    else:
+                        self.say(f"error: line {asked.line}: {printable_line(error)}")
+                if self.signals.interrupted and (isinstance(answer, UserError) or answer.known is None):
+                    return 130
+        if self.signals.interrupted:
+            return 130
+        if input and not n_lines:
+            raise UserError("no question for the --input")
+        if n_failed:
+            raise UserError(f"{n_failed} of {n_lines} questions were not answered")
+        return 0
+
+    def _answers(self, questions: Iterator[Asked], at_once: int) -> Iterator[tuple[Asked, Answer | UserError]]:
+        """Each question with its answer, whose pieces are yet to be taken, or why there is none."""
+        while not self.signals.interrupted and (asked := list(islice(questions, at_once))):
+            answers = [self._answer_to(each) for each in asked]
+            if at_once > 1:
+                answer_together([answer for answer in answers if isinstance(answer, Answer)],
+                                lambda: self.signals.interrupted)
+            yield from zip(asked, answers)
+
+    def _answer_to(self, asked: Asked) -> Answer | UserError:
+        try:
+            if asked.error:
+                raise UserError(asked.error)
+            return Answer(self.model, *asked.question, self.settings)
+        except UserError as error:
+            return error
+
+    def converse(self, input: str, keep_history: bool) -> int:
+        """Messages from the terminal until they end; input goes with the first question. Returns the exit code."""
+        self.at_terminal, self.input, is_warned = True, input, False
+        with self.signals:
+            lines = Lines(self.signals, self._complete, keep_history, lambda text: self.say(f"warning: {text}"))
+            while True:
+                n_lines = self.input.count("\n") + 1
+                try:
+                    text = lines.read(f"(input: {n_lines} line{'s' * (n_lines > 1)}) > " if self.input else "> ")
+                    is_warned = False
+                    if text.strip() in LEAVING:
+                        return 0
+                    self._obey(text if "\n" in text.strip() else text.strip())
+                except EOFError:
+                    self.say("")
+                    return 0
+                except KeyboardInterrupt:
+                    if is_warned and not self.signals.typed:
+                        self.say("")
+                        return 130
+                    is_warned = not self.signals.typed
+                    self.say("\n(Ctrl-C again leaves, and so do Ctrl-D and /exit)" * is_warned)
+                except UnicodeDecodeError as error:
+                    self.say(f"error: no text in the terminal's encoding, {error.encoding}")
+                except UserError as error:
+                    self.say(f"error: {printable_line(error)}")
+
+    def _obey(self, text: str) -> None:
+        """A message of the conversation: a command or a question. Raises UserError."""
+        if not text.startswith("/") or text.startswith("//"):
+            if text.strip():
+                self._ask(Question(text.removeprefix("/"), self.input), self.turns)
+                self.input = ""
+            return
+        command, rest = (re.split(r"\s", text, maxsplit=1) + [""])[:2]
+        if command == "/input":
+            self.input = _input_of(rest)
+        elif command == "/set":
+            self._set(*rest.split(None, 1))
+        elif command == "/regen":
+            if self.last is None:
+                raise UserError("there is no question yet")
+            self._ask(self.last.question, self.before)
+        elif command == "/save":
+            self._save(rest.strip())
+        elif command == "/clear":
+            self.turns, self.left_out, self.last, self.input = [], 0, None, ""
+            self.say("forgotten")
+        elif command == "/help":
+            self.say(HELP)
+        else:
+            raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, *LEAVING])}; /help lists them, // "
+                            "begins a question with a slash")
+
+    def _ask(self, question: Question, turns: list[Turn]) -> None:
+        """Answer, and remember it after these turns."""
+        answer = self.last = Answer(self.model, *question, self.settings, turns if self.remembers else ())
+        self.before = turns
+        left_out = len(turns) - answer.n_turns if self.remembers else 0
+        if left_out > self.left_out:
+            self._note(f"the context is full: the oldest {left_out} of {len(turns)} turns are left out")
+        self.left_out = left_out
+        self._write_answer(answer)
+        if answer.text.strip():
+            self.turns = [*turns, Turn(*question, answer.text, answer.stopped == "end")]
+
+    def _set(self, name: str = "", value: str = "") -> None:
+        """Change a setting, or show all, or one."""
+        if name and name not in TABLE:
+            raise UserError(f"no setting {name}{_nearest(name, TABLE)}; there are {', '.join(TABLE)}")
+        if value:
+            self.settings = changed(self.settings, name, value.strip())
+        for shown in [name] if name else TABLE:
+            found = getattr(self.settings, shown)
+            self.say(f"{shown:20}{'none' if found is None else found!s:8}{TABLE[shown][1]}")
+        if self.last and not name:
+            last, context = self.last.fields(""), self.model.config.context_length
+            self.say(f"last answer: {last['tokens']} tokens in {last['seconds']:.2f} s, the first after "
+                     f"{self.last.first_seconds:.2f} s, {last['tokens_per_second']} tokens/s; context "
+                     f"{last['prompt_tokens'] + last['tokens']} of {context}; seed {last['seed']}")
+
+    def _save(self, name: str) -> None:
+        """The turns, each an example; as one conversation where the model knows of earlier ones."""
+        if not name or not self.turns:
+            raise UserError("/save needs the name of a file" if self.turns else "there is nothing to save yet")
+        rows: list[object] = [dict(zip(Turn._fields[:3], turn)) for turn in self.turns]
+        if self.remembers:
+            texts = [text for turn in self.turns for text in ("\n\n".join(filter(None, turn[:2])), turn.output)]
+            rows = [{"messages": [{"role": ("user", "assistant")[number % 2], "content": text}
+                                  for number, text in enumerate(texts)]}]
+        path = Path(os.path.expanduser(name))
+        with errors_at(path, ValueError):
+            if path.exists():
+                raise UserError(f"{path}: {'a folder' if path.is_dir() else 'there is such a file already'}; choose "
+                                "another name")
+            file = path.open("x", encoding="ascii")
+        with errors_at(path), file:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+        n_cut = sum(not turn.is_whole for turn in self.turns)
+        self.say(f"saved {len(self.turns)} turn{'s' * (len(self.turns) > 1)} to {printable_line(path.absolute())}"
+                 + f", {n_cut} of them cut" * (n_cut > 0))
+
+    def _complete(self, line: str) -> Iterable[str]:
+        """What the last word of a line may be."""
+        return TABLE if line.startswith("/set ") else COMMANDS if line.startswith("/") and " " not in line else ()
+
+    def say(self, text: str) -> None:
+        """A line for the user that is no answer."""
+        write(f"{text}\n", self._stream())
+
+    def _stream(self) -> TextIO:
+        return sys.stdout if self.at_terminal and sys.stdout.isatty() else sys.stderr
+
+    def _note(self, text: str) -> None:
+        """A line by the way: dim where the terminal can."""
+        is_plain = not self._stream().isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+        self.say(f"({text})" if is_plain else f"\x1b[2m({text})\x1b[0m")
+
+    def _write_answer(self, answer: Answer) -> None:
+        """Make the answer and write it: streamed text, or one line of JSON. Ctrl-C ends it."""
+        for piece in answer.pieces(lambda: self.signals.interrupted):
+            if not self.as_json:
+                write(printable(piece), sys.stdout)
+        if self.as_json:
+            self._write_json(answer.fields(self.checkpoint))
+        else:
+            write("\n", sys.stdout)
+            setting = f"{'/set ' if self.at_terminal else '--'}max_new_tokens"
+            notes = {"length": f"cut at {answer.tokens} tokens: {setting}", "context": "the context is full",
+                     "interrupt": "stopped"}
+            if answer.stopped in notes:
+                self._note(notes[answer.stopped])
+
+    def _write_json(self, fields: dict[str, object]) -> None:
+        write(json.dumps(fields).replace("\x7f", "\\u007f") + "\n", sys.stdout)
 
 
-@contextmanager
-def _interrupt() -> Iterator[Event]:
-    """Inside, Ctrl-C sets the event instead of raising KeyboardInterrupt."""
-    interrupted = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _nearest(name: str, names: Iterable[str]) -> str:
+    found = get_close_matches(name, names, 1, 0.6)
+    return f", did you mean {found[0]}?" if found else ""
 
 
-def _read_line(prompt: str) -> str | None:
-    """A stripped line of stdin; empty after Ctrl-C, None at the end. Raises UserError when it is not UTF-8."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        print()
-        return ""
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 ({error.reason})") from error
+def _input_of(text: str) -> str:
+    """What /input was told: a text, or the content of @FILE. Raises UserError when that is none."""
+    name = text.strip()
+    if not name.startswith("@") or "\n" in name:
+        return text.strip("\n")
+    path = Path(os.path.expanduser(name[1:].strip()))
+    with errors_at(path):
+        if not path.is_file():
+            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        try:
+            return text_of(path.read_bytes()).rstrip("\r\n")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error

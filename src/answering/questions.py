@@ -1,0 +1,77 @@
+"""Questions from a pipe or a file: one a line, as text or as JSON objects. A line that holds none does not end them."""
+
+import codecs
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from answering.answer import Answer, Question
+from answering.batch import WIDTH, finished
+from answering.decode_weights import OneRow
+from errors import UserError
+from instruct_format import END_OF_TEXT
+
+
+class Asked(NamedTuple):
+    """A line that is not blank: its question, or what is known of it and why it is none."""
+
+    line: int
+    question: Question
+    error: str = ""
+
+
+def text_of(data: bytes) -> str:
+    """Data as text, without a byte order mark. Raises UserError when they are none."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: byte 0x{data[error.start]:02x} in column {error.start + 1}") from error
+    if "\0" in text:
+        raise UserError("a NUL character, which is in no text; is it UTF-16?")
+    return text
+
+
+def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool) -> Iterator[Asked]:
+    """The question of each line that is not blank; input goes with the first."""
+    number = 0
+    while line := read_line():
+        number += 1
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
+            continue
+        try:
+            text = text_of(line)
+            yield Asked(number, _question_of(text) if as_objects else Question(text.strip(), input))
+        except UserError as error:
+            seen = "" if as_objects else line.decode(errors="replace").strip()
+            yield Asked(number, Question(seen, input), str(error))
+        input = ""
+
+
+def answer_together(answers: Sequence[Answer], is_stopped: Callable[[], bool]) -> None:
+    """Find the tokens of several answers at once: the same ones, in less time. Some stay unknown when it is stopped."""
+    if not answers:
+        return
+    begin, model, settings = time.perf_counter(), answers[0].model, answers[0].settings
+    for number, tokens in finished(
+            model, [answer.prompt for answer in answers], settings.max_new_tokens, settings, END_OF_TEXT,
+            [answer.generator() for answer in answers], 1 if isinstance(model.output, OneRow) else WIDTH, is_stopped):
+        answers[number].known, answers[number].seconds = tokens, time.perf_counter() - begin
+
+
+def _question_of(text: str) -> Question:
+    """Raises UserError unless text is an object with an instruction and perhaps an input; other names are ignored."""
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"cannot be read as JSON: {error.msg} in column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise UserError(f"cannot be read as JSON: {error}") from error
+    if not isinstance(row, dict) or "instruction" not in row:
+        raise UserError("expected an object with an instruction, and perhaps an input")
+    question = Question(row["instruction"], "" if row.get("input") is None else row["input"])
+    for name, value in question._asdict().items():
+        if not isinstance(value, str):
+            raise UserError(f"{name!r} must be text")
+    return question

@@ -1,0 +1,437 @@
+"""Chat at a real pseudo-terminal: tables of situations, what is typed and what has to show.
+
+    python tests/keyboard.py FOLDER          FOLDER gets small models
+
+PyTorch is imported once and every chat is a fork, because that takes longer than all else. Prints JSON: each situation,
+and "" or what was wrong.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import random
+import re
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from conftest import SRC, TIMEOUT, write_checkpoint
+from helpers import small_model
+from instruct_format import tokenizer
+from model import GPTConfig
+
+FOLDER = Path(sys.argv[-1])
+PROMPT = r"> $"
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def write_parrot(path: Path, token: int, context_length: int = 64, **changes: object) -> Path:
+    """A model that always says this token: its embedding is the only one that the hidden state points at."""
+    weights = small_model(config=GPTConfig(context_length, n_layer=2, n_head=2, n_embd=32)).state_dict()
+    for name, tensor in weights.items():
+        tensor.fill_(name == "transformer.ln_f.bias")
+    weights["transformer.wte.weight"][token] = 1.0
+    return write_checkpoint(path, context_length=context_length, model=weights, **changes)
+
+
+class Session:
+    """A chat in a terminal of its own. before runs in its process, to change the streams."""
+
+    def __init__(self, *flags: str, before: Callable[[], object] = lambda: None, columns: int = 80,
+                 environment: dict[str, str] | None = None) -> None:
+        self.pid, self.screen = pty.fork()
+        if self.pid == 0:
+            self._be_chat(flags, before, {"HOME": str(FOLDER), "TERM": "xterm", **(environment or {})})
+        fcntl.ioctl(self.screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.raw = ""
+
+    def _be_chat(self, flags: tuple[str, ...], before: Callable[[], object], environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        os.chdir(FOLDER)
+        before()
+        encoding = environment.get("PYTHONIOENCODING", "utf-8")
+        streams = []
+        for number, mode in enumerate("rww"):
+            try:
+                streams.append(open(number, mode, encoding=encoding, closefd=False))  # noqa: SIM115
+            except OSError:
+                streams.append(None)  # as Python has it when the stream is closed
+        sys.stdin, sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+        import chat
+        import cli
+
+        cli.run(lambda: chat.main(list(flags)), os._exit)
+
+    def see(self, until: str = PROMPT, seconds: float = TIMEOUT / 4) -> str:
+        """What shows up to a pattern, without the sequences that draw it."""
+        self.raw = ""
+        while not re.search(until, ESCAPES.sub("", self.raw)):
+            if not select.select([self.screen], [], [], seconds)[0]:
+                raise AssertionError(f"{until!r} did not show up after {self.raw[-400:]!r}")
+            try:
+                self.raw += os.read(self.screen, 65536).decode(errors="replace")
+            except OSError:  # the chat has left
+                raise AssertionError(f"left before {until!r}, after {self.raw[-400:]!r}") from None
+        return ESCAPES.sub("", self.raw)
+
+    def type(self, keys: str, until: str = PROMPT) -> str:
+        for begin in range(0, len(keys), 512):  # a terminal takes some thousand characters at a time
+            os.write(self.screen, keys[begin:begin + 512].encode("utf-8", "surrogateescape"))
+            if len(keys) > 512:
+                time.sleep(0.01)
+        if keys == "\x03":  # in the moment before readline waits, Python forgets it: a user would press it again
+            try:
+                return self.see(until, 5)
+            except AssertionError:
+                os.write(self.screen, b"\x03")
+        return self.see(until)
+
+    def do(self, keys: str | list[str]) -> str:
+        """Type keys, or parts of them, each after what came before has shown."""
+        *parts, last = keys if isinstance(keys, list) else [keys]
+        for part in parts:
+            self.type(part, r" word word|\.\.\. " if part.endswith("\r") else re.escape(part.rpartition("\r")[2]) + "$")
+        return self.type(last)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code (negative: the signal that ended it), and what showed last."""
+        text = ""
+        try:
+            while select.select([self.screen], [], [], TIMEOUT / 4)[0]:
+                text += os.read(self.screen, 65536).decode(errors="replace")
+        except OSError:
+            pass
+        os.close(self.screen)  # what has not left yet gets SIGHUP
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text
+
+
+def paste(text: str) -> str:
+    return f"\x1b[200~{text}\x1b[201~"
+
+
+LINES = "\n".join(f"line {number}" for number in range(400))
+# Of one chat with --json, in order. What is typed: a list is typed in parts, each after the one before has shown.
+# What has to show: a pattern, or fields of the JSON line.
+ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
+    ("a line", "One?\r", {"instruction": "One?", "input": "", "stopped": "length", "checkpoint": "parrot.pt"}),
+    ("blanks around a line", "  Two? \r", {"instruction": "Two?"}),
+    ("nothing", "\r", r"^\s*> $"),
+    ("characters of every kind", "\u00e9 \U0001f680 \u6f22?\r", {"instruction": "\u00e9 \U0001f680 \u6f22?"}),
+    ("bytes that are no UTF-8", "caf\udce9?\r", {"stopped": "length"}),
+    ("a line that is taken back", "abc\x15Real?\r", {"instruction": "Real?"}),
+    ("a paste of four lines", paste("a\nb\nc\nd") + "\r", {"instruction": "a\nb\nc\nd"}),
+    ("a paste of 400 lines", paste(LINES) + "\r", {"instruction": LINES}),
+    ("a paste with an end of line", paste("a\nb\n") + "\r", {"instruction": "a\nb\n"}),
+    ("a paste with tabs and indentation", paste("\tif a:\n\t\tb") + "\r", {"instruction": "\tif a:\n\t\tb"}),
+    ("a paste as terminals send it", paste("a\rb") + "\r", {"instruction": "a\nb"}),
+    ("a paste of escape sequences", paste("a\x1b[2J\x1b]0;x\x07b") + "\r", {"instruction": "a\x1b[2J\x1b]0;x\x07b"}),
+    ("two pastes and typing", f"{paste('a')} b {paste('c')}\r", {"instruction": "a b c"}),
+    ("the last message again", "\x1b[A\r", {"instruction": "a b c"}),
+    ("a message of several lines again", "\x1b[A" * 5 + "\r", {"instruction": "\tif a:\n\t\tb"}),
+    ("lines between quotes", '"""\rfirst\r\r  third\r"""\r', {"instruction": "first\n\n  third"}),
+    ("text beside the quotes", '"""first\rlast"""\r', {"instruction": "first\nlast"}),
+    ("quotes on one line", '"""one line"""\r', {"instruction": "one line"}),
+    ("empty quotes", '""""""\r', r"\"\"\"\s*> $"),
+    ("a command between quotes", '"""\r/help\r"""\r', {"instruction": "/help"}),
+    ("quotes in a line", 'say """a""" now\r', {"instruction": 'say """a""" now'}),
+    ("quotes again, as one message", "\x1b[A" * 3 + "\r", {"instruction": "one line"}),
+    ("a slash in front", "//etc/passwd holds what?\r", {"instruction": "/etc/passwd holds what?"}),
+    ("Ctrl-C between quotes", ['"""\rabc\r', "\x03"], r"> $"),
+    ("a line that Ctrl-C discards", ["abc", "\x03"], r"^(?!.*leaves)"),
+    ("Ctrl-C at an empty prompt", "\x03", r"Ctrl-C again leaves, and so do Ctrl-D and /exit"),
+    ("a question after that", "Three?\r", {"instruction": "Three?"}),
+    ("Ctrl-C after a question", "\x03", r"Ctrl-C again leaves"),
+    ("Ctrl-C, then one that discards", ["abc", "\x03"], r"^(?!.*again)"),
+    ("/help", "/help\r", r"/input +TEXT(.|\n)*/regen(.|\n)*/exit"),
+    ("a command that tab completes", "/he\t\r", r"/input +TEXT"),
+    ("a setting that tab completes", "/set tempe\t1.5\r", r"temperature +1.5 "),
+    ("tab in a question", "a\tb\r", {"instruction": "ab"}),
+    ("a command with a slip", "/hlep\r", r"error: no command /hlep, did you mean /help\?; /help lists them"),
+    ("no command at all", "/etc/passwd holds what?\r", r"error: no command /etc/passwd; /help lists them, // begins"),
+    ("a command like no other", "/wat\r", r"error: no command /wat; /help lists"),
+    ("a command like a sequence", "/\x16\x1b[2J\r", r"error: no command /\\x1b\[2J"),
+    ("/set", "/set\r", r"max_new_tokens +2 (.|\n)*temperature +1.5 (.|\n)*seed +none (.|\n)*last answer: 2 tokens in "
+                       r"\d+\.\d\d s, the first after \d+\.\d\d s, \d+\.\d tokens/s; context \d+ of 4096; seed \d+"),
+    ("/set with a name", "/set top_p\r", r"top_p +0.95 .*above 0, at most 1"),
+    ("a temperature below 0", "/set temperature -1\r", r"temperature stays 1.5: '-1' is not possible \(.*at least 0"),
+    ("a temperature that is no number", "/set temperature hot\r", r"temperature stays 1.5: 'hot' is not .*at least 0"),
+    ("a top_k with a fraction", "/set top_k 1.5\r", r"top_k stays 50: '1.5' is not .*at least 0"),
+    ("a top_p of 0", "/set top_p 0\r", r"top_p stays 0.95: '0' is not .*above 0, at most 1"),
+    ("a length of 0", "/set max_new_tokens 0\r", r"max_new_tokens stays 2: '0' is not .*at least 1"),
+    ("a penalty below 1", "/set repetition_penalty .5\r", r"y stays 1.0: '.5' is not .*1 \(off\) to 10"),
+    ("a seed below 0", "/set seed -1\r", r"seed stays None: '-1' is not .*none"),
+    ("an unknown setting", "/set temprature 1\r", r"no setting temprature, did you mean temperature\?; there are"),
+    ("a seed", "/set seed 7\r", r"seed +7 "),
+    ("an answer with a seed", "One?\r", {"seed": 7}),
+    ("no seed", "/set seed none\r", r"seed +none "),
+    ("top_k", "/set top_k 1\r", r"top_k +1 "),
+    ("settings in an answer", "One?\r", {"settings": {
+        "max_new_tokens": 2, "temperature": 1.5, "top_k": 1, "top_p": 0.95, "repetition_penalty": 1.0}}),
+    ("/input", "/input some text\r", r"\(input: 1 line\) > $"),
+    ("a command while input waits", "/set top_k 2\r", r"\(input: 1 line\) > $"),
+    ("a question with input", "One?\r", {"instruction": "One?", "input": "some text"}),
+    ("the next one", "One?\r", {"input": ""}),
+    ("/input with an indented line", "/input     def f():\r", r"\(input: 1 line\) > $"),
+    ("the question for those lines", "One?\r", {"input": "    def f():"}),
+    ("/input to be removed", "/input gone\r", r"\(input: 1 line\) > $"),
+    ("/input removed", "/input\r", r"^/input\s+> $"),
+    ("/input pasted", f"/input {paste(LINES)}\r", r"\(input: 400 lines\) > $"),
+    ("the question for that paste", "One?\r", {"input": LINES}),
+    ("/regen with input", "/regen\r", {"instruction": "One?", "input": LINES}),
+    ("/input between quotes", '/input """\ra\r\r/b\r"""\r', r"\(input: 3 lines\) > $"),
+    ("the question for that", "One?\r", {"input": "a\n\n/b"}),
+    ("/input of a file", "/input @file.txt\r", r"\(input: 2 lines\) > $"),
+    ("the question for it", "One?\r", {"input": "in a\nfile"}),
+    ("a file that is not there", "/input @absent.txt\r", r"error: absent.txt: no such file"),
+    ("a folder", "/input @.\r", r"error: \.: not a file"),
+    ("a device", "/input @/dev/zero\r", r"error: /dev/zero: not a file"),
+    ("a file that is no text", "/input @parrot.pt\r", r"error: parrot.pt: not UTF-8: byte 0x\w\w in column \d+"),
+    ("a file in UTF-16", "/input @utf16.txt\r", r"error: utf16.txt: not UTF-8"),
+    ("a question that is too long", paste("word " * 5000) + "\r", r"error: the question has 5\d+ tokens, "
+     "too many for a context of 4096; shorten it"),
+    ("input that is too long", "/input @long.txt\r", r"\(input: 1 line\) > $"),
+    ("and named", "One?\r", r"error: the question with its input has 5,?\d+ tokens, too many for a context of 4096; "
+                            r"shorten the input(.|\n)*line\) > $"),
+    ("no input after all", "/input\r", r"^/input\s+> $"),
+    ("/save without a name", "/save\r", r"error: /save needs the name of a file"),
+    ("/save in a folder that is not there", "/save absent/a.jsonl\r", r"error: absent/a.jsonl: No such file"),
+    ("/save over a file", "/save file.txt\r", r"error: file.txt: there is such a file already; choose another name"),
+    ("/save to a folder", "/save .\r", r"error: \.: a folder; choose another name"),
+    ("/save", "/save saved.jsonl\r", r"saved (\d+) turns to .*/saved.jsonl, \1 of them cut"),
+    ("/clear", "/clear\r", "forgotten"),
+    ("/regen without a question", "/regen\r", "error: there is no question yet"),
+    ("/save without a turn", "/save none.jsonl\r", "error: there is nothing to save yet"),
+]
+
+
+def check(found: str, expected: str | dict[str, object]) -> str:
+    """What is wrong with what showed, or nothing."""
+    if isinstance(expected, str):
+        return "" if re.search(expected, found) else found
+    lines = [line.strip() for line in found.splitlines() if line.startswith('{"instruction"')]
+    answer = json.loads(lines[-1]) if lines else {}
+    return "" if all(answer.get(name) == value for name, value in expected.items()) else found
+
+
+# Other chats: their flags, what is typed and what shows, how they are left, and the exit code.
+Table = list[tuple[str, "str | list[str]", "str | dict[str, object]"]]
+ENDLESS = ("--checkpoint", "parrot.pt", "--max_new_tokens", "4000", "--temperature", "0")
+SHORT = (*ENDLESS, "--max_new_tokens", "3")
+ANSWER = ("an answer", "One?\r", r"One\?\s+ word word word\s+\(cut at 3 tokens: /set max_new_tokens\)\s+> $")
+
+
+def closed(number: int) -> Callable[[], object]:
+    return lambda: os.close(number)
+
+
+def redirected(number: int, path: str) -> Callable[[], object]:
+    return lambda: os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+
+
+def unread(number: int) -> Callable[[], object]:
+    """A pipe whose reader has left."""
+    def connect() -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, number)
+
+    return connect
+
+
+def without_readline() -> None:
+    sys.modules["readline"] = None  # type: ignore[assignment]
+
+
+STOPPED: Table = [
+    ("Ctrl-C in an answer", ["One?\r", "\x03"], r"\(stopped\)\s+> $"),
+    ("and in the next", ["Two?\r", "\x03"], r"\(stopped\)\s+> $"),
+    ("/set after a stop", "/set\r", r"last answer: \d+ tokens"),
+]
+MULTI: Table = [
+    ("the first turn", "One?\r", {"prompt_tokens": 12}),
+    ("the second", "Two?\r", {"prompt_tokens": 27}),
+    ("/regen of the second", "/regen\r", {"instruction": "Two?", "prompt_tokens": 27}),
+    ("the third", "Three?\r", {"prompt_tokens": 42}),
+    ("the fourth", "Four?\r", {"prompt_tokens": 57}),
+    ("the oldest turns are left out", "word " * 80 + "\r", r"\(the context is full: the oldest 2 of 4 turns are left"),
+    ("/save", "/save conversation.jsonl\r", "saved 5 turns to"),
+    ("/clear", "/clear\r", "forgotten"),
+    ("the first again", "One?\r", {"prompt_tokens": 12}),
+]
+PLAIN: Table = [
+    ("a line", "One?\r", r" word word word\s"),
+    ("quotes", '"""\rfirst\rlast\r"""\r', r" word word word\s"),
+    ("Ctrl-C", "\x03", r"Ctrl-C again leaves"),
+    ("/set", "/set top_k 3\r", "top_k +3 "),
+]
+EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
+    *((f"left by {words}", {}, [ANSWER], [f"{words}\r"], 0) for words in ("exit", "quit", "/exit", "/quit", " /bye ")),
+    ("the end, at once", {}, [], ["\x04"], 0),
+    ("the end, after a line was taken back", {}, [], ["abc", "\x15", "\x04"], 0),
+    ("the end, after an answer", {}, [ANSWER], ["\x04"], 0),
+    ("the end, after an error", {}, [("an error", "/no\r", "error: no command /no")], ["\x04"], 0),
+    ("the end, after Ctrl-C", {}, [("a hint", "\x03", "again leaves")], ["\x04"], 0),
+    ("the end, while input waits", {}, [("input", "/input a\r", "line")], ["\x04"], 0),
+    ("the end, between quotes", {}, [], ['"""abc\r', "\x04"], 0),
+    ("the end, in an answer", {"flags": (*ENDLESS, "--max_new_tokens", "500")}, [], ["One?\r", "\x04"], 0),
+    ("Ctrl-C twice", {}, [("a hint", "\x03", "again leaves")], ["\x03"], 130),
+    ("Ctrl-C in an answer", {"flags": ENDLESS}, STOPPED, ["exit\r"], 0),
+    ("a full context", {"flags": (*ENDLESS, "--checkpoint", "small.pt")},
+     [("a full context", "One?\r", r"\(the context is full\)")], ["\x04"], 0),
+    ("several turns", {"flags": (*ENDLESS, "--checkpoint", "multi.pt", "--json", "--max_new_tokens", "2")}, MULTI,
+     ["\x04"], 0),
+    ("without readline", {"before": without_readline, "flags": SHORT}, PLAIN[:2], ["\x04"], 0),
+    ("TERM=dumb", {"environment": {"TERM": "dumb"}}, PLAIN, ["\x04"], 0),
+    ("40 columns", {"columns": 40}, [ANSWER], ["\x04"], 0),
+    ("NO_COLOR", {"environment": {"NO_COLOR": "1"}}, [ANSWER], ["\x04"], 0),
+    ("LC_ALL=C", {"environment": {"LC_ALL": "C"}}, [ANSWER], ["\x04"], 0),
+    ("an encoding without the character", {"environment": {"PYTHONIOENCODING": "ascii"},
+                                           "flags": (*SHORT, "--checkpoint", "accent.pt")},
+     [("escaped", "One?\r", r"\\U?\w+.*\s+\(cut at 3")], ["\x04"], 0),
+    ("stdout closed", {"before": closed(1)}, [("an answer that nobody sees", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
+    ("stderr closed", {"before": closed(2)}, [ANSWER], ["exit\r"], 0),
+    ("stdin closed", {"before": closed(0)}, [], [], 0),
+    ("stdout full", {"before": redirected(1, "/dev/full")}, [], ["One?\r"], 2),
+    ("stderr full", {"before": redirected(2, "/dev/full")}, [ANSWER], ["exit\r"], 0),
+    ("stdout in a file", {"before": redirected(1, "answers.txt")}, [("notes", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
+    ("the reader of stdout has left", {"before": unread(1)}, [], ["One?\r"], 0),
+    ("the reader of stderr has left", {"before": unread(2)}, [ANSWER], ["exit\r"], 0),
+    ("no history", {"environment": {"HOME": "/proc"}}, [
+        ("one warning", "One?\r", r"warning: /proc/.gpt2_instruct_history.jsonl: the history is not kept: "),
+        ("and no more", "Two?\r", r"^(?!.*warning)")], ["exit\r"], 0),
+]
+
+
+
+
+def play(name: str, flags: tuple[str, ...], rows: Table, leaving: list[str], code: int, **how: Any) -> Iterator[
+        tuple[str, str]]:
+    """Each situation of one chat, and what was wrong with it."""
+    session = Session(*flags, **how)
+    try:
+        if rows or leaving:
+            session.see()
+        for situation, keys, expected in rows:
+            found = session.do(keys)
+            is_plain = bool({"NO_COLOR": "1", "TERM": "dumb"}.items() & how.get("environment", {}).items())
+            is_dim = "\x1b[2m(cut" in session.raw
+            yield f"{name}: {situation}", check(found, expected) or is_dim * is_plain * "dim" or (
+                ("(cut" in found) > (is_dim or is_plain)) * "not dim"
+        for keys in leaving:
+            os.write(session.screen, keys.encode())
+            time.sleep(0.02)
+        left, text = session.end()
+        yield name, "" if left == code and "Traceback" not in text else f"left with {left}: {text}"
+    except AssertionError as error:
+        yield name, str(error)
+
+
+def history() -> Iterator[tuple[str, str]]:
+    """Of one chat in the next, capped, and for nobody else to read."""
+    path = FOLDER / ".gpt2_instruct_history.jsonl"
+    path.write_text("junk\n7\n" + "".join(f'"old {number}"\n' for number in range(1500)))
+    answer = {"stopped": "length"}
+    flags = (*SHORT, "--json")
+    yield from play("history", flags, [("to remember", paste("a\nb") + "\r", answer)], ["\x04"], 0)
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    yield "history capped", "" if len(entries) == 1000 and entries[-2:] == ["old 1499", "a\nb"] else str(entries[-2:])
+    yield "history of mode 600", "" if path.stat().st_mode & 0o777 == 0o600 else oct(path.stat().st_mode)
+    yield from play("the next chat", flags, [
+        ("recalls it", "\x1b[A\r", {"instruction": "a\nb"}),
+        ("and what was before", "\x1b[A" * 3 + "\r", {"instruction": "old 1499"})], ["\x04"], 0)
+    before = path.read_bytes()
+    yield from play("--no_history", (*flags, "--no_history"), [
+        ("recalls nothing", "\x1b[A\r", r"^\s*(\x07)?\s*> $"), ("and keeps nothing", "Secret?\r", answer)], ["\x04"], 0)
+    yield "--no_history leaves the file", "" if path.read_bytes() == before else "changed"
+
+
+def ended_by_sigterm() -> Iterator[tuple[str, str]]:
+    """At the prompt the terminal is as it was before; in an answer too."""
+    for name, keys in (("at the prompt", "half a line"), ("in an answer", "One?\r")):
+        session = Session(*ENDLESS)
+        session.see("/help")
+        before = termios.tcgetattr(session.screen)
+        session.see()
+        session.type(keys, r"line$|word word")
+        kept = os.dup(session.screen)
+        os.kill(session.pid, signal.SIGTERM)
+        code, _ = session.end()
+        after = termios.tcgetattr(kept)
+        os.close(kept)
+        yield f"SIGTERM {name}", "" if (code, after[:4]) == (143, before[:4]) else f"{code}, {before}, {after}"
+
+
+def interrupted_at_random() -> Iterator[tuple[str, str]]:
+    """200 times. A letter after each, so that no two come at an empty prompt."""
+    session, chance = Session(*ENDLESS, "--max_new_tokens", "60"), random.Random(0)
+    session.see()
+    try:
+        for _ in range(200):
+            for keys in ("Q\r", "\x03"):
+                os.write(session.screen, keys.encode())
+                time.sleep(chance.random() * 0.02)
+            try:  # until readline has it: what only the terminal has, the next Ctrl-C would discard
+                session.type("x", "> x")
+            except AssertionError:  # it came just before that Ctrl-C was acted on, and went with its line
+                session.type("x", "x$")
+        wrong = check(session.type("\x15/help\r", r"/exit[^>]*> $"), "/input")
+        os.write(session.screen, b"exit\r")
+        code, text = session.end()
+        yield "200 times Ctrl-C", wrong or ("" if code == 0 and "Traceback" not in text else f"{code} {text}")
+    except AssertionError as error:
+        yield "200 times Ctrl-C", str(error)
+
+
+def stopped_and_continued() -> Iterator[tuple[str, str]]:
+    """The real program from a shell: Ctrl-Z and fg restore the prompt and what was typed."""
+    session = Session(before=lambda: os.execlp("bash", "bash", "--norc", "--noprofile", "-i"),
+                      environment={"PS1": "shell% "})
+    session.see("shell% $")
+    session.type(f"{sys.executable} {SRC}/chat.py --json {' '.join(SHORT)}\r")
+    session.type("half", "half$")
+    try:
+        yield "Ctrl-Z", check(session.type("\x1a", "shell% $"), "Stopped")
+        shown = session.type("stty -a | grep -c ' icanon'\r", "shell% $")
+        yield "the shell's terminal meanwhile", check(shown, r"\s1\s")
+        yield "fg", check(session.type("fg\r", "half$"), r"> half$")
+        yield "what was typed", check(session.type(" done?\r"), {"instruction": "half done?"})
+        yield "a paste after fg", check(session.type(paste("a\nb") + "\r"), {"instruction": "a\nb"})
+        session.type("\x04", "shell% $")
+    except AssertionError as error:
+        yield "Ctrl-Z and fg", str(error)
+    os.write(session.screen, b"exit\r")
+    session.end()
+
+
+def main() -> None:
+    word = tokenizer().encode_ordinary(" word")[0]
+    for name, context_length, changes in (("parrot.pt", 4096, {}), ("small.pt", 64, {}),
+                                          ("multi.pt", 128, {"multi_turn": True})):
+        write_parrot(FOLDER / name, word, context_length, **changes)
+    write_parrot(FOLDER / "accent.pt", tokenizer().encode_ordinary("\u00e9")[0])
+    (FOLDER / "file.txt").write_bytes(b"\xef\xbb\xbfin a\nfile\n")
+    (FOLDER / "utf16.txt").write_bytes("One?".encode("utf-16"))
+    (FOLDER / "long.txt").write_text("word " * 5000)
+    asking = (*ENDLESS, "--json", "--max_new_tokens", "2", "--temperature", "0.7")
+    found = [*play("asking", asking, ASKING, ["/bye\r"], 0)]
+    for name, how, rows, leaving, code in EACH:
+        flags = how.pop("flags", SHORT)
+        found += play(name, flags, rows, leaving, code, **how)
+    for parts in (history, ended_by_sigterm, interrupted_at_random, stopped_and_continued):
+        found += parts()
+    found.append(("stdout in a file has answers only", "" if (FOLDER / "answers.txt").read_text() == " word word word\n"
+                  else (FOLDER / "answers.txt").read_text()))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

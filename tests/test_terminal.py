@@ -1,0 +1,21 @@
+"""Chat at a real terminal, and what of it can be read later."""
+
+import json
+import sys
+
+from conftest import ROOT, SRC, run_command
+from helpers import rows_of
+
+
+def test_every_situation_at_a_terminal(tmp_path):
+    """The tables of keyboard.py; then what /save wrote is prepared like any other file."""
+    code, stdout, stderr = run_command(sys.executable, ROOT / "tests" / "keyboard.py", tmp_path,
+                                       env={"PYTHONPATH": str(SRC)}, timeout=600)
+    assert code == 0, stderr
+    situations = json.loads(stdout)
+    assert {name: wrong for name, wrong in situations if wrong} == {} and len(situations) > 100
+    turns = [turn for row in rows_of(tmp_path / "saved.jsonl") for turn in row.turns]
+    assert turns[0] == ("One?", "", " word word") and ("One?", "some text", " word word") in turns
+    messages = json.loads((tmp_path / "conversation.jsonl").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 5
+    assert messages[:2] == [{"role": "user", "content": "One?"}, {"role": "assistant", "content": " word word"}]
