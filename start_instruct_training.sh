@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune:  ./start_instruct_training.sh [NPROC] [RESUME] [flags of src/train_instruct.py...]
 #             NPROC   processes, one a GPU (default 1; without a GPU they share the CPU)
-#             RESUME  a checkpoint file, or latest
+#             RESUME  a checkpoint file, latest, or auto: latest if a run is there, else a new one
 # Try it out: ./start_instruct_training.sh demo
 set -euo pipefail
 trap '' USR1  # which asks a run to save, must not end the launcher before it can pass it on
@@ -21,6 +21,5 @@ esac
 use_environment
 nproc=1
 [[ "${1:-}" =~ ^[0-9]+$ ]] && { nproc=$1; shift; }
-resume=()
-[[ $# -gt 0 && "$1" != -* ]] && { resume=(--resume "$1"); shift; }
-PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m training.launch "$nproc" "${resume[@]}" "$@"
+[[ $# -gt 0 && "$1" != -* ]] && set -- --resume "$@"
+PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m training.launch "$nproc" "$@"

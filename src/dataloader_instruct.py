@@ -5,8 +5,10 @@ same plan on its own, and a run resumes anywhere without replaying anything.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -32,7 +34,7 @@ class MicroBatch:
 
     tokens: Tensor  # (n_tokens,) int64
     lengths: list[int]  # of the examples, in their order
-    rows: Tensor  # (n_response,) int64: positions whose next token is a response token
+    rows: Tensor  # (n_response,) int64: positions whose next token is trained, a response token (or any: --loss_on all)
     targets: Tensor  # (n_response,) int64: those next tokens
 
 
@@ -49,11 +51,13 @@ class Plan:
 class InstructData:
     """One split of prepared data, memory-mapped, without the examples longer than context_length.
 
-    lengths (n_examples,) int32 is all that planning needs. Raises UserError where open_shards does, and when no
-    example is short enough.
+    lengths (n_examples,) int32 is all that planning needs. loss_on all trains every token, not the responses alone.
+    Raises UserError where open_shards does, and when no example is short enough.
     """
 
-    def __init__(self, prepared: Prepared, split: str, context_length: int, vocab_size: int = VOCAB_SIZE) -> None:
+    def __init__(self, prepared: Prepared, split: str, context_length: int, vocab_size: int = VOCAB_SIZE,
+                 loss_on: str = "response") -> None:
+        self.loss_on = loss_on
         self.shards = open_shards(prepared, split, vocab_size)
         self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
         everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
@@ -76,9 +80,15 @@ class InstructData:
         end = start + int(self.lengths[number])
         return Document(shard["tokens"][start:end], shard["loss_mask"][start:end])
 
+    def trained(self, document: Document) -> np.ndarray:
+        """Which tokens are to be predicted, (n_tokens,) uint8. Never the first: nothing comes before it."""
+        mask = document.loss_mask.copy() if self.loss_on == "response" else np.ones_like(document.loss_mask)
+        mask[0] = 0
+        return mask
+
     def plan(self, examples: Sequence[int], most_tokens: int, world_size: int) -> Plan:
         """Deal examples to micro-batches of at most most_tokens tokens, for this many ranks."""
-        response_tokens = sum(int(self.example(number).loss_mask.sum()) for number in examples)
+        response_tokens = sum(int(self.trained(self.example(number)).sum()) for number in examples)
         return Plan(examples, int(self.lengths[examples].sum()), response_tokens,
                     deal(examples, self.lengths, most_tokens, world_size))
 
@@ -89,16 +99,15 @@ class InstructData:
         parts = parts or [Document(np.zeros(1, dtype=np.uint16), np.zeros(1, dtype=np.uint8))]
         lengths = [len(part.tokens) for part in parts]
         tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts]).astype(np.int64))
-        mask = np.concatenate([part.loss_mask for part in parts])
-        mask[[0, *accumulate(lengths[:-1])]] = 0  # nothing comes before a document's first token
-        predicted = torch.from_numpy(np.flatnonzero(mask))
+        predicted = torch.from_numpy(np.flatnonzero(np.concatenate([self.trained(part) for part in parts])))
         return MicroBatch(tokens, lengths, predicted - 1, tokens[predicted])
 
 
 class ExampleStream:
     """permutation(epoch 0), permutation(epoch 1), ... cut into steps of whole examples.
 
-    A step takes the next examples while their tokens sum to at most 127/128 of total_batch_size, at least one.
+    A step takes the next examples while their tokens sum to at most 127/128 of total_batch_size: at least one, at most
+    as many as there are.
     """
 
     def __init__(self, lengths: np.ndarray, seed: int, total_batch_size: int) -> None:
@@ -123,10 +132,22 @@ class ExampleStream:
                 epoch, index = epoch + 1, 0
             example = int(self.order(epoch)[index])
             tokens += int(self.lengths[example])
-            if examples and tokens > self.most_tokens:
+            if examples and (tokens > self.most_tokens or len(examples) == len(self.lengths)):
                 return examples, Position(epoch, index)
             examples.append(example)
             index += 1
+
+    @cached_property
+    def steps_per_epoch(self) -> float:
+        """How many steps the first epoch is."""
+        steps, position = 0, Position()
+        while position.epoch == 0 and position.index < len(self.lengths):
+            steps, (_, position) = steps + 1, self.step(position)
+        return steps / (position.epoch + position.index / len(self.lengths))
+
+    def steps_in(self, epochs: float) -> int:
+        """The fewest steps that go through the data this often."""
+        return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-6))
 
 
 def deal(examples: Sequence[int], lengths: np.ndarray, most_tokens: int, world_size: int) -> list[list[int]]:

@@ -28,6 +28,12 @@ class DiedError(UserError):
     exit_code = 1
 
 
+class LostError(UserError):
+    """Another process of the run ended, or the connection to it did. The launcher, which knows more, decides."""
+
+    exit_code = 5
+
+
 @contextmanager
 def errors_at(place: object, *kinds: type[Exception], advice: str = "",
               raised: type[UserError] = UserError) -> Iterator[None]:

@@ -1,48 +1,51 @@
 """The loop of a run: once in a while evaluate, once in a while save, then a step."""
 
 import time
-from contextlib import suppress
+from signal import SIGINT, Signals
 
-from answering.generate import generate
 from errors import DivergedError
-from instruct_format import END_OF_TEXT, tokenizer, trained_spans
 from training.progress import say
+from training.samples import sample_answers
 from training.setup import Run
 from training.step import StepResult, evaluate, learning_rate, train_step
-from weights.checkpoint import BEST, LATEST, save, save_step, step_file
+from training.summary import summary
+from weights.checkpoint import BEST, save, save_step, step_file
 
-SAMPLE_PROMPTS, SAMPLE_TOKENS = 3, 48
 MOST_SKIPPED = 3  # non-finite steps in a row that end the run
 
 
 def train(run: Run) -> int:
     """Go on until max_steps or a signal. Returns the exit code."""
-    options = run.options
+    options, begin, first_step = run.options, time.perf_counter(), run.step
     while True:
         stop, save_asked = run.processes.largest(run.signals.stop, run.signals.save)
 
-        # once in a while: evaluate. A resumed run begins with the evaluation that a signal cut short
+        # once in a while: evaluate, before the first step too. A resumed run begins with what a signal cut short
         at_end = run.step >= options.max_steps
         is_evaluated = bool(run.val_losses) and run.val_losses[-1][0] == run.step
-        if run.step and (at_end or run.step % options.eval_freq == 0) and not (is_evaluated or stop):
+        if (at_end or run.step % options.eval_freq == 0) and not (is_evaluated or stop):
             stop = _evaluate(run)
+        in_vain = run.evaluations_in_vain()
+        is_over = at_end or 0 < options.patience <= in_vain
 
         # once in a while: save; also before a first best_model.pt, which is never alone in the folder
-        is_due = stop or at_end or save_asked or run.step % options.checkpoint_freq == 0
+        is_due = stop or is_over or save_asked or run.step % options.checkpoint_freq == 0
         is_alone = run.saved is None or run.saved.parent != run.folder
         if (is_due and not run.is_saved) or (is_alone and not run.has_best):
             _save(run)
         if not run.has_best:
             _save_best(run)
 
-        if stop or at_end:
+        if stop or is_over:
             break
         _step(run)
 
-    reason = f"stopped by signal {stop}" if stop else "finished"
-    latest = run.folder / LATEST
-    where = f"the run's state is {latest}" if latest.exists() else "there was nothing to save"
-    say(f"{reason} at step {run.step}; {where}")
+    reason = "finished" if at_end else (f"stopped, as {in_vain} evaluations brought no lower val loss (--patience 0 "
+                                        "goes on)")
+    if run.progress:
+        run.progress.end_bar()
+        reason = f"stopped by {'Ctrl-C' if stop == SIGINT else Signals(stop).name}" if stop else reason
+        say(summary(run, reason, time.perf_counter() - begin, run.step - first_step))
     return 128 + stop if stop else 0
 
 
@@ -69,9 +72,8 @@ def _check_finite(run: Run, result: StepResult, examples: list[int]) -> None:
         f"train examples {examples}")
     if run.skipped >= MOST_SKIPPED:
         last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
-        with run.processes.together():
-            raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
-                                f"{run.step}; {last}; try a lower --learning_rate")
+        raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
+                            f"{run.step}; {last}; try a lower --learning_rate")
 
 
 def _evaluate(run: Run) -> int:
@@ -82,31 +84,18 @@ def _evaluate(run: Run) -> int:
     options, val_data = run.options, run.data["val"]
     examples = range(min(options.eval_examples or len(val_data), len(val_data)))
     plan = val_data.plan(examples, options.mini_batch_size * options.context_length, run.processes.world_size)
+    if not run.step:
+        say("evaluating the model as it is before training")
     loss = evaluate(run.learner, val_data, plan, is_stopped=lambda: stop() != 0)
     if loss is not None:
-        if all(loss < before for _, before in run.val_losses):
-            run.has_best = False
+        if run.step and loss < run.best_loss:
+            run.best_loss, run.has_best = loss, False
         run.val_losses.append([run.step, loss])
-        run.is_saved = False
+        run.is_saved = not run.step  # before the first step there is nothing to save
         if run.progress:
-            run.progress.evaluation(run.step, loss, _answers(run))
+            samples = sample_answers(run.learner.model, val_data, lambda: run.signals.stop != 0)
+            run.progress.evaluation(run.step, loss, samples)
     return stop()
-
-
-def _answers(run: Run) -> list[str]:
-    """The first val prompts, each with the model's greedy answer."""
-    texts = []
-    for number in range(min(SAMPLE_PROMPTS, len(run.data["val"]))):
-        tokens, mask = run.data["val"].example(number)
-        prompt = tokens[:trained_spans(mask)[0][0]].tolist()
-        answer: list[int] = []
-        with suppress(ValueError):  # a prompt as long as the context has no room for an answer
-            for token in generate(run.learner.model, prompt, SAMPLE_TOKENS, stop_token=END_OF_TEXT):
-                answer.append(token)
-                if run.signals.stop:
-                    break
-        texts.append(tokenizer().decode(prompt + answer))
-    return texts
 
 
 def _save(run: Run) -> None:
@@ -115,8 +104,8 @@ def _save(run: Run) -> None:
     run.saved, run.is_saved = step_file(run.folder, run.step), True
     with run.processes.together():
         if run.progress:
-            run.progress.flush()
-            save_step(run.folder, run.state(), run.options.keep_last)
+            run.progress.log.flush()
+            save_step(run.folder, run.state(), run.options.keep_last, say)
             say(f"saved {run.saved}")
 
 
@@ -125,4 +114,4 @@ def _save_best(run: Run) -> None:
     run.has_best = True
     with run.processes.together():
         if run.progress:
-            save(run.folder / BEST, {key: value for key, value in run.state().items() if key != "optimizer"})
+            save(run.folder / BEST, {key: value for key, value in run.state().items() if key != "optimizer"}, say)

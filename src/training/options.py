@@ -1,7 +1,8 @@
 """The trainer's options: each once, with its default, its meaning, and what a resumed run may do with it."""
 
+import shlex
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from errors import CheckpointError, UserError
 FIXED = "fixed"  # the model: never
 TRAJECTORY = "trajectory"  # what the remaining steps compute: only with --override
 FREE = "free"  # how it is computed, watched and stored: always
-_COUNT, _SIZE, _RATE = number(int, 1), number(int, 0), number(float, 0)
+_COUNT, _SIZE, _RATE = number(int, 1, 10**9), number(int, 0, 10**9), number(float, 0)
 
 
 def _shape(text: str) -> str:
@@ -23,18 +24,36 @@ def _shape(text: str) -> str:
     return text
 
 
+def _one_of(*choices: str) -> Callable[[str], str]:
+    """An argparse type: one of these words."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ArgumentTypeError(f"expected {' or '.join(choices)}, not {text!r}")
+        return text
+
+    return parse
+
+
 # title of a group -> name -> (on resume, type, default, meaning)
 TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "model and data": {
-        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from"),
+        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
+                             "file, or a Hugging Face folder"),
+        "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
         "from_scratch": (FIXED, _shape, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
         "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
         "context_length": (FIXED, _SIZE, 0, "longest example, in tokens; 0 takes the model's own"),
     },
     "steps": {
-        "total_batch_size": (TRAJECTORY, _COUNT, 65536, "tokens (not examples) of one step, over all processes"),
+        "total_batch_size": (TRAJECTORY, number(int, 1, 1 << 30), 65536,
+                             "tokens (not examples) of one step, over all processes"),
         "mini_batch_size": (FREE, _COUNT, 8, "a micro-batch holds at most this many times context_length tokens; "
                             "halve it when memory runs out, the results stay the same"),
+        "gradient_checkpointing": (FREE, _one_of("off", "on"), "off", "on (or no word) keeps less of each layer for "
+                                   "the backward pass and computes it again: for large models; same results"),
+        "loss_on": (TRAJECTORY, _one_of("response", "all"), "response", "train on responses only, or on all tokens; "
+                    "the val loss is that of the responses in any case"),
         "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),
         "seed": (TRAJECTORY, number(int, 0, 2**63 - 1), 1337, "decides the order of examples and random weights"),
     },
@@ -48,6 +67,7 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "evaluation and checkpoints": {
         "eval_freq": (FREE, _COUNT, 100, "steps between evaluations"),
         "eval_examples": (TRAJECTORY, _SIZE, 0, "evaluate on the first N val examples; 0 takes all"),
+        "patience": (FREE, _SIZE, 0, "stop when this many evaluations in a row brought no lower val loss; 0: never"),
         "checkpoint_freq": (FREE, _COUNT, 100, "steps between checkpoints"),
         "keep_last": (FREE, _COUNT, 2, "how many step_NNNNNN.pt files stay"),
         "checkpoint_dir": (FREE, str, "checkpoints_instruct", "where checkpoints go"),
@@ -64,13 +84,21 @@ def _parser(run: Mapping[str, Any]) -> Parser:
     for title, options in TABLE.items():
         group = parser.add_argument_group(title)
         for name, (_, kind, default, meaning) in options.items():
-            group.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
-                               help=meaning + f" (default: {default})" * (default != ""))
+            one = group.add_mutually_exclusive_group()
+            one.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
+                             help=meaning + f" (default: {default})" * (default != ""),
+                             nargs="?" if default == "off" else None, const="on" if default == "off" else None)
+            if name == "max_steps":
+                one.add_argument("--epochs", type=number(float, 0, 10**6, above=True), help="instead of "
+                                 "--max_steps: as many steps as go through the data this often; 3 is usual")
     group = parser.add_argument_group("this process")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
                        help="where to compute (default: auto)")
-    group.add_argument("--resume", metavar="PATH|latest",
-                       help="go on from this checkpoint, or from the newest valid one of --checkpoint_dir")
+    group.add_argument("--resume", metavar="PATH|latest|auto",
+                       help="go on from this checkpoint, or from the newest valid one of --checkpoint_dir; auto starts "
+                            "a new run when there is none")
+    group.add_argument("--dry_run", action="store_true", help="check everything that the run needs, say what is wrong "
+                       "and what to do, and change nothing")
     group.add_argument("--override", action="store_true", help="let a resumed run change its trajectory: " + ", ".join(
         name for name, on_resume in ON_RESUME.items() if on_resume == TRAJECTORY))
     return parser
@@ -79,7 +107,7 @@ def _parser(run: Mapping[str, Any]) -> Parser:
 def parse_options(argv: list[str] | None) -> Namespace:
     """The options of a new run. A run that is resumed from a file has its checkpoints beside it."""
     options = _parser({}).parse_args(argv)
-    if options.resume not in (None, "latest"):
+    if options.resume not in (None, "latest", "auto"):
         options = _parser({"checkpoint_dir": Path(options.resume).parent}).parse_args(argv)
     _check_together(options)
     return options
@@ -92,12 +120,18 @@ def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path
     for a change to a fixed option, and for a change of trajectory without --override: both name both values, all
     changes at once.
     """
-    parser = _parser({**run, "checkpoint_dir": folder})
+    outside = [name for name in ("data_dir", "tensorboard_dir") if name in run
+               and not Path(str(run[name])).resolve().is_relative_to(Path.cwd())]
+    parser = _parser({**run, **dict.fromkeys(outside, ""), "checkpoint_dir": folder})
     try:
         before = parser.parse_args([])
     except UserError as error:
         raise CheckpointError(f"{source}: not a usable checkpoint, its options: {error}") from error
     options = parser.parse_args(argv)
+    if unnamed := [name for name in outside if not getattr(options, name)]:
+        flags = " ".join(f"--{name} {shlex.quote(str(run[name]))}" for name in unnamed)
+        raise UserError(f"{source} names folders outside this one, as a file from elsewhere could; if they are right, "
+                        f"add: {flags}")
     options.context_length = options.context_length or before.context_length  # 0: the model's, which the run has found
     changes: dict[str, list[str]] = {FIXED: [], TRAJECTORY: [], FREE: []}
     for name, on_resume in ON_RESUME.items():
@@ -111,6 +145,22 @@ def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path
                         "add --override if that is meant")
     _check_together(options)
     return options
+
+
+def with_steps(options: Namespace, steps_in: Callable[[float], int], state: Mapping[str, Any] | None,
+               source: Path) -> Namespace:
+    """The options with max_steps as --epochs says. From here on max_steps is what counts, in checkpoints too.
+
+    Raises UserError where that would change the trajectory of a resumed run without --override, or leaves it nothing
+    to do.
+    """
+    steps = steps_in(options.epochs) if options.epochs else options.max_steps
+    if state and steps != options.max_steps and not options.override:
+        raise UserError(f"--epochs {options.epochs:g} is {steps} steps, the run's --max_steps is {options.max_steps}: "
+                        "this would change its trajectory; add --override if that is meant")
+    if state and state["step"] > steps:
+        raise UserError(f"nothing to do: {source} is at step {state['step']}, --max_steps is {steps}")
+    return Namespace(**{**vars(options), "max_steps": steps})
 
 
 def _check_together(options: Namespace) -> None:

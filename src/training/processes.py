@@ -1,18 +1,27 @@
 """The processes of a run: rank and device, sums over ranks, and errors that all ranks share."""
 
+import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import platform
+import re
+import time
+import zlib
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import LostError, UserError
 from training.precision import device_named
+from weights.durable import LOCK
 
+HOST = platform.node()
 _never_destroyed: list[object] = []
 
 
@@ -43,21 +52,77 @@ class Processes:
         dist.all_reduce(tensor, how)
         return tensor.tolist()
 
+    def gather(self, mine: object) -> list[Any]:
+        """What each rank has, rank by rank. It travels as JSON: nothing that comes from a network is unpickled."""
+        if self.world_size == 1:
+            return [mine]
+        text = json.dumps(mine).encode()
+        [longest] = self.largest(len(text))
+        padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=self.device)
+        found = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(found, padded)
+        return [json.loads(bytes(each.tolist())) for each in found]
+
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait for all ranks at the end of the block. When it failed on any of them it fails on all: on rank 0 with the
-        first rank's UserError, on the others with SystemExit and the error's exit code."""
+        """Wait for all ranks at the end of the block. When it failed on any of them it fails on all, with the first
+        rank's UserError, which says on which host it happened if there are several."""
         error: UserError | None = None
         try:
             yield
         except UserError as caught:
             error = caught
-        errors = [error] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(errors, error)
-        for found in errors:
-            if found is not None:
-                raise found if self.is_main else SystemExit(found.exit_code)
+        found = self.gather([HOST, error and error.exit_code, str(error)]) if self.world_size > 1 else []
+        for host, code, text in found:
+            if code:
+                several = len({host for host, _, _ in found}) > 1
+                error = UserError((f"{host}: " if host == HOST else f"stopped by {host}: ") * several + text)
+                error.exit_code = code
+                break
+        if error:
+            raise error
+
+    def compare(self, facts: Mapping[str, object]) -> None:
+        """Raise UserError on all ranks, naming what differs and where, unless all have the same facts."""
+        found, different = self.gather([HOST, dict(facts)]), []
+        several = len({host for host, _ in found}) > 1
+        for name in facts:
+            where: dict[str, list[str]] = {}  # value -> the hosts, or on a single host the ranks, that have it
+            for rank, (host, theirs) in enumerate(found):
+                where.setdefault(str(theirs.get(name)), []).append(host if several else f"rank {rank}")
+            values = [f"{value} on {' and '.join(dict.fromkeys(places))}" for value, places in where.items()]
+            if len(values) > 1:
+                different.append(f"{name} is {', '.join(values)}")
+        if different:
+            raise UserError(f"the processes were started differently: {'; '.join(different)}")
+
+    def check_shared(self, folder: Path) -> None:
+        """Raise UserError on all ranks unless they see what rank 0 wrote into the folder, within some seconds."""
+        def mark() -> str:
+            with suppress(OSError):
+                return (folder / LOCK).read_text()
+            return ""
+
+        expected, end = self.gather(mark())[0], time.monotonic() + 5
+        with self.together():
+            while mark() != expected:
+                if time.monotonic() > end:
+                    raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
+                time.sleep(0.25)
+
+    @contextmanager
+    def failures_explained(self, advice: str) -> Iterator[None]:
+        """Memory that ran out in here becomes a UserError with this advice, a lost process LostError."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            text = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+                raise UserError(f"out of memory on {self.device}: {advice}") from error
+            if self.world_size > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
+                time.sleep(1)  # the process that knows more is the first to say so
+                raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({text})") from error
+            raise
 
     def close(self) -> None:
         """Leave the process group, but keep its C++ object: its destructor waits, holding the interpreter's lock, for
@@ -67,8 +132,37 @@ class Processes:
             dist.destroy_process_group()
 
 
+def digest(value: object, crc: int = 0) -> int:
+    """A checksum of everything in nested tensors and plain values."""
+    if isinstance(value, torch.Tensor):
+        return zlib.crc32(value.detach().reshape(-1).view(torch.uint8).numpy().data, crc)
+    parts = value.items() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else None
+    if parts is None:
+        return zlib.crc32(repr(value).encode(), crc)
+    for part in parts:
+        crc = digest(part, crc)
+    return crc
+
+
+def comparable(options: Namespace) -> dict[str, object]:
+    """What all processes have to be started with, beside data and weights; where those lie may differ."""
+    own = {"pretrained_model", "data_dir", "checkpoint_dir", "tensorboard_dir", "resume"}
+    program = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
+    return {**{f"--{name}": value for name, value in vars(options).items() if name not in own},
+            "the program in src/": digest(program), "torch": torch.__version__}
+
+
+def _meeting_place(url: str, timeout: timedelta) -> dict[str, Any]:
+    """Where processes find each other: a file, torchrun's environment, or the store of the launchers of several hosts,
+    in which each start of the run has a part of its own."""
+    if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", url):
+        store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        return {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
+    return {"init_method": url}
+
+
 def join(device_name: str) -> Processes:
-    """Find this process's rank and device from torchrun's environment, and join the process group if there is one.
+    """Find this process's rank and device from the launcher's environment, and join the process group if there is one.
 
     Raises UserError when the device is not there.
     """
@@ -82,6 +176,8 @@ def join(device_name: str) -> Processes:
         torch.cuda.set_device(local_rank)
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     if world_size > 1:
-        dist.init_process_group("nccl" if device_name == "cuda" else "gloo", timeout=timedelta(minutes=10),
-                                device_id=device if device_name == "cuda" else None)
+        timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
+        dist.init_process_group("nccl" if device_name == "cuda" else "gloo", rank=rank, world_size=world_size,
+                                timeout=timeout, device_id=device if device_name == "cuda" else None,
+                                **_meeting_place(os.environ.get("INSTRUCT_STORE", "env://"), timeout))
     return Processes(rank, world_size, device)

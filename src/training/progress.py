@@ -1,112 +1,153 @@
-"""What a training run shows: the banner, one line or a progress bar, TensorBoard."""
+"""What a training run shows: lines and a progress bar on the terminal, numbers and texts in the log."""
 
+import errno
 import math
 import os
+import platform
+import resource
+import shlex
 import sys
-import threading
+import textwrap
 from argparse import Namespace
+from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from cli import printable, printable_line, unread_output
-from dataloader_instruct import InstructData, Plan
-from errors import errors_at
-from model import GPT
-from training.processes import Processes
+from dataloader_instruct import Plan
+from training.checks import MOST_EPOCHS, USUAL_EPOCHS, doubt_about_weights
+from training.log import RunLog
+from training.options import ON_RESUME
+from training.samples import Sample
 from training.step import StepResult
 
-
-def banner(options: Namespace, processes: Processes, model: GPT, data: dict[str, InstructData], origin: str) -> str:
-    """What the run is, a line each. origin says where the weights come from."""
-    tokens, examples = int(data["train"].lengths.sum()), len(data["train"])
-    steps_per_epoch = tokens / (options.total_batch_size * 127 // 128)
-    longer = ", ".join(f"{split.left_out} {name}" for name, split in data.items() if split.left_out)
-    lines = {
-        "model": f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, context_length "
-                 f"{options.context_length}, {origin}",
-        "device": f"{processes.device.type}, {processes.world_size} process" + "es" * (processes.world_size > 1),
-        "data": f"{examples:,} train and {len(data['val']):,} val examples, {tokens:,} train tokens"
-                + f"; left out, longer than context_length: {longer}" * bool(longer),
-        "step": f"{options.total_batch_size:,} tokens, micro-batches of at most "
-                f"{options.mini_batch_size * options.context_length:,}",
-        "epoch": f"about {steps_per_epoch:,.1f} steps",
-        "run": f"{options.max_steps:,} steps = {options.max_steps / steps_per_epoch:.2f} epochs",
-    }
-    return "\n".join(f"{name:<7} {printable_line(text)}" for name, text in lines.items())
+FIRST_SECONDS, FIRST_STEPS = 10, 10  # after one or the other the time that a run takes is known well enough to be said
+NARROWEST_BAR = 5  # columns
 
 
 def say(text: str) -> None:
     """Print a line on the main process, without breaking a progress bar."""
     if os.environ.get("RANK", "0") != "0":
         return
-    with unread_output():
+    with unread_output(errno.ENOSPC, errno.EDQUOT):  # a full disk under the log of a run ends no run
         tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
 
+def columns(rows: Mapping[str, str]) -> str:
+    """Names and texts side by side; on a terminal the texts are wrapped to its width."""
+    indent = max(map(len, rows)) + 2
+    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    width = max(width, indent + 20) if width else sys.maxsize
+    return "\n".join(textwrap.fill(f"{name:<{indent}}{printable_line(text)}", width, subsequent_indent=" " * indent,
+                                   break_long_words=False, break_on_hyphens=False) for name, text in rows.items())
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 class Progress:
-    """Shows steps and evaluations on the terminal (a bar), in a pipe or file (lines), and in TensorBoard."""
+    """Shows steps and evaluations on the terminal (a bar), in a pipe or file (lines), and in the log."""
 
-    def __init__(self, options: Namespace, folder: Path, step: int, val_loss: float | None) -> None:
-        self.options = options
-        self.folder = folder
-        with errors_at(f"{folder}: cannot write there"):
-            # After a kill the log may hold steps that are now done again: TensorBoard drops those from step + 1 on.
-            self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
-        self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
-        self.bar = tqdm(total=options.max_steps, initial=step, unit=" steps", disable=None)
-        self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
-        self.val_loss = "-" if val_loss is None else f"{val_loss:.4f}"  # the last one
+    def __init__(self, options: Namespace, device: torch.device, log: RunLog, step: int,
+                 val_loss: float | None) -> None:
+        self.options, self.device, self.log = options, device, log
+        self.bar = tqdm(total=options.max_steps, initial=step, disable=None, dynamic_ncols=True,
+                        bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
+        self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0  # since the last line
+        self.all_seconds, self.all_steps = 0.0, 0  # since the start
+        self.is_time_said = False
+        self.parts = {"loss": "-", "val": "-" if val_loss is None else f"{val_loss:.4f}", "tok/s": ""}
 
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's writing thread raises reaches _log as well, so it is not shown twice."""
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self.thread_hook(failure)
-
-    def _log(self, method: str, *arguments: object) -> None:
-        """Call a method of TensorBoard's writer. A log that cannot be written is no reason to lose a run."""
-        try:
-            if self.writer:
-                getattr(self.writer, method)(*arguments)
-        except OSError as error:
-            self.writer = None
-            say(f"warning: {self.folder}: cannot write the log: {error.strerror or error}; the run goes on without it")
+    def about(self, manifest: Mapping[str, Any], lengths: np.ndarray) -> None:
+        """Log once what the run is: its command, options, versions and data."""
+        if not self.log.is_new:
+            return
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        lists = {"options": {f"--{name}": getattr(self.options, name) for name in ON_RESUME},
+                 "versions": versions, "data": {name: value for name, value in manifest.items() if name != "shards"}}
+        texts = ["\n".join(f"{name} {value}" for name, value in texts.items()) for texts in lists.values()]
+        self.log.table("train/about", 0, [("command", *lists), tuple(map(printable, [shlex.join(sys.argv), *texts]))])
+        self.log.histogram("train/example_tokens", lengths)
 
     def step(self, step: int, result: StepResult, plan: Plan, epoch: float, seconds: float) -> None:
         """Show optimizer step number step (the first is 1), which took this long."""
         self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + plan.tokens, self.steps + 1
         self.response_tokens += plan.response_tokens
-        scalars = {"train/loss": result.loss, "learning_rate": result.learning_rate, "epoch": epoch,
-                   "gradient_norm": result.gradient_norm, "tokens_per_second": plan.tokens / seconds}
-        for tag, value in scalars.items():
-            self._log("add_scalar", tag, value, step)
+        self.all_seconds, self.all_steps = self.all_seconds + seconds, self.all_steps + 1
+        self.log.numbers(step, {
+            "train/loss": result.loss, "train/learning_rate": result.learning_rate,
+            "train/gradient_norm": result.gradient_norm, "train/epoch": epoch,
+            "train/tokens_per_second": plan.tokens / seconds, "train/data_wait": result.data_wait,
+            "train/memory_gb": memory_gb(self.device)})
+        self._say_time(step, epoch)
+        self.parts |= {"loss": f"{result.loss:.4f}", "tok/s": f"{plan.tokens / seconds:,.0f}"}
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {result.loss:.4f}, val loss {self.val_loss}, "
-                                 f"{plan.tokens / seconds:,.0f} tokens/s")
+        self._show_parts()
         if self.bar.disable and (step % self.options.log_freq == 0 or step == self.options.max_steps):
-            left = timedelta(seconds=round((self.options.max_steps - step) * self.seconds / self.steps))
-            say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.val_loss} "
+            left = duration((self.options.max_steps - step) * self.seconds / self.steps)
+            say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.parts['val']} "
                 f"lr {result.learning_rate:.3e} gradient_norm {result.gradient_norm:.3f} tokens/s "
                 f"{self.tokens / self.seconds:,.0f} response_tokens/s {self.response_tokens / self.seconds:,.0f} "
                 f"epoch {epoch:.3f} ETA {left}")
             self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
 
-    def evaluation(self, step: int, loss: float, answers: list[str]) -> None:
-        self.val_loss = f"{loss:.4f}"
-        blocks = ["\n".join("    " + line for line in printable(answer).splitlines()) for answer in answers]
-        self._log("add_scalar", "val/loss", loss, step)
-        self._log("add_scalar", "val/perplexity", math.exp(min(loss, 700.0)), step)
-        self._log("add_text", "val/answers", "\n\n---\n\n".join(blocks), step)
-        say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
+    def _say_time(self, step: int, epoch: float) -> None:
+        """Say once how long all steps take, from the first ones."""
+        left = self.options.max_steps - step
+        if self.is_time_said or not left or (self.all_seconds < FIRST_SECONDS and self.all_steps < FIRST_STEPS):
+            return
+        self.is_time_said = True
+        a_step, epochs = self.all_seconds / self.all_steps, self.options.max_steps * epoch / step
+        usual = f"; {USUAL_EPOCHS} epochs would take {duration(USUAL_EPOCHS * a_step * step / epoch)}"
+        say(f"at the pace of the first {self.all_steps} step{'s' * (self.all_steps > 1)}, the {left:,} that are left "
+            f"take {duration(left * a_step)}" + usual * (epochs > MOST_EPOCHS and not self.options.from_scratch))
 
-    def flush(self) -> None:
-        """Before a checkpoint: what the log lacks after a kill is then never older than the checkpoint."""
-        self._log("flush")
+    def _show_parts(self) -> None:
+        """Beside the bar: what fits on the terminal's line."""
+        if self.bar.disable:
+            return
+        width = os.get_terminal_size(self.bar.fp.fileno()).columns or 80
+        room = width - len(f"{self.bar.total}/{self.bar.total}  00:00:00 left") - NARROWEST_BAR
+        text = ""
+        for name, value in self.parts.items():
+            longer = f"{text}, {value} {name}" if name == "tok/s" else f"{text}, {name} {value}"
+            text = longer if len(longer) <= room else text
+        self.bar.set_postfix_str(text.removeprefix(", "))
+
+    def evaluation(self, step: int, loss: float, samples: list[Sample]) -> None:
+        self.parts["val"] = f"{loss:.4f}"
+        numbers = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+        if samples:
+            numbers["val/ended"] = sum(sample.is_ended for sample in samples) / len(samples)
+            heading = ("prompt", "expected answer", f"the model's, at step {step}")
+            rows = [(sample.prompt, sample.expected, sample.answer + " [...]" * (not sample.is_ended))
+                    for sample in samples]
+            self.log.table("val/answers", step, [heading, *(tuple(map(printable, row)) for row in rows)])
+        self.log.numbers(step, numbers)
+        say(f"step {step}: val loss {loss:.4f}, perplexity {numbers['val/perplexity']:.2f}")
+        doubt = "" if step or self.options.from_scratch else doubt_about_weights(loss)
+        if doubt:
+            say(f"warning: {doubt}")
+        self._show_parts()
+
+    def end_bar(self) -> None:
+        """What is said from now on stands below the bar."""
+        self.bar.close()
 
     def close(self) -> None:
         self.bar.close()
-        self._log("close")
-        threading.excepthook = self.thread_hook
+        self.log.close()
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory that this process has had until now: on its GPU, or altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -6,6 +6,7 @@ where the whole step is all micro-batches of all ranks. How it is split does not
 """
 
 import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -92,6 +93,7 @@ class StepResult:
     loss: float  # nats a response token
     gradient_norm: float  # before clipping
     learning_rate: float
+    data_wait: float = 0.0  # seconds that this rank waited for its micro-batches
 
     @property
     def is_finite(self) -> bool:
@@ -107,16 +109,19 @@ def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) ->
     local_loss: float | Tensor = 0.0
     # forward and backward: the ranks exchange their gradients with the last micro-batch
     optimizer.zero_grad()
+    data_wait, begin = 0.0, time.perf_counter()
     for number, batch in enumerate(learner.local_batches(data, plan), 1):
+        data_wait += time.perf_counter() - begin
         with learner.loss.no_sync() if number < n_local and world_size > 1 else nullcontext():  # type: ignore[operator]
             loss = learner.loss(batch) * scale
             loss.backward()
         local_loss = local_loss + loss.detach() / world_size
+        begin = time.perf_counter()
     # clip, check, update
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradient_norm = float(nn.utils.clip_grad_norm_(parameters, learner.grad_clip))
     [global_loss] = learner.processes.sum([float(local_loss)])
-    result = StepResult(global_loss, gradient_norm, rate)
+    result = StepResult(global_loss, gradient_norm, rate, data_wait)
     if result.is_finite:
         for group in optimizer.param_groups:
             group["lr"] = rate

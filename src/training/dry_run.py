@@ -1,0 +1,178 @@
+"""--dry_run: everything before the first step is tried and shown as a table, and nothing is written.
+
+The checks are those of an ordinary start (inputs.py, checks.py), which stops at the first that fails; here all are
+made, and one that needs work: a micro-batch forward and backward, for the first loss, the memory and the time.
+"""
+
+import os
+import signal
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloader_instruct import ExampleStream, InstructData, MicroBatch
+from errors import UserError, errors_at
+from instruct_format import VOCAB_SIZE
+from model import GPT
+from training.checks import doubt_about_weights, doubts, existing, facts
+from training.inputs import check_sizes, find_state, model_of, open_data, split_data
+from training.options import parse_options, resumed_options, with_steps
+from training.processes import Processes, join
+from training.progress import columns, duration, say
+from training.step import ResponseLoss
+from weights.checkpoint import size_of
+from weights.durable import LOCK, lock_folder
+
+CPU_TOKENS = 512  # tried on a CPU, where a whole micro-batch takes minutes; memory and time grow with the tokens
+
+
+class Table:
+    """What was looked at: name -> (ok, warning or failure, text)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[str, str]] = {}
+        self.processes = Processes(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"))  # until they have joined
+
+    def add(self, status: str, name: str, text: str) -> None:
+        if self.rows.get(name, ("",))[0] != "failure":
+            self.rows[name] = (status, text)
+
+    @contextmanager
+    def check(self, name: str) -> Iterator[None]:
+        """What is refused in here, on any process, is a failure of this name."""
+        try:
+            with self.processes.together():
+                yield
+        except UserError as error:
+            self.add("failure", name, str(error))
+
+    def show(self) -> int:
+        """Returns the exit code."""
+        count = {kind: sum(status == kind for status, _ in self.rows.values()) for kind in ("failure", "warning")}
+        rows = {f"{status:<8} {name}": text for name, (status, text) in self.rows.items()}
+        verdict = (f"{count['failure']} of {len(rows)} checks failed" if count["failure"] else "the run can start"
+                   + f", with {count['warning']} warning{'s' * (count['warning'] > 1)}" * bool(count["warning"]))
+        say(f"{columns(rows)}\n{verdict}; this was a dry run, nothing was written")
+        return UserError.exit_code if count["failure"] else 0
+
+
+def dry_run(argv: list[str] | None) -> int:
+    """Look at everything that the run of this command line needs. Returns 0, or 2 if it could not start."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # there is nothing to save
+    options, table = parse_options(argv), Table()
+    with table.check("device"):
+        table.processes = join(options.device)
+    try:
+        _look(argv, options, table)
+    finally:
+        table.processes.close()
+    return table.show()
+
+
+def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
+    folder, path, state, prepared, model, data = Path(options.checkpoint_dir), Path(), None, None, None, None
+    # each by itself, so that one failure hides no other
+    with table.check("folders"):
+        for each in (folder, Path(options.tensorboard_dir)):
+            with errors_at(f"{each}: cannot write there"), tempfile.TemporaryFile(dir=existing(each)):
+                table.add("ok", "folders", f"{folder} and {options.tensorboard_dir} can be written")
+        if table.processes.is_main and (folder / LOCK).exists():
+            with lock_folder(folder, is_named=False):
+                pass
+    with table.check("start"):
+        path, state = find_state(options, folder)
+        options = resumed_options(argv, state["options"], folder, path) if state else options
+        table.add("ok", "start", f"goes on from {path} at step {state['step']}" if state else "a new run")
+    with table.check("data"):
+        prepared = open_data(options, state)
+    if table.rows["start"][0] == "ok":
+        with table.check("model"):
+            model, origin = model_of(options, state, path)
+            check_sizes(options, model.config)
+    if prepared:
+        with table.check("data"):
+            sizes = Namespace(**{**vars(options), "context_length": options.context_length or 1024})
+            data = split_data(prepared, sizes, model.config.vocab_size if model else VOCAB_SIZE)
+    # together, if all is there
+    if not (model and data and prepared) or any(status == "failure" for name, (status, _) in table.rows.items()
+                                                if name in ("data", "model", "device")):
+        return table.add("warning", "the rest", "not checked, as it needs what failed above")
+    table.add("ok", "fingerprint", f"{prepared.manifest['fingerprint'][:12]}, of {prepared.manifest['source']}")
+    stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
+    with table.check("run"):
+        options = with_steps(options, stream.steps_in, state, path)
+    for name, text in facts(options, table.processes, model, data, stream, origin).items():
+        table.add("ok", name, text)
+    for name, text in doubts(options, table.processes, model, data, stream).items():
+        table.add("warning", name, text)
+    with table.check("memory"):
+        _costs(options, model, data["train"], stream, table)
+
+
+def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleStream, table: Table) -> None:
+    """The first loss, the memory and the time of the run, from a micro-batch on this device."""
+    device, most_tokens = table.processes.device, options.mini_batch_size * options.context_length
+    is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
+    smaller = f"--mini_batch_size {options.mini_batch_size // 2}; the results stay the same"
+    smaller = smaller if options.mini_batch_size > 1 else "--gradient_checkpointing, or a smaller --context_length"
+    batch = data.micro_batch(longest(data.lengths, most_tokens if is_cuda else min(most_tokens, CPU_TOKENS)))
+    try:
+        model.transformer.gradient_checkpointing = options.gradient_checkpointing == "on"
+        loss, kept, seconds = _run(model.to(device), batch)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise UserError(f"not enough for a micro-batch of {len(batch.tokens):,} tokens on {device}: {smaller}"
+                        ) from error
+    doubt = "" if options.from_scratch else doubt_about_weights(loss)
+    table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
+    # weights, gradients, two moments, and what the backward pass needs
+    needed = 4 * weights + kept * most_tokens // len(batch.tokens)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if is_cuda:
+        needed = torch.cuda.max_memory_allocated(device) + 2 * weights
+        there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    table.add("warning" if needed > there else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of "
+              f"{most_tokens:,} tokens, {there / 1e9:.1f} GB are there" + f": {smaller}" * (needed > there))
+    a_step = seconds * int(data.lengths.sum()) / len(batch.tokens) / stream.steps_per_epoch
+    a_step /= table.processes.world_size if is_cuda else 1
+    table.add("ok", "time", f"about {duration(a_step)} a step, {duration(a_step * options.max_steps)} in all")
+
+
+def _run(model: GPT, batch: MicroBatch) -> tuple[float, int, float]:
+    """A micro-batch forward and backward: the loss of a response token, the bytes that the backward pass needs, the
+    seconds."""
+    loss_of, kept = ResponseLoss(model), dict[int, int]()  # bytes by their place in memory
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_of(batch)
+    loss.backward()
+    begin = time.perf_counter()  # the first one also started everything up
+    again = loss_of(batch)
+    again.backward()
+    mean = again.item() / max(1, len(batch.targets))
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return mean, sum(size for place, size in kept.items() if place not in parameters), time.perf_counter() - begin
+
+
+def longest(lengths: np.ndarray, most_tokens: int) -> Sequence[int]:
+    """The longest examples that together have at most most_tokens tokens; at least the shortest one."""
+    chosen, tokens = [], 0
+    for example in np.argsort(-lengths, kind="stable").tolist():
+        if tokens + int(lengths[example]) <= most_tokens:
+            chosen.append(example)
+            tokens += int(lengths[example])
+    return chosen or [int(lengths.argmin())]

@@ -1,0 +1,96 @@
+"""The log of a run in its folder: TensorBoard's events, and the same numbers as lines of metrics.jsonl.
+
+Everything stands under train/ and val/, the groups that TensorBoard shows first.
+"""
+
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from errors import errors_at
+from weights.durable import durable_file
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes the log of a run that goes on after this step, with evaluations at the steps that are named. A log that
+    cannot be written any more is no reason to lose a run: warn says so, once."""
+
+    def __init__(self, folder: Path, step: int, evaluated: Collection[int], warn: Callable[[str], None]) -> None:
+        self.folder, self.warn, path = folder, warn, folder / METRICS
+        self.is_new = not path.exists()
+        with errors_at(f"{folder}: cannot write there"):
+            # After a kill the log may hold steps that are now done again: both logs drop those.
+            self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
+            if not self.is_new:
+                kept = [line for line in path.read_bytes().splitlines(True) if _stays(line, step, evaluated)]
+                with durable_file(path) as file:
+                    file.writelines(kept)
+            self.metrics = path.open("a", buffering=1)
+        self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's writing thread raises reaches _write as well, so it is not shown twice."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.thread_hook(failure)
+
+    def _write(self, method: str, *arguments: object) -> None:
+        """Call a method of TensorBoard's writer, or write a line of metrics."""
+        try:
+            if self.writer and method == "metrics":
+                self.metrics.write(f"{arguments[0]}\n")
+            elif self.writer:
+                getattr(self.writer, method)(*arguments)
+        except OSError as error:
+            self.writer = None
+            self.warn(f"warning: {self.folder}: cannot write the log: {error.strerror or error}; the run goes on "
+                      "without it")
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self._write("add_scalar", tag, value, step)
+        # JSON has no word for what is not finite
+        self._write("metrics", json.dumps({"step": step} | {
+            tag: value if math.isfinite(value) else None for tag, value in values.items()}))
+
+    def table(self, tag: str, step: int, rows: Sequence[Sequence[str]]) -> None:
+        """Texts side by side; the first row is the heading."""
+        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+        self._write("add_text", tag, "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]), step)
+
+    def histogram(self, tag: str, values: np.ndarray) -> None:
+        self._write("add_histogram", tag, values, 0)
+
+    def flush(self) -> None:
+        """Before a checkpoint: what the log lacks after a kill is then never older than the checkpoint."""
+        self._write("flush")
+
+    def close(self) -> None:
+        self._write("close")
+        with suppress(OSError):
+            self.metrics.close()
+        threading.excepthook = self.thread_hook
+
+
+def _stays(line: bytes, step: int, evaluated: Collection[int]) -> bool:
+    """Whether a line of metrics is whole and of a step, or an evaluation, that the run has."""
+    try:
+        values = json.loads(line)
+        return line.endswith(b"\n") and values["step"] <= step and ("val/loss" not in values
+                                                                    or values["step"] in evaluated)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table: as it is, line by line, whatever Markdown or HTML it looks like."""
+    plain = re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match.group())};", text)
+    return "<br>".join(re.sub(r"^ +", lambda match: "&nbsp;" * len(match.group()), line) for line in plain.splitlines())

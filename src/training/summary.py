@@ -1,0 +1,45 @@
+"""What a run says at its end: which model is best, how good, beside what it was before, and what to do next."""
+
+import shlex
+
+from training.progress import columns, duration
+from training.setup import Run
+from weights.checkpoint import BEST, LATEST
+
+FAR = 0.8  # a best step before this part of the run was far from its end
+
+
+def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
+    """A line on how it ended, then names and texts. seconds and steps are those since this start."""
+    latest = run.folder / LATEST
+    ending = f"{reason} at step {run.step}; " + (f"the run's state is {latest}" if latest.exists() else
+                                                 "there was nothing to save")
+    order, lengths = run.stream.order(run.position.epoch), run.data["train"].lengths
+    tokens = run.position.epoch * int(lengths.sum()) + int(lengths[order[:run.position.index]].sum())
+    epochs = run.position.epoch + run.position.index / len(lengths)
+    rows = {"trained": f"{run.step:,} steps, {epochs:.2f} epochs, {tokens:,} tokens"
+                       + f"; {steps:,} steps in {duration(seconds)} since this start" * (steps > 0)}
+    best, path = run.best(), run.folder / BEST
+    if best:
+        (first_step, first), (last_step, last), (best_step, lowest) = run.val_losses[0], run.val_losses[-1], best
+        before = "before training" if first_step == 0 else f"at step {first_step}"
+        place = "; " + (f"{path} has weights of another branch, with {run.best_loss:.4f}" if run.best_loss < lowest else
+                        f"no {BEST} in this folder has it")
+        if run.best_loss == lowest and path.exists():
+            place = f", in {path}"
+        rows["best"] = f"val loss {lowest:.4f}, at step {best_step}{place}"
+        rows["val loss"] = f"{first:.4f} {before}, {last:.4f} at step {last_step}"
+        if first_step == 0 and lowest >= first:
+            rows["warning"] = ("the model never got better than it was before training; try a lower --learning_rate, "
+                               "or look at the samples that the preparation prints")
+        elif best_step < FAR * last_step:
+            rows["note"] = (f"the best step lies far before the last: --max_steps {best_step} would have done, and "
+                            "--patience 3 stops by itself")
+    chosen = shlex.quote(str(path if path.exists() else latest))
+    if run.step < run.options.max_steps:
+        more = " --patience 0" * bool(run.options.patience and run.evaluations_in_vain() >= run.options.patience)
+        rows["go on"] = f"./start_instruct_training.sh {shlex.quote(str(latest))}{more}"
+    if latest.exists():
+        rows["chat"] = f"./chat.sh {chosen}"
+        rows["export"] = f"python src/convert_checkpoint.py export {chosen} exported"
+    return "\n".join([ending, columns(rows)] if run.step else [ending])
