@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo: the built-in dataset, a small GPT-2 from random weights, the ordinary scripts with ordinary flags.
 #   ./start_instruct_training.sh demo [flags of src/train_instruct.py...]
-# Everything goes to demo/, which is made anew each time; your own data, checkpoints and logs are not touched.
+# Everything goes to demo/, where data, checkpoints and runs are made anew; nothing else of yours is touched.
 # It stands here to be read; start_instruct_training.sh finds the environment and runs it.
 
 training=(--data_dir demo/data --checkpoint_dir demo/checkpoints --tensorboard_dir demo/runs --from_scratch 4,4,128
@@ -14,21 +14,24 @@ case " $* " in
         exit 0 ;;
 esac
 
-make_environment requirements.txt
 show() {
     printf '\n$ python %s\n' "$*"
     "$python" "$@"
 }
 
-# a wrong flag is refused before the last demo is removed
-PYTHONPATH=src "$python" -c 'import sys, cli, training.options as o; cli.run(lambda: o.parse_options(sys.argv[1:]) and 0)' \
-    "${training[@]}"
-rm -rf demo || exit 2
+# a wrong flag is refused before anything is installed, and before the last demo is removed
+choose_environment requirements.txt
+[ -n "$(lacks "$python")" ] || PYTHONPATH=src "$python" -c \
+    'import sys, cli, training.options as o; cli.run(lambda: o.parse_options(sys.argv[1:]) and 0)' "${training[@]}"
+fill_environment requirements.txt
+[ ! -L demo ] || fail "demo is a link to another folder; move it away"
+rm -rf demo/checkpoints demo/runs || exit 2
 
 show src/prepare_instruct_dataset.py --dataset src/demo_dataset.jsonl --output_dir demo/data
 show src/train_instruct.py "${training[@]}"
 printf '\nQuestions in wordings that it was not trained on:\n'
-show src/evaluate_instruct.py --checkpoint demo/checkpoints/best_model.pt --data_dir demo/data
+show src/evaluate_instruct.py demo/checkpoints/best_model.pt --data_dir demo/data --examples 0 \
+    --max_new_tokens 40 --show 8
 
 cat <<'END'
 

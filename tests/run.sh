@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source src/environment.sh
-make_environment requirements.txt tests/requirements.txt
+choose_environment requirements.txt tests/requirements.txt
+fill_environment requirements.txt tests/requirements.txt
 
-marks=(-m "not slow")
-[[ "${1:-}" == --slow ]] && { marks=(); shift; }
+if [[ "${1:-}" == --slow ]]; then shift; else set -- -m "not slow" "$@"; fi
 "$python" -m ruff check .
 "$python" -m mypy src
 # two files at a time: most of the time goes into starting Python
-exec "$python" -m pytest -n 2 --dist loadfile "${marks[@]}" "$@"
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

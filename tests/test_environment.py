@@ -1,0 +1,149 @@
+"""Which Python the launchers use, what they install where, and machines that they cannot run on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, SRC, Outcome, run_command
+from errors import UserError
+from training.precision import device_named
+
+NEEDED = "torch, tiktoken"
+PYTHONS = {  # what each does with its arguments; all of them write these down first
+    "complete": f'exec {sys.executable} "$@"',
+    "conda": f'[ "$2" = pip ] || exec {sys.executable} -S "$@"',  # it has pip, and nothing else; installing "works"
+    "uv": f'exec {sys.executable} -S "$@"',
+    "3.9": f'exec {sys.executable} -c "import sys; sys.version_info = (3, 9, 1); exec(sys.stdin.read())"',
+    "no pip to install": f'[ "$3$4" != install--quiet ] || exit 1; [ "$2" = pip ] || exec {sys.executable} -S "$@"',
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder like the project's without an environment, whose name has a space."""
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    for name in ("start_instruct_training.sh", "chat.sh", "src"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "requirements.txt").write_text("# needed\ntorch==9.9\ntiktoken==9.9; python_version < '4'\n")
+    return folder
+
+
+def make_python(folder: Path, kind: str, name: str = "python") -> Path:
+    """An environment of this kind."""
+    path = folder / "bin" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\necho "$*" >> "{folder}.calls"\n{PYTHONS[kind]}\n')
+    path.chmod(0o755)
+    return folder
+
+
+def launch(project: Path, command: str, python3: str = "uv", **variables: str) -> Outcome:
+    """A launcher, with this kind of python3 and these variables."""
+    if not (project.parent / "path").exists():
+        make_python(project.parent / "path", python3, "python3")
+    script, *flags = command.split()
+    return run_command(project / script, *flags, env={
+        "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "PATH": f"{project.parent}/path/bin:/usr/bin:/bin", **variables})
+
+
+COMMANDS = ["start_instruct_training.sh", "start_instruct_training.sh demo", "chat.sh"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind, variable, told", [
+    ("conda", "CONDA_PREFIX", NEEDED + "; to fill it: {0}/bin/python -m pip install -r requirements.txt; or"),
+    ("uv", "VIRTUAL_ENV", NEEDED + "; to fill it: uv pip install --python {0}/bin/python -r requirements.txt; or"),
+    ("3.9", "VIRTUAL_ENV", "Python 3.10 (it is 3.9); install a newer one; or deactivate it"),
+])
+def test_an_active_environment_that_lacks_something_is_named_and_not_changed(project, command, kind, variable, told):
+    environment = make_python(project.parent / "environment", kind)
+    code, stdout, stderr = launch(project, command, **{variable: str(environment)})
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert f"error: the active environment {environment} lacks {told.format(environment)}" in stderr
+    assert "install" not in Path(f"{environment}.calls").read_text() and not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize("kind, variable, told", [
+    ("conda", "CONDA_PREFIX", f"lacks {NEEDED}; using .venv/bin/python"),
+    (None, "VIRTUAL_ENV", "lacks a Python that starts; using .venv/bin/python"),
+    ("complete", "VIRTUAL_ENV", None),
+])
+def test_an_active_environment_is_used_if_it_has_what_is_needed_else_dot_venv(project, kind, variable, told):
+    """None: it is stale, there is nothing any more."""
+    environment = make_python(project.parent / "environment", kind) if kind else project.parent / "gone"
+    make_python(project / ".venv", "complete")
+    code, stdout, stderr = launch(project, "chat.sh --help", **{variable: str(environment)})
+    assert code == 0 and stdout.startswith("usage: chat.py")
+    assert stderr == (f"note: the active environment {environment} {told}\n" if told else "")
+
+
+def test_what_is_installed_goes_into_dot_venv_alone(project):
+    environment = make_python(project.parent / "environment", "conda")
+    make_python(project / ".venv", "no pip to install")
+    code, _, stderr = launch(project, "start_instruct_training.sh demo", CONDA_PREFIX=str(environment))
+    assert code == 2 and stderr.endswith("error: pip could not install requirements.txt\n")
+    assert "-m pip install --quiet" in (project / ".venv.calls").read_text()
+    assert "install" not in Path(f"{environment}.calls").read_text()
+
+
+@pytest.mark.parametrize("command, python3, venv, variables, told", [
+    (COMMANDS[0], "uv", None, {"VIRTUAL_ENV": "/x"}, "(the active environment /x lacks a Python that starts, python3"),
+    (COMMANDS[1], "3.9", None, {}, "error: python3 is missing or older than 3.10; install a newer Python"),
+    (COMMANDS[1], "uv", "3.9", {}, "error: .venv/bin/python is missing or older than 3.10"),
+    (COMMANDS[1], "uv", "uv", {}, "error: .venv has no pip; to fill it: uv pip install --python .venv/bin/python -r"),
+    (COMMANDS[2], "uv", "uv", {}, f"error: no environment with the requirements (.venv/bin/python lacks {NEEDED})"),
+    (COMMANDS[1] + " --max_step 3", "complete", None, {}, "error: unrecognized arguments: --max_step 3"),
+])
+def test_where_there_is_no_environment_one_line_says_what_to_do(project, command, python3, venv, variables, told):
+    """A wrong flag of the demo is told before anything is installed."""
+    if venv:
+        make_python(project / ".venv", venv)
+    if python3 == "complete":  # but for torch
+        (project / "requirements.txt").write_text("nowhere==1\n")
+    code, stdout, stderr = launch(project, command, python3, **variables)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and told in stderr
+    assert (project / ".venv").exists() == bool(venv)
+
+
+def test_an_old_torch_is_named(project):
+    about = project.parent / "site" / "torch-2.3.1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Name: torch\nVersion: 2.3.1\n")
+    environment = make_python(project.parent / "environment", "complete")
+    code, _, stderr = launch(project, "chat.sh", VIRTUAL_ENV=str(environment), PYTHONPATH=str(about.parent))
+    assert code == 2 and f"{environment} lacks torch 2.11 (it is 2.3.1)" in stderr
+
+
+@pytest.mark.parametrize("system, code, told", [("MINGW64_NT-10.0", 2, "error: this needs Linux; on Windows use WSL2"),
+                                                ("Darwin", 0, "note: nobody has tried this on macOS")])
+def test_another_system_is_told_what_works(project, system, code, told):
+    make_python(project / ".venv", "complete")
+    uname = make_python(project.parent / "path", "uv", "uname") / "bin" / "uname"
+    uname.write_text(f"#!/bin/sh\necho {system}\n")
+    outcome = launch(project, "chat.sh --help")
+    assert outcome.code == code and outcome.stderr.startswith(told) and outcome.stderr.count("\n") == 1
+
+
+def test_python_on_windows_is_one_line():
+    code, _, stderr = run_command(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(SRC)!r}]; "
+                                  "sys.platform = 'win32'; import cli")
+    assert (code, stderr.count("\n")) == (2, 1) and stderr.startswith("error: this needs Linux; on Windows use WSL2")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+@pytest.mark.parametrize("cuda, told", [(None, "this is the build for CPUs"), ("13.0", "too old for CUDA 13.0")])
+def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, told):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=f"--device {name}: there is an NVIDIA GPU, .*{told}.*; --device cpu goes on"):
+        device_named(name)
+    assert device_named("cpu") == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user has hidden it
+    assert device_named("auto") == "cpu"
