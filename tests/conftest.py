@@ -26,6 +26,12 @@ def pytest_configure() -> None:
     os.environ.pop("LOCAL_RANK", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def where_all_is_made(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests' own folders lie in the current one: a resumed run takes folders outside it as flags only."""
+    os.chdir(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(autouse=True)
 def handlers_as_before() -> Iterator[None]:
     """A trainer that runs in this process sets signal handlers; other tests want theirs."""
@@ -33,6 +39,8 @@ def handlers_as_before() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    if (written := signal.set_wakeup_fd(-1)) >= 0:
+        os.close(written)  # ends the thread that counts them
 
 
 class Outcome(NamedTuple):
@@ -48,14 +56,14 @@ class Outcome(NamedTuple):
 def run_command(*command: str | Path, cwd: Path | None = None, stdin: str | bytes = b"",
                 env: dict[str, str] | None = None, timeout: float = TIMEOUT) -> Outcome:
     """Run a program to its end, without a terminal. Bytes that are not UTF-8 show as escapes."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd or ROOT, capture_output=True, check=False,
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, check=False,
                           input=stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout,
                           env={**os.environ, **(env or {})})
     return Outcome(done.returncode, *(part.decode(errors="backslashreplace") for part in (done.stdout, done.stderr)))
 
 
 def run_script(name: str, *flags: str | Path, **how: Any) -> Outcome:
-    """Run src/<name>; cwd is the project's folder unless another is given."""
+    """Run src/<name>; where pytest stands, or in cwd."""
     return run_command(sys.executable, SRC / name, *flags, **how)
 
 

@@ -16,8 +16,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 os.environ.pop("LOCAL_RANK", None)
 
 from faults_disk import disk_full, soak  # noqa: E402
-from faults_kill import kills, rank_dies, rank_dies_early, write_order  # noqa: E402
-from faults_signals import one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
+from faults_hosts import ports, two_hosts  # noqa: E402
+from faults_kill import kills, memory, rank_dies, rank_dies_early, write_order  # noqa: E402
+from faults_signals import hangup, one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
 
 FAULTS = {
     "kill": partial(kills, 200, in_saves=100),
@@ -25,10 +26,14 @@ FAULTS = {
     "disk": partial(disk_full, 20),
     "signals_1": partial(signals, ("the process",)),
     "signals_2": partial(signals, ("one rank", "all ranks", "the launcher")),
-    "second": partial(second_ctrl_c, 2),
+    "second": second_ctrl_c,
     "rank": partial(rank_dies, 5),
     "rank_early": partial(rank_dies_early, 4),
     "two_runs": partial(two_runs, 5),
+    "two_hosts": two_hosts,
+    "hangup": hangup,
+    "memory": memory,
+    "ports": ports,
     "diverge": one_rank_diverges,
     "soak": partial(soak, 100_000),
 }

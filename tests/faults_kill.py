@@ -7,13 +7,14 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
 from conftest import SRC, run_command
-from faults_tools import RESUME, WIDE, Lab, Result, Trainer, measurement, newest
+from faults_tools import RESUME, STEPS, WIDE, Lab, Result, Trainer, measurement, newest
 
 
 @measurement("kill -9 of a run, then --resume latest", WIDE)
@@ -89,10 +90,27 @@ def rank_dies(result: Result, here: Lab, times: int, kills: int = 3) -> None:
                 seconds.append(f"{time.monotonic() - killed:.0f}")
         code, starts = run.wait(), len(run.lines("model "))
         reasons = {line.strip()[:200] for line in run.output().splitlines() if "Error: " in line}
-        result.check(f"run {number}", f"exit {code}: {reasons}" * (code != 0),
+        told = run.output().count("was killed (SIGKILL), often because memory ran out")
+        result.check(f"run {number}", f"exit {code}: {reasons}" * (code != 0), f"told {told} times" * (told != kills),
                      f"{starts} starts" * (starts != kills + 1), run.differs(), run.orphans())
         notes.append(f"started again after {', '.join(seconds)} s")
     result.notes = "; ".join(notes)
+
+
+MEMORY = ((1, [0]), (2, [0]), (2, [1]), (2, [0, 1]))  # processes, and the ranks whose memory runs out
+
+
+@measurement("memory that runs out")
+def memory(result: Result, here: Lab, cases: Sequence[tuple[int, list[int]]] = MEMORY) -> None:
+    """torch.OutOfMemoryError in a step, on one process, one of two, both: one line, one start, and its advice helps."""
+    for processes, ranks in cases:
+        run = here.start(processes, "--checkpoint_freq", 2, full=6, ranks=ranks, launcher=1)
+        wrong, told = run.exits(2), [line for line in run.output().splitlines() if "rror" in line]
+        advice = re.search("out of memory on cpu: go on with (--resume auto --mini_batch_size 1);", "".join(told))
+        result.check(f"{processes} processes, ranks {ranks}", wrong, f"told {told}" * (len(told) != 1 or not advice),
+                     "several starts" * (len(run.lines("model ")) != 1), "more lines" * ("Many more" in run.output()),
+                     run.orphans(), run.again(advice[1].split() if advice else []).exits(0),
+                     "no end" * (newest(run.folder) != STEPS))
 
 
 @measurement("kill -9 of one of two ranks before the first checkpoint")
@@ -103,7 +121,7 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
         run.wait_for(Trainer.stopped)
         os.kill(run.ranks()[number % 2], signal.SIGKILL)
         wrong, starts = run.exits(1), len(run.lines("model "))
-        told = run.output().count("error: a process of the run died")
+        told = run.output().count("A process of the run died before the first checkpoint")
         result.check(f"rank {number % 2}", wrong, f"{starts} starts" * (starts != 1),
                      f"told {told} times" * (told != 1), run.orphans())
 

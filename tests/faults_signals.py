@@ -51,15 +51,32 @@ def _one_signal(here: Lab, target: str, phase: str, number: int, choose: random.
     return [*complaints, *ending], seconds
 
 
-@measurement("a second Ctrl-C, in a save or a step that takes a minute")
-def second_ctrl_c(result: Result, here: Lab, times: int,
-                  targets: tuple[str, ...] = ("the process", "the launcher", "one rank")) -> None:
-    """Two SIGINT, 1.2 s apart, while a save (or a step) would go on for another minute."""
-    slowest = 0.0
-    for number, target in product(range(times), targets):
-        processes, phase = 1 if target == "the process" else 2, ("save", "step")[number % 2]
-        run = here.start(processes, "--checkpoint_freq", 2, phase=phase, at=5, seconds=60)
+@measurement("a terminal that is closed")
+def hangup(result: Result, here: Lab, cases: Sequence[tuple[int, int]] = ((1, 1), (1, 0), (2, 1), (2, 0))) -> None:
+    """SIGHUP to all processes of a run, which nohup has them ignore; without nohup it saves and leaves."""
+    for processes, nohup in cases:
+        run = here.start(processes, "--checkpoint_freq", 100, phase="step", at=6, seconds=1, nohup=nohup, launcher=1)
         run.wait_for(Trainer.stopped)
+        for pid in (run.process.pid, *run.ranks()):
+            os.kill(pid, signal.SIGHUP)
+        wrong = run.exits(0 if nohup else 129)
+        saved = [] if nohup else [f"saved {newest(run.folder)}" * (newest(run.folder) != 6), *run.goes_on()]
+        result.check(f"{processes} processes, nohup {nohup}", wrong, *saved, run.differs(), run.orphans())
+
+
+@measurement("a second Ctrl-C, in a save or step that takes a minute, or while one process waits for another for ever")
+def second_ctrl_c(result: Result, here: Lab, phases: Sequence[str] = ("save", "step", "wait"),
+                  targets: tuple[str, ...] = ("the process", "the launcher", "one rank")) -> None:
+    """Two SIGINT, 1.2 s apart, while a save (or a step) would go on for another minute, or for ever."""
+    slowest = 0.0
+    for phase, target in product(phases, targets):
+        processes, waits = 1 if target == "the process" else 2, phase == "wait"
+        run = here.start(processes, "--checkpoint_freq", 2, phase="step" if waits else phase, at=5,
+                         seconds=1 if waits and processes == 2 else 60)
+        run.wait_for(Trainer.stopped)
+        if waits and processes == 2:
+            os.kill(run.ranks()[1], signal.SIGSTOP)
+            time.sleep(2)
         before, pid = newest(run.folder), run.process.pid if target == "the launcher" else run.ranks()[0]
         os.kill(pid, signal.SIGINT)
         time.sleep(1.2)
@@ -67,8 +84,8 @@ def second_ctrl_c(result: Result, here: Lab, times: int,
         os.kill(pid, signal.SIGINT)
         wrong, seconds = run.exits(130), time.monotonic() - sent
         slowest = max(slowest, seconds)
-        result.check(f"{target}, {phase}", "the first one ended it" * (not alive), wrong, run.orphans(),
-                     f"it took {seconds:.0f} s" * (seconds > 15),
+        result.check(f"{target}, {phase}", "the first one ended it" * (not alive), wrong,
+                     run.orphans(), f"it took {seconds:.0f} s" * (seconds > 15),
                      "the last checkpoint is lost" * (newest(run.folder) < before), *run.goes_on())
     result.notes = f"slowest end {slowest:.1f} s after the second"
 

@@ -101,15 +101,18 @@ class Lab:
 
 
 class Trainer:
-    """The trainer in the background: one process, or launch.py with several; its output goes to a file."""
+    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Two faults
+    concern the start: launcher, for one process too, and nohup."""
 
     def __init__(self, lab: Lab, folder: Path, processes: int, flags: list[str], fault: dict | None = None) -> None:
         folder.mkdir(exist_ok=True)
         self.lab, self.folder, self.processes, self.flags = lab, folder, processes, flags
         self.log, self.marker = folder / f"output{len(list(folder.glob('output*')))}", f"{folder}.marker"
         source = lab.faulty if fault else SRC
-        script = [source / "train_instruct.py"] if processes == 1 else ["-m", "training.launch", processes]
-        command = [sys.executable, *script, *flags, "--checkpoint_dir", folder, "--tensorboard_dir", folder / "tb"]
+        self.direct = processes == 1 and not (fault or {}).get("launcher")
+        script = [source / "train_instruct.py"] if self.direct else ["-m", "training.launch", processes]
+        command = [*["nohup"] * (fault or {}).get("nohup", 0), sys.executable, *script, *flags, "--checkpoint_dir",
+                   folder, "--tensorboard_dir", folder / "tb"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source),
                        "FAULT": json.dumps({**(fault or {}), "marker": self.marker})}
         self.begin = time.monotonic()
@@ -117,7 +120,7 @@ class Trainer:
             self.process = subprocess.Popen([str(part) for part in command], cwd=lab.folder, stdout=log, stderr=log,
                                             env=environment)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 240) -> int:
         """The exit code; a process that does not end is killed and counts as -99."""
         try:
             return self.process.wait(timeout)
@@ -127,7 +130,7 @@ class Trainer:
             self.process.wait()
             return -99
 
-    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 240) -> None:
         """Wait until the condition holds or the run ends."""
         end = time.monotonic() + seconds
         while not condition(self) and self.process.poll() is None and time.monotonic() <= end:
@@ -156,7 +159,7 @@ class Trainer:
     def ranks(self) -> list[int]:
         """The training processes, rank 0 first: this one, or the launcher's children."""
         own = self.process.pid
-        return [own] if self.processes == 1 else sorted(
+        return [own] if self.direct else sorted(
             processes("stat", lambda stat: int(stat.rpartition(b")")[2].split()[1]) == own))
 
     def exits(self, *wanted: int) -> str:

@@ -4,6 +4,7 @@
 
 At its at-th visit of the phase a process writes MARKER.RANK and sleeps. {"nan": [5, 6], "rank": 1, "marker": ...}
 makes that rank's loss NaN in those steps, and every rank writes a hash of its weights to MARKER.RANK after each step.
+{"full": 5, "ranks": [0, 1]} makes the memory of these ranks run out in that step.
 """
 
 import hashlib
@@ -38,9 +39,9 @@ def stop_at_phases() -> None:
     import torch
 
     from dataloader_instruct import InstructData
-    from training import loop
+    from training import loop, samples
 
-    micro_batch, generate, save = InstructData.micro_batch, loop.generate, torch.save
+    micro_batch, generate, save = InstructData.micro_batch, samples.generate, torch.save
 
     def visited(real: Callable, phase: str, inside: str) -> Callable:
         def function(*arguments: Any, **keywords: Any) -> Any:
@@ -66,7 +67,7 @@ def stop_at_phases() -> None:
 
     loop.train_step = visited(loop.train_step, "step", inside="accumulation")
     loop.evaluate = visited(loop.evaluate, "an evaluation begins", inside="evaluation")
-    InstructData.micro_batch, loop.generate, torch.save = counted, slow_answer, slow_save
+    InstructData.micro_batch, samples.generate, torch.save = counted, slow_answer, slow_save
 
 
 def feed_nan() -> None:
@@ -92,10 +93,26 @@ def feed_nan() -> None:
     step.F.linear_cross_entropy, loop.train_step = loss, watched
 
 
+def fill_memory() -> None:
+    import torch
+
+    from training import loop
+
+    real_step = loop.train_step
+
+    def step(*arguments: Any) -> Any:
+        now["step"] += 1
+        if now["step"] == FAULT["full"] and int(RANK) in FAULT["ranks"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMany more lines.")
+        return real_step(*arguments)
+
+    loop.train_step = step
+
+
 def prepared_block(block: Any = train_instruct.block_signals) -> None:
     """In place of block_signals: the trainer's own imports come after it, so it is the first moment to wrap them."""
     block()
-    (feed_nan if "nan" in FAULT else stop_at_phases)()
+    (feed_nan if "nan" in FAULT else fill_memory if "full" in FAULT else stop_at_phases)()
 
 
 if __name__ == "__main__":

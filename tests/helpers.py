@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import torch
 
 import prepare_instruct_dataset
 from conftest import ROOT, SRC
-from data.shapes import read_examples
+from data.rows import open_sources
+from data.shapes import Example, Shapes
 from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
-from instruct_format import END_OF_TEXT, encode_example, tokenizer
+from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
 from model import GPT, GPTConfig
 from training.options import parse_options
 from weights import checkpoint
@@ -32,7 +33,7 @@ def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], list[in
     for split, examples in splits.items():
         for tokens, mask in examples:
             writer.add(split, Document(np.array(tokens, dtype=np.uint16), np.array(mask, dtype=np.uint8)))
-    writer.finish({"source": "made by a test"})
+    writer.finish({"source": "made by a test", "tokenizer": "none: a model of any vocabulary may train on this"})
     return folder
 
 
@@ -56,10 +57,16 @@ def texts_of(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return texts
 
 
+def rows_of(source: Path) -> Iterator[Example]:
+    """The examples of a file. Bad rows are an error of the test."""
+    for place, row in Shapes({}).examples(open_sources([str(source)], {})):
+        assert isinstance(row, Example), f"{place}: {row}"
+        yield row
+
+
 def real_examples(source: Path, count: int) -> list[tuple[list[int], list[int]]]:
     """The first examples of a file, tokenized with the template, ids modulo VOCAB."""
-    rows = [row for _, row in islice(read_examples(str(source)), count)]
-    pairs = [encode_example(row.instruction, row.input, row.output) for row in rows]
+    pairs = [encode_conversation(row.turns) for row in islice(rows_of(source), count)]
     return [([token % VOCAB for token in tokens], mask) for tokens, mask in pairs]
 
 

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import chat
 import train_instruct
 from conftest import run_script
 from data.shards import MANIFEST
 from errors import CheckpointError, UserError
 from helpers import open_data, random_examples, resume_flags, same_state, small_model, write_data, write_pretrained
 from model import KVCache
-from weights.checkpoint import BEST, LATEST, load, load_run, newest_valid, save, save_step
-from weights.pretrained import load_pretrained
+from weights.checkpoint import BEST, LATEST, load, load_run, model_of, newest_valid, save, save_step
+from weights.pretrained import open_any
 
 PAGE = 4096
 
@@ -64,7 +63,7 @@ def is_noticed(read: Callable[[Path], object], path: Path, undamaged: object) ->
 
 @torch.no_grad()
 def logits_of_chat(path: Path) -> torch.Tensor:
-    model = chat.open_model(path, "cpu", None)
+    model = model_of(open_any(path), path, torch.device("cpu"))
     return model.logits(model.decode(torch.arange(16), KVCache(model.config)))
 
 
@@ -77,7 +76,7 @@ def test_410_damages_to_checkpoints_are_noticed_or_change_nothing(tmp_path, run_
     copies = shutil.copytree(tmp_path, tmp_path / "undamaged")  # what was read from them is mapped
     latest.unlink()  # the hard link: a damage shall strike one name
     latest.write_bytes(originals[latest])
-    undamaged = {path: {read: read(copies / path.name) for read in (load, load_pretrained, logits_of_chat, load_run)
+    undamaged = {path: {read: read(copies / path.name) for read in (load, open_any, logits_of_chat, load_run)
                         if path != best or read != load_run} for path in files}
     counts = Counter[tuple[str, bool]]()
     for kind, path, data in damages(files):

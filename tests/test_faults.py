@@ -15,14 +15,20 @@ import pytest
 from conftest import run_launcher
 from faults import FAULTS
 from faults_disk import disk_full, soak
-from faults_kill import kills, rank_dies, rank_dies_early, write_order
-from faults_signals import DIVERGENCES, one_rank_diverges, second_ctrl_c, signals
+from faults_hosts import ports
+from faults_kill import MEMORY, kills, memory, rank_dies, rank_dies_early, write_order
+from faults_signals import DIVERGENCES, hangup, one_rank_diverges, second_ctrl_c, signals
 from faults_tools import Lab, Result
 from weights.durable import lock_folder
 
 SHORT = {
     "USR1 to the launcher": partial(signals, ("the launcher",), ("save",), (signal.SIGUSR1,)),
-    "a second Ctrl-C": partial(second_ctrl_c, 1, ("the process",)),
+    "a second Ctrl-C": partial(second_ctrl_c, ("save",), ("the process",)),
+    "a second Ctrl-C while one rank waits for the other": partial(second_ctrl_c, ("wait",), ("the launcher",)),
+    "a terminal is closed": partial(hangup, ((2, 0),)),
+    "nohup": partial(hangup, ((1, 1),)),
+    "memory runs out": partial(memory, MEMORY[2:]),
+    "ports": ports,
     "kill": partial(kills, 1, in_saves=1, threads=1, undisturbed=1),
     "a rank dies": partial(rank_dies, 1, 1),
     "a rank dies early": partial(rank_dies_early, 1),

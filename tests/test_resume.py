@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was not: weights, optimizer, data order, losses, logs."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_instruct
-from conftest import ROOT, SRC
-from errors import CheckpointError, DiedError, DivergedError, UserError
+from conftest import SRC
+from errors import CheckpointError, DivergedError, UserError
 from helpers import open_data, random_examples, resume_flags, run_inputs, run_ranks, same_state, trajectory, write_data
 from training import step as training_step
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
@@ -25,6 +26,7 @@ from training.setup import open_run
 from weights import checkpoint
 
 FINAL = "step_000024.pt"
+VARYING = {"train/tokens_per_second", "train/data_wait", "train/memory_gb"}  # from run to run
 TRAINER = SRC / "train_instruct.py"
 
 
@@ -47,7 +49,7 @@ def resume(folder: Path, source: object, *flags: object) -> int:
 
 def start(folder: Path, *flags: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(TRAINER), *to(folder, *flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_the_run_spans_epochs_and_accumulates(whole):
     state = checkpoint.load(whole / FINAL)
     assert state["position"][0] >= 2
-    assert [step for step, _ in state["val_losses"]] == [4, 8, 12, 16, 20, 24]
+    assert [step for step, _ in state["val_losses"]] == [0, 4, 8, 12, 16, 20, 24]
 
 
 @pytest.mark.parametrize("step", range(1, 24))
@@ -78,7 +80,7 @@ def test_resuming_at_any_step_ends_in_the_same_bits(inputs, whole, tmp_path, ste
     assert same_state(trajectory(tmp_path / FINAL), trajectory(whole / FINAL))
     name = checkpoint.load(whole / FINAL)["name"]
     resumed, original = scalars(tmp_path / "runs" / name), scalars(whole / "runs" / name)
-    for tag in ("train/loss", "learning_rate", "gradient_norm", "epoch"):
+    for tag in ("train/loss", "train/learning_rate", "train/gradient_norm", "train/epoch"):
         assert resumed[tag] == [entry for entry in original[tag] if entry[0] > step]
     assert dict(original["val/loss"]).items() >= dict(resumed.get("val/loss", [])).items()
 
@@ -99,7 +101,8 @@ def test_a_resume_of_a_resume_of_a_signal(inputs, whole, tmp_path):
 
 
 def test_tensorboard_after_three_kills_has_every_step_once(inputs, whole, tmp_path):
-    """kill -9 after steps 5, 11 and 17, checkpoints every 2: no gap, no duplicate, the same values."""
+    """kill -9 after steps 5, 11 and 17, checkpoints every 2: no gap, no duplicate, the same values; metrics.jsonl too,
+    in which a kill left half a line."""
     flags = [*resume_flags(*inputs), "--checkpoint_freq", "2"]
     for kill_at in (5, 11, 17, None):
         process = start(tmp_path, *flags)
@@ -108,11 +111,19 @@ def test_tensorboard_after_three_kills_has_every_step_once(inputs, whole, tmp_pa
                 process.kill()
         assert process.wait(60) == (-9 if kill_at else 0)
         flags = ["--resume", "latest"]
-    [log] = (tmp_path / "runs").iterdir()
+        [log] = (tmp_path / "runs").iterdir()
+        if kill_at:
+            with (log / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 1, "train/lo')
     expected = scalars(whole / "runs" / checkpoint.load(whole / FINAL)["name"])
-    for tag, entries in scalars(log).items():
+    found = scalars(log)
+    metrics = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+    for tag in found:
+        entries = [(line["step"], line[tag]) for line in metrics if tag in line]
+        assert entries == [(step, pytest.approx(value, rel=1e-6)) for step, value in found[tag]], tag
+    for tag, entries in found.items():
         assert [step for step, _ in entries] == [step for step, _ in expected[tag]], tag
-        assert entries == expected[tag] or tag == "tokens_per_second"
+        assert entries == expected[tag] or tag in VARYING
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +164,7 @@ def test_the_number_of_processes_may_change(whole, two_processes, tmp_path):
 
 
 def test_every_option_says_what_a_resume_may_do_with_it():
-    assert set(ON_RESUME) == set(vars(parse_options([]))) - {"resume", "override", "device"}
+    assert set(ON_RESUME) == set(vars(parse_options([]))) - {"resume", "override", "device", "epochs", "dry_run"}
     assert set(ON_RESUME.values()) == {FIXED, TRAJECTORY, FREE}
 
 
@@ -164,6 +175,18 @@ def test_a_change_of_trajectory_needs_override(inputs, whole, tmp_path, flag, va
     with pytest.raises(UserError, match=rf"{flag} was .*, now {value}; add --override"):
         resume(tmp_path, source, flag, value)
     assert resume(tmp_path, source, flag, value, "--override") == 0
+
+
+def test_a_checkpoint_names_no_folder_outside_the_current_one(inputs, whole, tmp_path, monkeypatch):
+    """A file from elsewhere could name any. What the command line names is taken."""
+    shutil.copy(whole / "step_000023.pt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--resume", "step_000023.pt", "--checkpoint_dir", str(tmp_path)]
+    named = f"--data_dir {inputs[0]} --tensorboard_dir {whole}/runs"
+    with pytest.raises(UserError, match=f"outside this one.* add: {named}$"):
+        train_instruct.main(flags)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step_000023.pt"}
+    assert train_instruct.main([*flags, "--data_dir", str(inputs[0]), "--tensorboard_dir", "logs"]) == 0
 
 
 def test_architecture_and_data_cannot_change(inputs, whole, tmp_path):
@@ -186,7 +209,7 @@ def test_free_options_may_change_and_others_are_kept(inputs, whole, tmp_path):
     assert resume(tmp_path, whole / "step_000020.pt", "--mini_batch_size", 8, "--eval_freq", 3) == 0
     state = checkpoint.load(tmp_path / FINAL)
     assert (state["options"]["mini_batch_size"], state["options"]["learning_rate"]) == (8, 1e-3)
-    assert [step for step, _ in state["val_losses"]] == [4, 8, 12, 16, 20, 21, 24]
+    assert [step for step, _ in state["val_losses"]] == [0, 4, 8, 12, 16, 20, 21, 24]
 
 
 def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
@@ -201,31 +224,39 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         (("--data_dir", tmp_path / "absent"), "no prepared data there", tmp_path),
         (("--total_batch_size", 63), "counts tokens, not examples", tmp_path),
         (("--context_length", 2048), "above the model's 1024", tmp_path),
+        (("--resume", whole / FINAL, "--max_steps", 22, "--override"), "nothing to do: .* is at step 24", whole),
+        (("--resume", whole / "step_000023.pt"), "a run is here already", tmp_path / "other"),
+        ((), "step_000007.pt: files of a run, but no latest.pt", tmp_path / "foreign"),
+        ((), "best_model.pt: files of a run, but no latest.pt", tmp_path / "best"),
         (("--min_lr", 1), "--min_lr 1.0 is above --learning_rate", tmp_path),
         (("--from_scratch", "2,3,32"), "--from_scratch 2,3,32: n_embd 32 is not a multiple of n_head 3", tmp_path),
         (("--from_scratch", "2,3"), "expected layers,heads,width such as 4,4,128, not '2,3'", tmp_path),
     ]
+    for name in ("other/latest.pt", "foreign/step_000007.pt", "best/best_model.pt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("somebody's")
     before = (whole / "latest.pt").read_bytes()
     for flags, message, folder in cases:
         with pytest.raises(UserError, match=message):
             run(inputs, folder, *flags)
     assert (whole / "latest.pt").read_bytes() == before
+    assert {path.read_text() for path in tmp_path.glob("*/*.pt")} == {"somebody's"}
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(before[:1000] + b"?" + before[1001:])
     with pytest.raises(CheckpointError, match="damaged.pt"):
         resume(tmp_path, damaged)
 
 
-def test_a_restart_before_the_first_checkpoint_is_not_made(inputs, tmp_path, monkeypatch):
-    """torchrun's word for it is in the environment. With a checkpoint the run goes on from that."""
-    assert run(inputs, tmp_path / "run", "--max_steps", 2) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setenv("INSTRUCT_EXIT_CODE_FILE", str(tmp_path / "exit_code"))
-    assert run(inputs, tmp_path / "run", "--max_steps", 2) == 0
-    assert not (tmp_path / "exit_code").exists()
-    with pytest.raises(DiedError, match="before the first checkpoint"):
-        run(inputs, tmp_path / "new")
-    assert (tmp_path / "exit_code").read_text() == "1"
+def test_a_restart_and_auto_go_on_where_a_run_is_and_begin_where_none_is(inputs, tmp_path, monkeypatch, capsys):
+    """The launcher's word for a restart is in the environment."""
+    for folder in (tmp_path / "auto", tmp_path / "restart"):
+        for flags in ((), ("--resume", "auto")):
+            if folder.name == "restart":
+                monkeypatch.setenv("INSTRUCT_IS_RESTART", "1")
+            resumed = (folder / "latest.pt").exists()
+            flags = () if folder.name == "restart" else ("--resume", "auto")
+            assert run(inputs, folder, "--max_steps", 2, *flags) == 0
+            assert ("resumed from" in capsys.readouterr().out) == resumed
 
 
 def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
@@ -274,9 +305,10 @@ def test_the_first_evaluation_saves_once_and_best_model_is_never_alone(inputs, w
     learner = training_step.Learner.of(checkpoint.model_of(state, tmp_path, torch.device("cpu")),
                                        parse_options([]), Processes(0, 1, torch.device("cpu")))
     val = open_data(inputs[0], 64)["val"]
-    assert state["val_losses"] == [[4, pytest.approx(training_step.evaluate(learner, val, val.plan(range(3), 512, 1)))]]
-    best = trajectory(whole / "best_model.pt")
-    source, folder = whole / f"step_{best['step']:06d}.pt", shutil.copytree(whole, tmp_path / "killed")
+    loss = training_step.evaluate(learner, val, val.plan(range(3), 512, 1))
+    assert state["val_losses"][1:] == [[4, pytest.approx(loss)]]
+    best, folder = trajectory(whole / "best_model.pt"), shutil.copytree(whole, tmp_path / "killed")
+    source = folder / f"step_{best['step']:06d}.pt"
     for damage in (Path.unlink, lambda path: path.write_bytes(b"")):
         damage(folder / "best_model.pt")
         with open_run(to(folder, "--resume", source)) as opened:
@@ -295,6 +327,29 @@ def test_latest_is_the_file_that_a_run_was_resumed_from(inputs, whole, tmp_path,
     with open_run(to(folder, "--resume", path)):
         assert (folder / "latest.pt").samefile(path)
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_that_goes_back_leaves_the_other_branch_and_keeps_the_best_of_both(inputs, whole, tmp_path, capsys):
+    """Whatever of the new branch is lost. Nothing is removed; the other branch's files get other names, and others when
+    the run goes back once more."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    best, newest = checkpoint.load(folder / "best_model.pt"), (folder / FINAL).read_bytes()
+    checkpoint.save(folder / "best_model.pt", {**best, "val_losses": [[4, 9.0], [20, 0.01]]})  # beyond step 7
+    best = (folder / "best_model.pt").read_bytes()
+    for again in (1, 2):
+        assert resume(folder, folder / "step_000007.pt", "--max_steps", 9, "--learning_rate", 1e-9, "--min_lr", 0,
+                      "--override") == 0
+        told = capsys.readouterr().out
+        assert "step_000009.pt is not what led to step_000007.pt at step 7; it is now step_000009.abandoned" in told
+        assert [checkpoint.step_of(path) for path in checkpoint.step_files(folder)] == list(range(9, 0, -1))
+        assert (folder / f"step_000009.abandoned{again}.pt").exists()
+    assert (folder / "step_000024.abandoned1.pt").read_bytes() == newest
+    assert (folder / "best_model.pt").read_bytes() == best
+    for lost in ("latest.pt", "step_000009.pt", "step_000008.pt"):
+        os.truncate(folder / lost, 1000)
+    assert checkpoint.newest_valid(folder, print)[0].name == "step_000007.pt"
+    with open_run(to(folder, "--resume", folder / "step_000008.abandoned1.pt")):  # and forward again
+        assert checkpoint.step_files(folder) == [] and checkpoint.load(folder / "latest.pt")["step"] == 8
 
 
 def test_a_run_that_cannot_start_leaves_latest_as_it_was(inputs, whole, tmp_path):

@@ -1,17 +1,32 @@
-"""What a run says and does about the disk: the warning before it is full, and a log that cannot be written."""
+"""What a run says and does about the disk: the warning before it is full, a log that cannot be written, files of
+others, and file systems that lack something."""
 
+import errno
+import fcntl
+import os
 import shutil
 import threading
 from collections import namedtuple
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
+import prepare_instruct_dataset
 import train_instruct
+from conftest import write_jsonl
+from data.shards import MANIFEST
 from errors import UserError
-from helpers import options_of, resume_flags, run_inputs
-from training.progress import Progress
+from helpers import open_data, options_of, prepare, resume_flags, run_inputs
+from training import setup
+from training.log import RunLog
+from training.progress import Progress, say
+from training.samples import Sample
 from weights import checkpoint
+from weights.durable import LOCK
 
 
 @pytest.mark.parametrize("free, warns", [(4 * 10**6, False), (3 * 10**6, True)])
@@ -21,42 +36,171 @@ def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeyp
     flags = [*resume_flags(*run_inputs(tmp_path)), "--max_steps", "1", "--keep_last", "2", "--checkpoint_dir",
              str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb")]
     assert train_instruct.main(flags) == 0
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    lines = capsys.readouterr().out.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ") and "room" in line]
     told = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
     assert [told in line for line in warnings] == [True] * warns
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
+    """And nothing else: neither another name, nor what was not written by a save."""
     for name in ("step_000003.pt.tmp", "latest.pt.tmp", "best_model.pt.tmp", "notes.tmp", "step_000002.pt"):
         (tmp_path / name).write_text("")
+    checkpoint.save(tmp_path / "ours", {})
+    (tmp_path / "step_000004.pt.tmp").write_bytes((tmp_path / "ours").read_bytes()[:600])
+    for name in ("mine.pt.tmp", "step_000005.pt.tmp", "step_5.pt.tmp"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "step_000006.pt.tmp").symlink_to(tmp_path / "ours")
+    os.mkfifo(tmp_path / "step_000007.pt.tmp")
     checkpoint.remove_temporaries(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.tmp", "step_000002.pt"]
+    assert {path.name.removesuffix(".pt.tmp") for path in tmp_path.iterdir()} == {
+        "notes.tmp", "step_000002.pt", "ours", "mine", "step_000005", "step_5", "step_000006", "step_000007"}
+
+
+# Files of others
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "train/embeddings.npy": lambda path: path.write_text("mine"), "val/notes.txt": lambda path: path.write_text("mine"),
+    "train/00000-0123.tokens.npy": lambda path: path.write_text("mine"), "val/more": Path.mkdir,
+    "train": link("elsewhere"), "val": link("absent"), MANIFEST: lambda path: path.write_text('{"builder_name": "x"}'),
+    LOCK: lambda path: path.write_text("mine")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_preparation_refuses_a_folder_that_holds_anything_else(tmp_path, name):
+    """Naming it. All that was there stays, also what lies where a link leads."""
+    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": f"{n}", "input": "", "output": "x"} for n in range(40)])
+    prepare(data, tmp_path / "out" / "elsewhere")
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    FOREIGN[name](tmp_path / "out" / name)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"/out/{name}: not (of a preparation by|a lock of) this program"):
+        prepare_instruct_dataset.main(["--dataset", str(data), "--output_dir", str(tmp_path / "out")])
+    assert contents(tmp_path).items() >= before.items()
+
+
+def test_a_preparation_leaves_hidden_files_and_replaces_a_damaged_manifest(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": f"{n}", "input": "", "output": "x"} for n in range(40)])
+    prepare(data, tmp_path / "out")
+    (tmp_path / "out/train/.DS_Store").write_text("the system's")
+    (tmp_path / "out" / MANIFEST).write_bytes((tmp_path / "out" / MANIFEST).read_bytes()[:700])
+    prepare(data, tmp_path / "out", "--val_fraction", 0.3)
+    assert (tmp_path / "out/train/.DS_Store").exists() and len(list((tmp_path / "out/train").iterdir())) == 4
+
+
+def test_a_run_replaces_and_removes_its_own_files_only(tmp_path):
+    """In its folder are files of its names: where it would write one it has another name afterwards."""
+    inputs, folder = run_inputs(tmp_path), tmp_path / "run"
+    flags = ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(tmp_path / "tb"), "--keep_last", "1"]
+    assert train_instruct.main([*resume_flags(*inputs), *flags, "--max_steps", "4"]) == 0
+    foreign = [*(f"step_00000{step}.pt" for step in (1, 5, 9)), "step_000006.pt.tmp", "latest.pt.tmp", "mine.pt.tmp"]
+    for name in foreign:
+        (folder / name).write_text(name)
+    for path, target in (("step_000002.pt", folder / "step_000004.pt"), ("step_000007.pt", tmp_path / "absent")):
+        (folder / path).symlink_to(target)
+    assert train_instruct.main([*flags, "--resume", "latest", "--max_steps", "8", "--override"]) == 0
+    found = contents(folder)
+    assert {data.decode() for data in found.values() if data.endswith((b".pt", b".tmp"))} == set(foreign)
+    assert [found[name].decode() for name in ("step_000001.pt", "step_000009.pt", "mine.pt.tmp")] == [
+        "step_000001.pt", "step_000009.pt", "mine.pt.tmp"]
+    assert (folder / "step_000002.pt").is_symlink() and (folder / "step_000007.abandoned1.pt").is_symlink()
+    assert checkpoint.load(folder / "latest.pt")["step"] == 8
+    for make in (Path.mkdir, os.mkfifo):
+        for name in ("latest.pt", "step_000010.pt", "step_000011.pt.tmp"):
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            before = set(contents(folder))
+            with pytest.raises(UserError, match=rf"/{name}: not a file, so nothing is written there; move it away$"):
+                checkpoint.save(folder / name.removesuffix(".tmp"), {})
+            assert set(contents(folder)) == before
+            (folder / name).rmdir() if make is Path.mkdir else (folder / name).unlink()
+
+
+@pytest.mark.parametrize("make, reason", [(Path.mkdir, "not a lock of this program; move it away"),
+                                          (os.mkfifo, "not a lock of this program"),
+                                          (link("/dev/zero"), "not a lock of this program"),
+                                          (lambda path: path.write_bytes(b"\xff" * 999), "not a lock of this program")])
+def test_a_lock_that_cannot_be_used_is_named(tmp_path, make, reason):
+    make(tmp_path / LOCK)
+    with pytest.raises(UserError, match=rf"/{LOCK}: {reason}"):
+        train_instruct.main([*resume_flags(tmp_path, tmp_path), "--checkpoint_dir", str(tmp_path)])
+
+
+# File systems that lack something
+
+
+def refusing(code: int, real: Callable | None = None) -> Callable:
+    """A call that the file system refuses; with a real one, for folders only."""
+    def call(*arguments: object) -> object:
+        if real and not os.path.isdir(f"/proc/self/fd/{arguments[0]}"):
+            return real(*arguments)
+        raise OSError(code, os.strerror(code))
+    return call
+
+
+@pytest.mark.parametrize("module, name, refused, warns", [
+    *((fcntl, "flock", refusing(code), True) for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)),
+    *((os, "fsync", refusing(code, os.fsync), False) for code in (errno.EINVAL, errno.ENOTSUP)),
+    (os, "posix_fadvise", refusing(errno.EINVAL), False), (shutil, "disk_usage", refusing(errno.ENOSYS), False)])
+def test_a_file_system_that_lacks_something_ends_no_run(tmp_path, monkeypatch, capsys, module, name, refused, warns):
+    monkeypatch.setattr(module, name, refused)
+    data, pretrained = run_inputs(tmp_path)
+    flags = ["--checkpoint_dir", str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb"), "--max_steps", "1"]
+    assert train_instruct.main([*resume_flags(data, pretrained), *flags]) == 0
+    assert capsys.readouterr().out.count(f"{LOCK}: this file system has no locks") == warns
+    assert open_data(data) and checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 1
+
+
+def test_a_folder_removed_in_mid_run_is_made_again(tmp_path, run_state):
+    for step in (1, 2):
+        checkpoint.save_step(tmp_path / "a" / "run", {**run_state, "step": step}, keep_last=1)
+        assert checkpoint.load(tmp_path / "a" / "run" / "latest.pt")["step"] == step
+        shutil.rmtree(tmp_path / "a")
+
+
+def test_runs_that_start_in_the_same_second_have_logs_of_their_own(tmp_path, monkeypatch):
+    moments = (datetime(2026, 1, 1, microsecond=number) for number in (1, 2))
+    monkeypatch.setattr(setup, "datetime", Mock(now=lambda: next(moments)))
+    inputs = run_inputs(tmp_path)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        flags = ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(tmp_path / "tb"), "--max_steps", "1"]
+        assert train_instruct.main([*resume_flags(*inputs), *flags]) == 0
+    assert len(list((tmp_path / "tb").iterdir())) == 2
 
 
 def test_only_tensorboards_own_thread_fails_in_silence(tmp_path, monkeypatch):
     told: list[type] = []
     monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(failure.exc_type))
     hook = threading.excepthook
-    progress = Progress(options_of(), tmp_path / "tb", 0, None)
+    log = RunLog(tmp_path / "tb", 0, [], say)
     writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary"})
     for kind in (writer, threading.Thread):
         thread = kind(target=lambda: 1 / 0)
         thread.start()
         thread.join()
     assert told == [ZeroDivisionError]
-    progress.close()
+    log.close()
     assert threading.excepthook is hook
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
-    progress = Progress(options_of("--max_steps", 2), tmp_path / "tb", 0, None)
-    monkeypatch.setattr(progress.writer, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
+    progress = Progress(options_of("--max_steps", 2), torch.device("cpu"), RunLog(tmp_path / "tb", 0, [], say), 0, None)
+    monkeypatch.setattr(progress.log.writer, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
     for step in (1, 2):
-        progress.evaluation(step, 1.0, ["answers"])
+        progress.evaluation(step, 1.0, [Sample("prompt", "expected", "answer", True)])
     progress.close()
     out = capsys.readouterr().out
     assert out.count("cannot write the log: No space left on device; the run goes on without it") == 1
     assert "step 2: val loss 1.0000" in out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there: Not a directory"):
-        Progress(options_of(), tmp_path / "file" / "tb", 0, None)
+        RunLog(tmp_path / "file" / "tb", 0, [], say)

@@ -1,0 +1,314 @@
+"""Two hosts on one machine: network namespaces that a cable (a veth pair) connects, each with a name of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conftest import SRC
+from faults_tools import FINAL, STEPS, Lab, Result, Trainer, measurement, newest, processes
+from helpers import random_examples, same_state, small_model, trajectory, write_data, write_pretrained
+
+HOSTS = ("hostC", "hostD")
+# sets the name of the host, then becomes the command
+NAMED = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+class Cable:
+    """The two hosts. Host 0 is 10.77.0.1, where they meet; the names hold this process's number, so that two tests can
+    run at once."""
+
+    def __init__(self) -> None:
+        self.spaces = [f"{host}-{os.getpid()}" for host in HOSTS]
+        self.ends = [f"v{number}-{os.getpid()}" for number in (0, 1)]
+
+    def lay(self) -> None:
+        ip("link", "add", self.ends[0], "type", "veth", "peer", "name", self.ends[1])
+        for number, (space, end) in enumerate(zip(self.spaces, self.ends)):
+            ip("netns", "add", space)
+            ip("link", "set", end, "netns", space)
+            ip("-n", space, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
+            self.pull(number, "up")
+            ip("-n", space, "link", "set", "lo", "up")
+
+    def pull(self, number: int, state: str = "down") -> None:
+        ip("-n", self.spaces[number], "link", "set", self.ends[number], state)
+
+    def remove(self) -> None:
+        for space in self.spaces:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
+
+
+@contextmanager
+def cable() -> Iterator[Cable]:
+    made = Cable()
+    try:
+        made.lay()
+        yield made
+    finally:
+        made.remove()
+
+
+def why_not() -> str:
+    """Why there can be no two hosts here, or nothing."""
+    try:
+        with cable():
+            return ""
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"no network namespaces here: {getattr(error, 'stderr', b'') or error!r}"
+
+
+class Launched:
+    """The launcher on one host, its output in a file."""
+
+    def __init__(self, net: Cable, number: int, folder: Path, flags: list[str], processes: int = 1, nnodes: str = "2",
+                 lab: Lab | None = None, fault: dict[str, Any] | None = None) -> None:
+        folder.parent.mkdir(exist_ok=True)
+        self.folder, self.log = folder, Path(f"{folder}.{HOSTS[number]}.{time.monotonic_ns()}")
+        command = ["ip", "netns", "exec", net.spaces[number], "unshare", "--uts", sys.executable, "-c", NAMED,
+                   HOSTS[number], sys.executable, "-m", "training.launch", str(processes), "--checkpoint_dir",
+                   str(folder), "--tensorboard_dir", f"{folder}.tb", *flags]
+        meeting = f"--nnodes={nnodes} --rdzv_backend=c10d --rdzv_endpoint=10.77.0.1:29500 --rdzv_id=instruct"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHRUN_FLAGS": meeting,
+                       "PYTHONPATH": str(lab.faulty if lab and fault else SRC),
+                       "FAULT": json.dumps({**(fault or {}), "marker": f"{folder}.marker"}),
+                       "GLOO_SOCKET_IFNAME": net.ends[number]}
+        self.begin = time.monotonic()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def shows(self, text: str, seconds: float = 240) -> bool:
+        """Wait until this stands in the output."""
+        end = time.monotonic() + seconds
+        while text not in self.output() and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return text in self.output()
+
+    def exits(self, *wanted: int) -> str:
+        """A complaint unless it ends with one of these exit codes."""
+        try:
+            code = self.process.wait(240)
+        except subprocess.TimeoutExpired:
+            code = -99
+        return f"exit {code}: {self.output()[-400:]}" * (code not in wanted)
+
+    def kill(self) -> None:
+        """The host is gone: its launcher and all that it started."""
+        for pid in (self.process.pid, *trainers(self.process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def trainers(launcher: int) -> list[int]:
+    return processes("stat", lambda stat: int(stat.rpartition(b")")[2].split()[1]) == launcher)
+
+
+class Pair:
+    """The launchers of both hosts for one run."""
+
+    def __init__(self, net: Cable, here: Lab, *flags: object, processes: int = 1, nnodes: str = "2",
+                 more: tuple[object, ...] = (), folder: Path | None = None, hosts: tuple[int, ...] = (0, 1),
+                 **fault: Any) -> None:
+        self.here, self.processes = here, processes
+        self.folder = folder or here.new_folder()
+        self.flags = here.flags("--checkpoint_freq", 2, *flags)
+        self.how: dict[str, Any] = {"processes": processes, "nnodes": nnodes, "lab": here, "fault": fault}
+        self.net, self.more = net, [str(flag) for flag in more]
+        self.both = [self.start(number) for number in hosts]
+
+    def start(self, number: int) -> Launched:
+        return Launched(self.net, number, self.folder, self.flags + self.more * number, **self.how)
+
+    def exits(self, code: int) -> list[str]:
+        return [each.exits(code) for each in self.both]
+
+    def differs(self) -> str:
+        if not (self.folder / FINAL).exists():
+            return "it has no end"
+        whole = self.here.whole(2 * self.processes)
+        return "another end" * (not same_state(trajectory(self.folder / FINAL), trajectory(whole)))
+
+    def orphans(self) -> str:
+        found = processes("cmdline", lambda command: f"{self.folder}\0".encode() in command)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        return f"{len(found)} processes are left" * bool(found)
+
+
+def same_bits(net: Cable, here: Lab, processes: int) -> list[str]:
+    """Two hosts end in the bits of one host with as many processes."""
+    pair = Pair(net, here, processes=processes)
+    return [*pair.exits(0), pair.differs()]
+
+
+def started_differently(net: Cable, here: Lab, flag: str, value: object) -> list[str]:
+    """One line on each host names what differs and where."""
+    if flag == "--data_dir":
+        examples = {"train": random_examples(60, 64, seed=9), "val": random_examples(15, 64, seed=1)}
+        value, flag = write_data(here.folder / "other", examples), "the data"
+    if flag == "--pretrained_model":
+        value, flag = write_pretrained(here.folder / "other.pt", small_model(seed=9)), "the weights"
+    name = {"the data": "--data_dir", "the weights": "--pretrained_model"}.get(flag, flag)
+    pair = Pair(net, here, more=(name, value))
+    wrong = pair.exits(2)
+    told = [[line for line in each.output().splitlines() if "error" in line] for each in pair.both]
+    return [*wrong, *(f"told {lines}" for lines in told if len(lines) != 1 or not all(
+        word in lines[0] for word in (f"started differently: {flag} is ", " on hostC, ", " on hostD")))]
+
+
+def one_is_wrong(net: Cable, here: Lab, flag: str, value: str, reason: str) -> list[str]:
+    """An error of one host is told there with its name; the other says which host stopped it."""
+    pair = Pair(net, here, more=(flag, here.folder / value))
+    wrong = pair.exits(2)
+    for each, begin in zip(pair.both, ("error: stopped by hostD: ", "error: hostD: ")):
+        lines = [line for line in each.output().splitlines() if "error" in line]
+        wrong.append(f"told {lines}" * (len(lines) != 1 or not lines[0].startswith(begin) or reason not in lines[0]))
+    return wrong
+
+
+def waiting_is_told(net: Cable, here: Lab, number: int, what: str) -> list[str]:
+    """A host alone says what it waits for; Ctrl-C leaves."""
+    alone = Launched(net, number, here.new_folder(), here.flags())
+    told, seconds = alone.shows(f"waiting for {what}"), time.monotonic() - alone.begin
+    alone.process.send_signal(signal.SIGINT)
+    return ["said nothing" * (not told), f"after {seconds:.0f} s" * (seconds > 10), alone.exits(130)]
+
+
+def ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
+    """Ctrl-C on one host ends both, saved; the same command with --resume auto goes on."""
+    pair = Pair(net, here, "--resume", "auto", "--checkpoint_freq", 100, phase="step", at=6, seconds=2)
+    pair.both[0].shows("step 5/")
+    pair.both[number].process.send_signal(signal.SIGINT)
+    wrong = [*pair.exits(130), "not saved" * (newest(pair.folder) < 5), pair.orphans()]
+    again = Pair(net, here, "--resume", "auto", "--checkpoint_freq", 100, folder=pair.folder)
+    return [*wrong, *again.exits(0), again.differs(), "not resumed" * ("resumed from" not in again.both[0].output())]
+
+
+def second_ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
+    """A second Ctrl-C on one host, in a step that takes a minute."""
+    pair = Pair(net, here, phase="step", at=6, seconds=60)
+    pair.both[0].shows("step 5/")
+    for _ in range(2):
+        time.sleep(1.2)
+        pair.both[number].process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    wrong = pair.exits(130)
+    return [*wrong, pair.orphans(), f"it took {time.monotonic() - begin:.0f} s" * (time.monotonic() - begin > 15)]
+
+
+def a_process_is_killed(net: Cable, here: Lab) -> list[str]:
+    """kill -9 of a trainer of the second host: both say so, and the run goes on to the same bits."""
+    pair = Pair(net, here, phase="step", at=6, seconds=2)
+    pair.both[0].shows("step 5/")
+    os.kill(trainers(pair.both[1].process.pid)[0], signal.SIGKILL)
+    told = "hostD: process 1 was killed (SIGKILL), often because memory ran out"
+    return [*pair.exits(0), pair.differs(), *("not told" * (told not in each.output()) for each in pair.both)]
+
+
+def a_host_joins(net: Cable, here: Lab) -> list[str]:
+    """--nnodes=1:2: one host begins, another joins, and the run goes on with both."""
+    pair = Pair(net, here, nnodes="1:2", hosts=(0,), phase="step", at=6, seconds=15)
+    pair.both[0].shows("step 5/")
+    pair.both.append(pair.start(1))
+    wrong, told = pair.exits(0), pair.both[0].output()
+    return [*wrong, "not told" * ("hostD joins" not in told), "not resumed" * ("resumed from" not in told),
+            "not both" * ("cpu, 2 processes" not in told), "no end" * (newest(pair.folder) != STEPS)]
+
+
+def a_host_comes_back(net: Cable, here: Lab, number: int) -> list[str]:
+    """--nnodes=1:2: a host dies, all its processes at once, and comes back with the same command."""
+    pair = Pair(net, here, nnodes="1:2", phase="step", at=6, seconds=15)
+    pair.both[0].shows("step 5/")
+    pair.both[number].kill()
+    time.sleep(2)
+    pair.both[number] = pair.start(number)
+    wrong = pair.exits(0)
+    return [*wrong, "not resumed" * ("resumed from" not in pair.both[0].output()), pair.orphans(),
+            "no end" * (newest(pair.folder) != STEPS)]
+
+
+def a_dead_link(net: Cable, here: Lab) -> list[str]:
+    """The cable is pulled in a step: both say who is gone; once it is back the run goes on to the same bits."""
+    pair = Pair(net, here, phase="step", at=6, seconds=2)
+    pair.both[0].shows("step 5/")
+    net.pull(1)
+    begin, wrong = time.monotonic(), []
+    for each, told in zip(pair.both, ("hostD is gone", "waiting for 10.77.0.1:29500, where the hosts meet")):
+        wrong.append(f"{told}: not told" * (not each.shows(told, 120)))
+    wrong.append(f"it took {time.monotonic() - begin:.0f} s" * (time.monotonic() - begin > 60))
+    net.pull(1, "up")
+    return [*wrong, *pair.exits(0), pair.differs(), pair.orphans()]
+
+
+CASES: dict[str, Callable[[Cable, Lab], list[str]]] = {
+    "2 x 1 processes": partial(same_bits, processes=1),
+    "2 x 2 processes": partial(same_bits, processes=2),
+    **{f"another {flag}": partial(started_differently, flag=flag, value=value) for flag, value in (
+        ("--learning_rate", 5e-4), ("--seed", 2), ("--weight_decay", 0.5), ("--total_batch_size", 512),
+        ("--mini_batch_size", 4), ("--max_steps", 30), ("--data_dir", 0), ("--pretrained_model", 0))},
+    "a folder that is not shared": partial(one_is_wrong, flag="--checkpoint_dir", value="own", reason="have to share"),
+    "no data on one host": partial(one_is_wrong, flag="--data_dir", value="absent", reason="no prepared data"),
+    "the first host alone": partial(waiting_is_told, number=0, what="1 more of 2 hosts (here: hostC)"),
+    "the second host alone": partial(waiting_is_told, number=1, what="10.77.0.1:29500, where the hosts meet"),
+    "Ctrl-C on the first": partial(ctrl_c, number=0),
+    "Ctrl-C on the second": partial(ctrl_c, number=1),
+    "a second Ctrl-C on the first": partial(second_ctrl_c, number=0),
+    "a second Ctrl-C on the second": partial(second_ctrl_c, number=1),
+    "a process is killed": a_process_is_killed,
+    "a host joins": a_host_joins,
+    "the second host dies": partial(a_host_comes_back, number=1),
+    "the first host dies": partial(a_host_comes_back, number=0),
+    "a dead link": a_dead_link,
+}
+
+
+@measurement("two hosts, network namespaces with a cable between them")
+def two_hosts(result: Result, here: Lab, names: Sequence[str] = tuple(CASES)) -> None:
+    for name in names:
+        begin = time.monotonic()
+        with cable() as net:
+            result.check(name, *CASES[name](net, here))
+        print(f"    {name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+@measurement("what listens on one host")
+def ports(result: Result, here: Lab) -> None:
+    """The listening sockets of the launcher and its trainers: none for one process, on loopback alone for several."""
+    for count in (1, 2):
+        run = here.start(count, "--checkpoint_freq", 100, phase="step", at=5, seconds=3, launcher=1)
+        run.wait_for(Trainer.stopped)
+        found = [address for pid in (run.process.pid, *run.ranks()) for address in listening(pid)]
+        outside = [address for address in found if address != LOOPBACK]
+        result.check(f"{count} processes", f"listens at {outside}" * bool(outside), run.exits(0),
+                     f"{len(found)} sockets" * (bool(found) != (count > 1)), run.differs())
+
+
+LOOPBACK = "0100007F"  # 127.0.0.1 in /proc/net/tcp
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses at which a process listens (TCP) or is bound (UDP), as /proc/net writes them."""
+    sockets = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+    found = []
+    for kind, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == state and f"socket:[{fields[9]}]" in sockets:
+                found.append(fields[1].partition(":")[0])
+    return found

@@ -1,0 +1,88 @@
+"""What the processes of a run say to each other, and how it is told when one of them fails."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import SRC
+from errors import CheckpointError, LostError, UserError
+from training import processes
+from training.processes import Processes, digest
+
+
+class Among(Processes):
+    """One of two processes; what the other said is in the list others."""
+
+    others: list[Any] = []
+
+    def gather(self, mine: object) -> list[Any]:
+        return [mine, *self.others]
+
+
+def one_of_two(others: list[Any]) -> Processes:
+    among = Among(0, 2, torch.device("cpu"))
+    among.others[:] = others
+    return among
+
+
+@pytest.mark.parametrize("host, theirs, told", [
+    ("hostD", {"--a": 1, "data": "x"}, ""),
+    ("hostD", {"--a": 2, "data": "x"}, "--a is 1 on hostC, 2 on hostD"),
+    ("hostD", {"--a": None, "data": "y"}, "--a is 1 on hostC, None on hostD; data is x on hostC, y on hostD"),
+    ("hostD", {"data": "x"}, "--a is 1 on hostC, None on hostD"),
+    ("hostC", {"--a": 2, "data": "x"}, "--a is 1 on rank 0, 2 on rank 1"),
+])
+def test_what_differs_is_named_with_the_places(monkeypatch, host, theirs, told):
+    monkeypatch.setattr(processes, "HOST", "hostC")
+    try:
+        one_of_two([[host, theirs]]).compare({"--a": 1, "data": "x"})
+        assert not told
+    except UserError as error:
+        assert str(error) == f"the processes were started differently: {told}"
+
+
+@pytest.mark.parametrize("mine, other, told", [
+    (None, ["hostD", 2, "no data"], "stopped by hostD: no data"), (None, ["hostC", 2, "no data"], "no data"),
+    (CheckpointError("damaged"), ["hostD", None, ""], "hostC: damaged"),
+    (CheckpointError("damaged"), ["hostC", None, ""], "damaged"), (None, ["hostD", None, ""], ""),
+])
+def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, told):
+    monkeypatch.setattr(processes, "HOST", "hostC")
+    try:
+        with one_of_two([other]).together():
+            if mine:
+                raise mine
+        assert not told
+    except UserError as error:
+        assert (str(error), error.exit_code) == (told, 3 if mine else 2)
+
+
+@pytest.mark.parametrize("error, becomes, told", [
+    (torch.OutOfMemoryError("CUDA out of memory.\nMore."), UserError, "out of memory on cpu: do this"),
+    (MemoryError(), UserError, "out of memory on cpu: do this"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 8 bytes"), UserError,
+     "out of memory"),
+    (RuntimeError("[/gloo/transport/tcp/pair.cc:5] Connection closed by peer"), LostError, "rank 0 has lost another"),
+    (torch.distributed.DistBackendError("NCCL error"), LostError, "rank 0 has lost another"),
+    (RuntimeError("shapes do not fit"), RuntimeError, "shapes do not fit"), (OSError("a disk"), OSError, "a disk"),
+])
+def test_memory_and_lost_processes_are_explained_and_nothing_else(error, becomes, told):
+    with pytest.raises(becomes, match=told) as caught, one_of_two([]).failures_explained("do this"):
+        raise error
+    assert type(caught.value) is becomes
+
+
+def test_a_digest_sees_every_bit_name_and_step():
+    state = {"a": torch.zeros(3), "b": [torch.tensor(1.0), 2]}
+    others = [{"a": torch.tensor([0.0, 0.0, -0.0]), "b": state["b"]}, {"c": state["a"], "b": state["b"]},
+              {"a": state["a"], "b": [torch.tensor(1.0), 3]}, {"a": state["a"]}]
+    assert len({digest(each) for each in (state, *others)}) == 5
+    assert digest(state) == digest({"a": torch.zeros(3), "b": [torch.tensor(1.0), 2]})
+
+
+def test_nothing_between_processes_is_unpickled():
+    """The collectives of objects unpickle what comes from the network."""
+    for path in Path(SRC).rglob("*.py"):
+        assert not [word for word in ("_object(", "_object_list", "torchrun.main") if word in path.read_text()], path

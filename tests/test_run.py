@@ -1,0 +1,223 @@
+"""What a run says before, during and after: epochs, dry run, terminal, patience, summary; loss_on, checkpointing."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_instruct
+from conftest import SRC, run_launcher
+from data.shards import open_prepared
+from dataloader_instruct import ExampleStream, InstructData, Position
+from errors import UserError
+from helpers import open_data, options_of, random_examples, resume_flags, run_inputs, small_model, write_data
+from training.checks import doubt_about_weights, doubts
+from training.processes import Processes
+from training.step import Learner, train_step
+from weights import checkpoint
+
+CPU = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    return run_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def to(folder: Path, *flags: object) -> list[str]:
+    return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
+
+
+def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
+    """resume_flags without its --max_steps 24, which --epochs excludes."""
+    usual = resume_flags(*inputs)
+    place = usual.index("--max_steps")
+    return train_instruct.main([*usual[:place], *usual[place + 2:], *to(folder, *flags)])
+
+
+@pytest.mark.parametrize("lengths, total", [([10] * 20, 1000), ([10] * 20, 101), (list(range(1, 60)), 256), ([7], 50)])
+def test_epochs_are_the_fewest_steps_that_go_through_the_data_so_often(lengths, total):
+    import numpy as np
+
+    stream = ExampleStream(np.array(lengths, dtype=np.int32), 0, total)
+    steps, position = 0, Position()
+    while position.epoch < 1 and position.index < len(lengths):
+        examples, position = stream.step(position)
+        steps += 1
+        assert len(examples) <= len(lengths)
+    epochs = position.epoch + position.index / len(lengths)
+    assert stream.steps_in(epochs) == steps and stream.steps_in(epochs * 1.01) == steps + 1
+    assert stream.steps_in(1e-9) == 1
+
+
+def test_epochs_become_the_steps_of_the_run(inputs, tmp_path, capsys):
+    """The checkpoint knows max_steps only; what would change it on resume needs --override."""
+    assert run(inputs, tmp_path, "--epochs", 1) == 0
+    steps = checkpoint.load(tmp_path / "latest.pt")["step"]
+    assert f"{steps} steps = 1." in capsys.readouterr().out and steps > 2
+    again = to(tmp_path, "--resume", "latest", "--epochs")
+    assert train_instruct.main([*again, "1"]) == 0
+    with pytest.raises(UserError, match=rf"--epochs 2 is \d+ steps, the run's --max_steps is {steps}: .* --override"):
+        train_instruct.main([*again, "2"])
+    assert train_instruct.main([*again, "2", "--override"]) == 0
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] > steps
+
+
+@pytest.mark.parametrize("flags, name, said", [
+    (["--max_steps", 2000], "run", r"\d+ times through .*: --epochs 3 --total_batch_size 128 --warmup_steps \d+ \(\d+"),
+    (["--max_steps", 2000, "--from_scratch", "1,1,8"], "run", None),  # random weights need more
+    (["--max_steps", 10, "--warmup_steps", 10], "run", "still be rising at the end .* --warmup_steps 1"),
+    (["--max_steps", 10, "--warmup_steps", 1], "run", None),
+    (["--max_steps", 9, "--warmup_steps", 1, "--context_length", 30], "data", r"\d\d % .* a larger --context_length"),
+])
+def test_what_is_doubtful_is_said_with_what_to_do(inputs, tmp_path, flags, name, said):
+    options = options_of("--total_batch_size", 1024, "--context_length", 64, "--checkpoint_dir", tmp_path, *flags)
+    data = open_data(inputs[0], options.context_length)
+    stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
+    found = doubts(options, CPU, small_model(), data, stream)
+    assert set(found) == ({name} if said else set()) and (not said or re.search(said, found[name]))
+    many = Processes(0, 100, torch.device("cpu"))
+    assert "start fewer" in doubts(options, many, small_model(), data, stream)["step"]
+
+
+def tree(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("flags, code, said", [
+    ([], 0, [r"ok       device +cpu, 1 process", r"ok       fingerprint +[0-9a-f]{12}, of made by a test",
+             r"ok       run +24 steps = ", "ok       disk ", r"ok       first loss +7\.", r"ok       memory +about 0\.",
+             r"ok       time +about \d", "the run can start; this was a dry run"]),
+    (["--max_steps", 2000], 0, ["warning  run +.* --epochs 3", "the run can start, with 1 warning;"]),
+    (["--data_dir", "absent", "--pretrained_model", "absent.pt"], 2, [
+        "failure  data +absent/dataset_info.json: no prepared data there; run: ", "warning  the rest",
+        "failure  model +absent.pt: no pre-trained model; put ", r"2 of \d checks failed"]),
+    (["--total_batch_size", 63], 2, ["failure  model +.*counts tokens, not examples", "1 of "]),
+    (["--resume", "auto", "--pretrained_model", "absent.pt"], 2, ["failure  model +absent.pt: no pre-trained model"]),
+    (["--resume", "absent.pt"], 2, ["failure  start +absent.pt: no such file"]),
+    (["--device", "mps"], 2, ["failure  device +--device mps: no such device here"]),
+    (["--checkpoint_dir", "pretrained.pt/below"], 2, ["failure  folders +.*cannot write there: Not a directory"]),
+])
+def test_a_dry_run_says_all_and_leaves_nothing(inputs, tmp_path, monkeypatch, capsys, flags, code, said):
+    monkeypatch.chdir(inputs[0].parent)
+    before = tree(inputs[0].parent)
+    usual = [*resume_flags(*inputs), "--checkpoint_dir", "new/run", "--tensorboard_dir", "logs"]
+    assert train_instruct.main([*usual, "--dry_run", *map(str, flags)]) == code
+    out = capsys.readouterr().out
+    assert all(re.search(line, out) for line in said), out
+    assert tree(inputs[0].parent) == before
+
+
+def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
+    assert run(inputs, tmp_path, "--max_steps", 1) == 0
+    before = tree(tmp_path)
+    code, out, _ = run_launcher(2, *resume_flags(*inputs), *to(tmp_path, "--dry_run"))
+    assert code == 2 and re.search("failure  start .* a run is here already", out)
+    code, out, _ = run_launcher(1, *to(tmp_path, "--dry_run", "--resume", "latest"))
+    assert code == 0 and f"goes on from {tmp_path}/latest.pt at step 1" in out
+    assert [path for path, _ in tree(tmp_path)] == [path for path, _ in before]
+
+
+def test_weights_of_no_language_model_are_told_by_their_first_loss():
+    assert doubt_about_weights(3.2) == "" and "tokenizer is not GPT-2's" in doubt_about_weights(10.9)
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_nothing_is_cut_on_a_terminal(inputs, tmp_path, columns):
+    """Of the bar; the words beside it are those that fit. The last state of the bar has the last val loss."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, SRC / "train_instruct.py", *resume_flags(*inputs), *to(tmp_path, "--max_steps", 12)]
+    process = subprocess.Popen(list(map(str, command)), stdout=slave, stderr=slave, cwd=tmp_path)
+    os.close(slave)
+    shown = b""
+    try:
+        while part := os.read(master, 4096):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(master)
+    assert process.wait(60) == 0
+    bars = [bar for bar in re.split(r"[\r\n]|\x1b\[A", shown.decode()) if re.match(r"\d+/12 ", bar)]
+    words = r", val \d+\.\d{4}, [\d,]+ tok/s" if columns == 80 else ""
+    assert all(len(bar) <= columns for bar in bars)
+    assert re.fullmatch(r"12/12 \S+ 00:00 left, loss \d\.\d{4}" + words, bars[-1].rstrip()), bars[-1]
+    last = checkpoint.load(tmp_path / "latest.pt")["val_losses"][-1][1]
+    assert columns == 40 or f"val {last:.4f}" in bars[-1]
+    banner = shown.decode().split("evaluating")[0].replace("\r", "").splitlines()
+    assert any(line.startswith("        ") for line in banner) and all(
+        len(line) <= columns for line in banner if "/" not in line)
+
+
+def test_patience_ends_a_run_that_gains_nothing(inputs, tmp_path, capsys):
+    """Exit 0, saved, said; resumed it ends at once again, and goes on without patience."""
+    assert run(inputs, tmp_path, "--max_steps", 24, "--learning_rate", 10, "--patience", 2) == 0
+    state = checkpoint.load(tmp_path / "latest.pt")
+    assert [step for step, _ in state["val_losses"]] == [0, 4, 8] and state["step"] == 8
+    out = capsys.readouterr().out
+    assert "stopped, as 2 evaluations brought no lower val loss (--patience 0 goes on) at step 8" in out
+    assert re.search(r"warning +the model never got better than it was before training", out)
+    resumed = to(tmp_path, "--resume", "latest")
+    assert train_instruct.main(resumed) == 0 and checkpoint.load(tmp_path / "latest.pt")["step"] == 8
+    assert train_instruct.main([*resumed, "--patience", "0", "--override", "--max_steps", "9"]) == 0
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 9
+
+
+def test_the_end_says_which_model_is_best_and_what_to_do_next(inputs, tmp_path, capsys, monkeypatch):
+    """The losses of the evaluations are made up."""
+    losses = iter([7.0, 5.0, 6.0, 6.5])
+    monkeypatch.setattr("training.loop.evaluate", lambda *_, **__: next(losses))
+    assert run(inputs, tmp_path / "a run", "--max_steps", 12) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "a run"
+    pairs = [line.partition("  ") for line in out[out.index("\nfinished"):].splitlines()]
+    lines = {name: text.strip() for name, _, text in pairs}
+    assert f"finished at step 12; the run's state is {folder}/latest.pt" in lines
+    assert re.fullmatch(r"12 steps, \d\.\d\d epochs, [\d,]+ tokens; 12 steps in 0:0.:.. since this start",
+                        lines["trained"])
+    assert lines["best"] == f"val loss 5.0000, at step 4, in {folder}/best_model.pt"
+    assert lines["val loss"] == "7.0000 before training, 6.5000 at step 12"
+    assert "--max_steps 4 would have done" in lines["note"]
+    assert lines["chat"] == f"./chat.sh '{folder}/best_model.pt'"
+    assert lines["export"] == f"python src/convert_checkpoint.py export '{folder}/best_model.pt' exported"
+    assert checkpoint.load(folder / "best_model.pt")["step"] == 4
+
+
+def test_loss_on_all_trains_every_token_but_the_first(tmp_path):
+    """As if all were response; the val loss stays that of responses."""
+    examples = random_examples(12, 60)
+    ones = [(tokens, [1] * len(tokens)) for tokens, _ in examples]
+    results = []
+    for name, rows, loss_on in (("all", examples, "all"), ("ones", ones, "response")):
+        folder = write_data(tmp_path / name, {"train": rows, "val": rows})
+        data = InstructData(open_prepared(folder), "train", 1024, loss_on=loss_on)
+        plan = data.plan(range(12), 256, 1)
+        assert plan.response_tokens == sum(len(tokens) - 1 for tokens, _ in examples)
+        results.append(train_step(Learner.of(small_model(), options_of(), CPU), data, plan, 1e-3).loss)
+    assert results[0] == results[1]
+
+
+def kept_bytes(learner: Learner, data: InstructData) -> tuple[float, list[torch.Tensor], int]:
+    """Loss and gradients of eight examples, and what was kept for the backward pass."""
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+        loss = learner.loss(data.micro_batch(range(8)))
+    loss.backward()
+    return loss.item(), [p.grad for p in learner.model.parameters() if p.grad is not None], sum(kept)
+
+
+def test_gradient_checkpointing_keeps_less_and_computes_the_same(inputs):
+    data, found = open_data(inputs[0], 1024)["train"], {}
+    for is_on in (False, True):
+        learner = Learner.of(small_model(), options_of(), CPU)
+        learner.model.transformer.gradient_checkpointing = is_on
+        found[is_on] = kept_bytes(learner, data)
+    assert found[True][0] == found[False][0] and all(map(torch.equal, found[True][1], found[False][1]))
+    assert found[True][2] < 0.8 * found[False][2]
