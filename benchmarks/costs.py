@@ -1,6 +1,6 @@
 """What surrounds the arithmetic: start-up, data preparation, checkpoints. Whole commands, in turn with their yardstick.
 
-    python benchmarks/costs.py [start] [preparation] [checkpoint] --dataset FILE [--rounds 5]
+    python benchmarks/costs.py [start] [preparation] [checkpoint] [memory] --dataset FILE [--rounds 5]
 """
 
 from __future__ import annotations
@@ -119,6 +119,21 @@ def preparation(folder: Path, dataset: Path, rounds: int) -> None:
     print(f"ratio {ours / theirs:.2f}")
 
 
+def memory(folder: Path, _: Path, __: int) -> None:
+    """The most that preparation takes, with short rows: what grows is one digest a row."""
+    peak = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)")
+    for count in (100_000, 1_000_000, 5_000_000):
+        source = folder / f"{count}.jsonl"
+        with source.open("w") as file:
+            for number in range(count):
+                file.write(f'{{"instruction": "What comes after {number}?", "input": "", "output": "{number + 1}"}}\n')
+        command = [PYTHON, "-c", peak, *prepare(source, folder / "out")]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(f"| {count:,} rows, MiB at most | {found.strip()} | |", flush=True)
+        source.unlink()
+
+
 def checkpoint(folder: Path, _: Path, rounds: int) -> None:
     import torch
 
@@ -160,7 +175,8 @@ def main() -> None:
     for name in options.what:
         print(f"\n{machine()}\n| {name} | seconds | min to max |\n|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:
-            {"start": start, "preparation": preparation, "checkpoint": checkpoint}[name](
+            {"start": start, "preparation": preparation, "checkpoint": checkpoint,
+             "memory": memory}[name](
                 Path(folder), options.dataset, options.rounds)
 
 
