@@ -78,7 +78,7 @@ def test_the_launcher_trains_resumes_and_passes_on_exit_codes(project):
     for number, flags, message in [(2, inputs, "a run is here already"), (3, [2, run / "latest.pt"], "not a loadable")]:
         code, _, stderr = launch(project, *flags)
         assert (code, stderr.count("\n")) == (number, 1) and f"{run}/latest.pt: {message}" in stderr
-    assert launch(project, 0).code == 2 and launch(project, "--help").code == 0
+    assert launch(project, 0).code == launch(project, 99999).code == 2 and launch(project, "--help").code == 0
 
 
 @pytest.mark.parametrize("command", ["chat.sh", "start_instruct_training.sh", "start_instruct_training.sh demo"])
