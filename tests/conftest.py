@@ -124,3 +124,11 @@ def alpaca() -> Path:
     if not path.is_file():
         pytest.skip(f"{path} is not there (real data with a licence of their own stay outside the project)")
     return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data and a pre-trained model for runs of a few steps."""
+    from helpers import run_inputs
+
+    return run_inputs(tmp_path_factory.mktemp("inputs"))

@@ -68,7 +68,7 @@ def why_not() -> str:
         with cable():
             return ""
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"no network namespaces here: {getattr(error, 'stderr', b'') or error!r}"
+        return f"needs network namespaces, so root and iproute2: {getattr(error, 'stderr', b'') or error!r}"
 
 
 class Launched:

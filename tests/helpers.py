@@ -102,6 +102,11 @@ def run_inputs(folder: Path) -> tuple[Path, Path]:
     return data, write_pretrained(folder / "pretrained.pt", small_model())
 
 
+def to(folder: Path, *flags: object) -> list[str]:
+    """Flags of a run whose checkpoints and logs go to a folder, and others."""
+    return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
+
+
 def options_of(*flags: object) -> Namespace:
     """The trainer's options from flags."""
     return parse_options([str(flag) for flag in flags])

@@ -99,7 +99,7 @@ def test_the_modelfile_and_the_card(folders, tmp_path):
         assert ("license: cc-by-nc-4.0\n" in card) == multi_turn == ("<|endoftext|>{{ end }}" in modelfile)
     assert "on `my 'rows'   .jsonl`. " in (folders[False] / "README.md").read_text()
     bare = "rows.csv, vicgalle/alpaca-gpt4, a b.json, c.json, d and 2 more"
-    source = "/home/me/rows.csv, vicgalle/alpaca-gpt4, ~/a b.json, x/y/c.json, C:\\me\\d and 2 more"
+    source = f"{tmp_path}/rows.csv, vicgalle/alpaca-gpt4, ~/a b.json, x/y/c.json, C:\\me\\d and 2 more"
     folder = export(write_checkpoint(tmp_path / "a.pt", data_source=source), tmp_path / "out")
     assert open_any(folder)["data_source"] == bare and f" on `{bare}`. " in (folder / "README.md").read_text()
 

@@ -41,7 +41,7 @@ SHORT = {
 
 
 def where_they_can_run(names: Iterable[str]) -> list:
-    no_strace = pytest.mark.skipif(not shutil.which("strace"), reason="no strace here")
+    no_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (apt install strace)")
     return [pytest.param(name, marks=[no_strace] * (name == "order")) for name in names]
 
 

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_instruct
 from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
-from helpers import open_data, random_examples, resume_flags, run_inputs, run_ranks, same_state, trajectory, write_data
+from helpers import open_data, random_examples, resume_flags, run_ranks, same_state, to, trajectory, write_data
 from training import step as training_step
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
 from training.processes import Processes
@@ -28,15 +28,6 @@ from weights import checkpoint
 FINAL = "step_000024.pt"
 VARYING = {"train/tokens_per_second", "train/data_wait", "train/memory_gb"}  # from run to run
 TRAINER = SRC / "train_instruct.py"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> tuple[Path, Path]:
-    return run_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def to(folder: Path, *flags: object) -> list[str]:
-    return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
 
 
 def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:

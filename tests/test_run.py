@@ -18,22 +18,13 @@ from conftest import SRC, run_launcher
 from data.shards import open_prepared
 from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError
-from helpers import open_data, options_of, random_examples, resume_flags, run_inputs, small_model, write_data
+from helpers import open_data, options_of, random_examples, resume_flags, small_model, to, write_data
 from training.checks import doubt_about_weights, doubts
 from training.processes import Processes
 from training.step import Learner, train_step
 from weights import checkpoint
 
 CPU = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> tuple[Path, Path]:
-    return run_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def to(folder: Path, *flags: object) -> list[str]:
-    return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
 
 
 def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
@@ -121,8 +112,8 @@ def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
     before = tree(tmp_path)
     code, out, _ = run_launcher(2, *resume_flags(*inputs), *to(tmp_path, "--dry_run"))
     assert code == 2 and re.search("failure  start .* a run is here already", out)
-    code, out, _ = run_launcher(1, *to(tmp_path, "--dry_run", "--resume", "latest"))
-    assert code == 0 and f"goes on from {tmp_path}/latest.pt at step 1" in out
+    code, out, _ = run_launcher(2, *to(tmp_path, "--dry_run", "--resume", "latest"))
+    assert code == 0 and "cpu, 2 processes" in out and f"goes on from {tmp_path}/latest.pt at step 1" in out
     assert [path for path, _ in tree(tmp_path)] == [path for path, _ in before]
 
 
