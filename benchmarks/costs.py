@@ -145,7 +145,7 @@ def checkpoint(folder: Path, _: Path, rounds: int) -> None:
 
     model = GPT(GPTConfig())
     model.init_weights(0)
-    optimizer = Learner.of(model, parse_options([]), Processes(0, 1, torch.device("cpu"))).optimizer
+    optimizer = Learner(model, parse_options([]), Processes(0, 1, torch.device("cpu"))).optimizer
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -58,7 +58,7 @@ def steps(size: str, context: str, folder: str) -> None:
     options = parse_options(["--total_batch_size", str(TOKENS * 128 // 127 + 1)])
     data = InstructData(open_prepared(Path(folder) / context), "train", 1024)
     stream = ExampleStream(data.lengths, 0, options.total_batch_size)
-    learner, done = Learner.of(model, options, processes), 0
+    learner, done = Learner(model, options, processes), 0
 
     def work() -> float:
         nonlocal done

@@ -48,7 +48,7 @@ def ours(folder: Path) -> None:
     model.init_weights(0)
     data = InstructData(open_prepared(folder / "data"), "train", CONTEXT)
     stream = ExampleStream(data.lengths, options.seed, options.total_batch_size)
-    learner = Learner.of(model, options, Processes(0, 1, torch.device("cpu")))
+    learner = Learner(model, options, Processes(0, 1, torch.device("cpu")))
     position, step = Position(), 0
 
     def work() -> float:

@@ -7,7 +7,7 @@ same plan on its own, and a run resumes anywhere without replaying anything.
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from data.shards import Document, Prepared, open_shards
 from errors import UserError
 from instruct_format import VOCAB_SIZE
+from model import Documents
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,18 @@ class MicroBatch:
     """One flat buffer of whole examples, and which of its positions are trained to predict what."""
 
     tokens: Tensor  # (n_tokens,) int64
-    lengths: list[int]  # of the examples, in their order
+    documents: Documents  # the examples, in their order
     rows: Tensor  # (n_response,) int64: positions whose next token is trained, a response token (or any: --loss_on all)
     targets: Tensor  # (n_response,) int64: those next tokens
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device. A GPU copies it when it gets there, without waiting."""
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        documents = replace(self.documents, positions=move(self.documents.positions),
+                            starts=move(self.documents.starts))
+        return MicroBatch(move(self.tokens), documents, move(self.rows), move(self.targets))
 
 
 @dataclass(frozen=True)
@@ -51,18 +61,22 @@ class Plan:
 class InstructData:
     """One split of prepared data, memory-mapped, without the examples longer than context_length.
 
-    lengths (n_examples,) int32 is all that planning needs. loss_on all trains every token, not the responses alone.
+    lengths and trained_tokens, (n_examples,) int32 each, are all that planning needs. loss_on all trains every token,
+    not the responses alone.
     Raises UserError where open_shards does, and when no example is short enough.
     """
 
     def __init__(self, prepared: Prepared, split: str, context_length: int, vocab_size: int = VOCAB_SIZE,
                  loss_on: str = "response") -> None:
-        self.loss_on = loss_on
+        self.loss_on, self.context_length = loss_on, context_length
         self.shards = open_shards(prepared, split, vocab_size)
         self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
         everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
         self.kept = np.flatnonzero(everything <= context_length).astype(np.int32)
         self.lengths = everything[self.kept].astype(np.int32)
+        counts = [np.add.reduceat(shard["loss_mask"], shard["starts"], dtype=np.int32)
+                  - shard["loss_mask"][shard["starts"]] for shard in self.shards]  # the first of each is never trained
+        self.trained_tokens = np.concatenate(counts)[self.kept] if loss_on == "response" else self.lengths - 1
         self.left_out = len(everything) - len(self.kept)
         if not len(self.kept):
             raise UserError(f"{prepared.folder}: no example of the {split} split fits a context_length of "
@@ -88,19 +102,21 @@ class InstructData:
 
     def plan(self, examples: Sequence[int], most_tokens: int, world_size: int) -> Plan:
         """Deal examples to micro-batches of at most most_tokens tokens, for this many ranks."""
-        response_tokens = sum(int(self.trained(self.example(number)).sum()) for number in examples)
-        return Plan(examples, int(self.lengths[examples].sum()), response_tokens,
+        return Plan(examples, int(self.lengths[examples].sum()), int(self.trained_tokens[examples].sum()),
                     deal(examples, self.lengths, most_tokens, world_size))
 
-    def micro_batch(self, examples: Sequence[int]) -> MicroBatch:
-        """The examples one after another. No examples make one document without targets, so that a rank which has
-        none takes part in the step all the same."""
+    def micro_batch(self, examples: Sequence[int], n_tokens: int = 1) -> MicroBatch:
+        """The examples one after another, filled up to at least n_tokens with documents without targets: where graphs
+        want a fixed size, or a rank that has no example takes part in the step all the same."""
         parts = [self.example(number) for number in examples]
-        parts = parts or [Document(np.zeros(1, dtype=np.uint16), np.zeros(1, dtype=np.uint8))]
-        lengths = [len(part.tokens) for part in parts]
-        tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts]).astype(np.int64))
-        predicted = torch.from_numpy(np.flatnonzero(np.concatenate([self.trained(part) for part in parts])))
-        return MicroBatch(tokens, lengths, predicted - 1, tokens[predicted])
+        masks = [self.trained(part) for part in parts]
+        missing = n_tokens - sum(map(len, masks))
+        fill = [np.zeros(min(missing - begin, self.context_length), dtype=np.uint8)
+                for begin in range(0, missing, self.context_length)]
+        tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts] + fill).astype(np.int64))
+        predicted = torch.from_numpy(np.flatnonzero(np.concatenate(masks + fill)))
+        documents = Documents.of([len(mask) for mask in masks + fill], longest=self.context_length)
+        return MicroBatch(tokens, documents, predicted - 1, tokens[predicted])
 
 
 class ExampleStream:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,28 +56,31 @@ class Documents:
     lengths: tuple[int, ...]
     positions: Tensor  # (n_tokens,) int64
     starts: Tensor  # (n_documents + 1,) int32, the end of the buffer included
+    longest: int  # no document has more tokens
 
     @staticmethod
-    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> "Documents":
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu", longest: int = 0) -> "Documents":
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         positions = torch.arange(int(starts[-1])) - starts[:-1].long().repeat_interleave(torch.tensor(lengths))
-        return Documents(tuple(lengths), positions.to(device, non_blocking=True), starts.to(device, non_blocking=True))
+        return Documents(tuple(lengths), positions.to(device), starts.to(device), longest or max(lengths))
+
+
+def takes_packed(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether attention over a whole flat buffer is one kernel: FlashAttention of GPUs from compute capability 8.0."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0
+            and head_size <= 256 and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def attend_packed(documents: Documents) -> Attend:
-    """Return causal attention inside each document of a flat buffer.
-
-    bf16 on CUDA takes one kernel for the whole buffer. Everything else takes one call per document, which is also
-    the reference for the tests.
-    """
+    """Return causal attention inside each document of a flat buffer: one kernel for all where there is one, else a call
+    for each document, which is also the reference for the tests."""
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unbind(1)
-        if q.is_cuda and q.dtype is torch.bfloat16:
+        if takes_packed(q.device, q.dtype, q.size(-1)):
             from torch.nn.attention.varlen import varlen_attn
 
-            longest = max(documents.lengths)
-            starts = documents.starts
+            starts, longest = documents.starts, documents.longest
             packed = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
             assert isinstance(packed, Tensor)  # it is a pair only when asked for more
             return packed
@@ -85,6 +89,13 @@ def attend_packed(documents: Documents) -> Attend:
         return torch.cat(attended, dim=1).transpose(0, 1)
 
     return attend
+
+
+def again_in_backward(module: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """module(*inputs), of which only the inputs are kept for the backward pass."""
+    found = torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(found, Tensor)
+    return found
 
 
 class KVCache:
@@ -112,28 +123,31 @@ class KVCache:
         return attended[0].transpose(0, 1)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose product is in the type of its weights, which may be smaller than that of what flows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.head_size = config.n_head, config.head_size
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(n_tokens, n_embd) -> same shape. What training would keep of the GELU's results for the backward pass, a
-        fifth of all it keeps, is computed again there instead."""
+    def forward(self, x: Tensor, recompute: str) -> Tensor:
+        """(n_tokens, n_embd) -> same shape."""
         wide = self.c_fc(x)
-        if torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self._narrow, wide, use_reentrant=False,
-                                                     preserve_rng_state=False)
-        return self._narrow(wide)
+        return again_in_backward(self._narrow, wide) if recompute == "gelu" else self._narrow(wide)
 
     def _narrow(self, wide: Tensor) -> Tensor:
         return self.c_proj(F.gelu(wide, approximate="tanh"))  # GPT-2 uses the tanh form
@@ -148,7 +162,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, rows: Tensor | None, recompute: str) -> Tensor:
         """x (n_tokens, n_embd) -> same shape, or (n_rows, n_embd) when only some rows are wanted."""
         attn = self.attn
         qkv = attn.c_attn(self.ln_1(x)).view(x.size(0), 3, attn.n_head, attn.head_size)
@@ -156,7 +170,7 @@ class Block(nn.Module):
         if rows is not None:
             x, attended = x.index_select(0, rows), attended.index_select(0, rows)
         x = x + attn.c_proj(attended)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x), recompute)
 
 
 class Transformer(nn.Module):
@@ -169,17 +183,19 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.context_length, config.n_embd), freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.gradient_checkpointing = False  # whether training keeps only what stands between the blocks
+        # What the backward pass computes again so that it need not be kept: "nothing", the results of each "gelu", a
+        # fifth of everything, or the "blocks", of which only the inputs stay.
+        self.recompute = "gelu"
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         x = self.wte(tokens) + self.wpe(positions)
         for layer, block in enumerate(self.h):
             wanted = rows if layer == len(self.h) - 1 else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, attend, wanted, use_reentrant=False,
-                                                      preserve_rng_state=False)
+            recompute = self.recompute if torch.is_grad_enabled() else "nothing"
+            if recompute == "blocks":
+                x = again_in_backward(block, x, attend, wanted, "nothing")
             else:
-                x = block(x, attend, wanted)
+                x = block(x, attend, wanted, recompute)
         return self.ln_f(x)
 
 

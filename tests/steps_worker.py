@@ -24,7 +24,7 @@ def take_steps(data_dir: Path, mini_batch_size: str, dtype: str, processes: Proc
                          "--learning_rate", 1e-3, "--warmup_steps", 5, "--max_steps", 20, "--grad_clip", 0.5)
     data = open_data(data_dir, options.context_length)
     model = small_model().to(getattr(torch, dtype))
-    learner = Learner.of(model, options, processes)
+    learner = Learner(model, options, processes)
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
     most_tokens = options.mini_batch_size * options.context_length
     position, results, gradients = Position(), [], {}

@@ -78,12 +78,12 @@ def test_one_buffer_of_whole_examples(tmp_path):
     data = open_data(data_dir)["train"]
     batch = data.micro_batch([1, 0, 2])
     assert batch.tokens.tolist() == [21, 22, 11, 12, 13, 14, 31, 32, 33, 34, 35]
-    assert batch.lengths == [2, 4, 5]
+    assert batch.documents.lengths == (2, 4, 5)
     assert batch.rows.tolist() == [0, 3, 4, 6, 8, 9]
     assert batch.targets.tolist() == [22, 13, 14, 32, 34, 35]
     assert deal([], data.lengths, 100, 3) == [[], [], []]  # every rank has a hand, be it empty
     empty = data.micro_batch([])
-    assert (empty.lengths, len(empty.tokens), len(empty.rows), len(empty.targets)) == ([1], 1, 0, 0)
+    assert (empty.documents.lengths, len(empty.tokens), len(empty.rows), len(empty.targets)) == ((1,), 1, 0, 0)
 
 
 def test_examples_are_found_in_every_shard_and_longer_ones_are_left_out(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from dataloader_instruct import ExampleStream, InstructData, Position
 from helpers import SMALL, open_data, options_of, random_examples, real_examples, run_ranks, small_model, write_data
 from model import GPT
 from training.processes import Processes
-from training.step import Learner, ResponseLoss, evaluate, learning_rate, train_step
+from training.step import Learner, evaluate, learning_rate, train_step
 
 
 @pytest.fixture(scope="module", params=["demo data", "Alpaca data"])
@@ -72,7 +72,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def learner_of(model: GPT, *flags: object) -> Learner:
-    return Learner.of(model, options_of(*flags), Processes(0, 1, torch.device("cpu")))
+    return Learner(model, options_of(*flags), Processes(0, 1, torch.device("cpu")))
 
 
 def assert_step_equals_transformers(data: InstructData, dtype: torch.dtype, tolerance: float) -> None:
@@ -168,12 +168,10 @@ def test_twenty_steps_cross_an_epoch_and_learn(twenty_steps):
 
 
 def test_a_micro_batch_without_response_tokens_contributes_nothing(data_dir):
-    model, batch = small_model(), open_data(data_dir)["train"].micro_batch([])
+    learner, batch = learner_of(small_model()), open_data(data_dir)["train"].micro_batch([])
     assert len(batch.targets) == 0 and len(batch.tokens) == 1
-    loss = ResponseLoss(model)(batch)
-    loss.backward()
-    assert loss.item() == 0.0
-    assert all(p.grad is not None and float(p.grad.abs().max()) == 0.0 for p in model.parameters())
+    assert learner.add_gradients(batch, 1.0).item() == 0.0
+    assert all(p.grad is not None and float(p.grad.abs().max()) == 0.0 for p in learner.model.parameters())
 
 
 @settings(max_examples=30, deadline=None)
@@ -184,10 +182,9 @@ def test_the_loss_of_an_example_does_not_depend_on_its_neighbours(tmp_path_facto
     examples = [(torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist(),
                  [0] * max(1, n // 3) + [1] * (n - max(1, n // 3))) for n in lengths]
     folder = write_data(tmp_path_factory.mktemp("pack"), {"train": examples, "val": examples[:1]})
-    data, loss_of = open_data(folder)["train"], ResponseLoss(small_model().double())
-    with torch.no_grad():
-        alone = [float(loss_of(data.micro_batch([number]))) for number in range(len(lengths))]
-        together = float(loss_of(data.micro_batch(range(len(lengths)))))
+    data, learner = open_data(folder)["train"], learner_of(small_model().double())
+    alone = [float(learner.loss(data.micro_batch([number]))) for number in range(len(lengths))]
+    together = float(learner.loss(data.micro_batch(range(len(lengths)))))
     assert together == pytest.approx(sum(alone), rel=1e-12)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_instruct
@@ -265,11 +264,17 @@ def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
 @pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((3, 4, 6, 7), False), ((5, 6, 7), True)])
 def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypatch, capsys, bad_steps, ends):
     """A NaN in the loss of one micro-batch: the step is skipped and reported, three in a row end with exit 4."""
-    loss_of, zero_grad, steps = F.linear_cross_entropy, torch.optim.AdamW.zero_grad, []
-    monkeypatch.setattr(F, "linear_cross_entropy", lambda *arguments, **keywords: loss_of(*arguments, **keywords) * (
-        float("nan") if len(steps) in bad_steps else 1))
-    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda *arguments, **keywords: (
-        steps.append("one more") or zero_grad(*arguments, **keywords)))
+    loss_of, steps_of, steps = training_step.Learner.add_gradients, training_step.Learner.gradients_of, []
+
+    def add_gradients(*arguments):
+        return loss_of(*arguments) * (float("nan") if len(steps) in bad_steps else 1)
+
+    def gradients_of(*arguments):
+        steps.append("one more")
+        return steps_of(*arguments)
+
+    monkeypatch.setattr(training_step.Learner, "add_gradients", add_gradients)
+    monkeypatch.setattr(training_step.Learner, "gradients_of", gradients_of)
     told = r"3 steps in a row, up to step 7; the last good checkpoint is .*step_"
     with pytest.raises(DivergedError, match=told) if ends else nullcontext():
         assert run(inputs, tmp_path, "--max_steps", 9) == 0
@@ -293,7 +298,7 @@ def test_the_first_evaluation_saves_once_and_best_model_is_never_alone(inputs, w
     assert [line.rsplit("/")[-1] for line in out.splitlines() if line.startswith("saved ")] == [
         "step_000004.pt", "step_000008.pt"]
     state = checkpoint.load(tmp_path / "step_000004.pt")
-    learner = training_step.Learner.of(checkpoint.model_of(state, tmp_path, torch.device("cpu")),
+    learner = training_step.Learner(checkpoint.model_of(state, tmp_path, torch.device("cpu")),
                                        parse_options([]), Processes(0, 1, torch.device("cpu")))
     val = open_data(inputs[0], 64)["val"]
     loss = training_step.evaluate(learner, val, val.plan(range(3), 512, 1))

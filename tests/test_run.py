@@ -191,7 +191,7 @@ def test_loss_on_all_trains_every_token_but_the_first(tmp_path):
         data = InstructData(open_prepared(folder), "train", 1024, loss_on=loss_on)
         plan = data.plan(range(12), 256, 1)
         assert plan.response_tokens == sum(len(tokens) - 1 for tokens, _ in examples)
-        results.append(train_step(Learner.of(small_model(), options_of(), CPU), data, plan, 1e-3).loss)
+        results.append(train_step(Learner(small_model(), options_of(), CPU), data, plan, 1e-3).loss)
     assert results[0] == results[1]
 
 
@@ -199,16 +199,14 @@ def kept_bytes(learner: Learner, data: InstructData) -> tuple[float, list[torch.
     """Loss and gradients of eight examples, and what was kept for the backward pass."""
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
-        loss = learner.loss(data.micro_batch(range(8)))
-    loss.backward()
+        loss = learner.add_gradients(data.micro_batch(range(8)), 1.0)
     return loss.item(), [p.grad for p in learner.model.parameters() if p.grad is not None], sum(kept)
 
 
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(inputs):
     data, found = open_data(inputs[0], 1024)["train"], {}
     for is_on in (False, True):
-        learner = Learner.of(small_model(), options_of(), CPU)
-        learner.model.transformer.gradient_checkpointing = is_on
+        learner = Learner(small_model(), options_of("--gradient_checkpointing", "on" if is_on else "off"), CPU)
         found[is_on] = kept_bytes(learner, data)
     assert found[True][0] == found[False][0] and all(map(torch.equal, found[True][1], found[False][1]))
     assert found[True][2] < 0.8 * found[False][2]

@@ -11,7 +11,7 @@ import torch
 from dataloader_instruct import ExampleStream, InstructData
 from instruct_format import VOCAB_SIZE
 from model import GPT
-from training.precision import autocast
+from training.precision import product_type, type_name
 from training.processes import Processes
 from weights import checkpoint
 from weights.durable import free_bytes
@@ -25,7 +25,7 @@ def facts(options: Namespace, processes: Processes, model: GPT, data: Mapping[st
     """What the run is, by name. origin says where the weights come from."""
     tokens, most_tokens = int(data["train"].lengths.sum()), options.mini_batch_size * options.context_length
     longer = ", ".join(f"{split.left_out:,} {name}" for name, split in data.items() if split.left_out)
-    precision = "fp32" if autocast(processes.device).__class__.__name__ == "nullcontext" else "bf16"
+    precision = type_name(product_type(options.precision, processes.device))
     gpu = f" ({torch.cuda.get_device_name(processes.device)})" if processes.device.type == "cuda" else ""
     of_all = ", all examples" if _is_all(stream) else ""
     return {

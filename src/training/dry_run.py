@@ -26,7 +26,7 @@ from training.inputs import check_sizes, find_state, model_of, open_data, split_
 from training.options import parse_options, resumed_options, with_steps
 from training.processes import Processes, join
 from training.progress import columns, duration, say
-from training.step import ResponseLoss
+from training.step import Learner
 from weights.checkpoint import size_of
 from weights.durable import LOCK, lock_folder
 
@@ -124,8 +124,8 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     smaller = smaller if options.mini_batch_size > 1 else "--gradient_checkpointing, or a smaller --context_length"
     batch = data.micro_batch(longest(data.lengths, most_tokens if is_cuda else min(most_tokens, CPU_TOKENS)))
     try:
-        model.transformer.gradient_checkpointing = options.gradient_checkpointing == "on"
-        loss, kept, seconds = _run(model.to(device), batch)
+        learner = Learner(model.to(device), options, table.processes)
+        loss, kept, seconds = _run(learner, batch.to(device))
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -146,25 +146,22 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     table.add("ok", "time", f"about {duration(a_step)} a step, {duration(a_step * options.max_steps)} in all")
 
 
-def _run(model: GPT, batch: MicroBatch) -> tuple[float, int, float]:
+def _run(learner: Learner, batch: MicroBatch) -> tuple[float, int, float]:
     """A micro-batch forward and backward: the loss of a response token, the bytes that the backward pass needs, the
     seconds."""
-    loss_of, kept = ResponseLoss(model), dict[int, int]()  # bytes by their place in memory
+    kept = dict[int, int]()  # bytes by their place in memory
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_of(batch)
-    loss.backward()
+        learner.add_gradients(batch, 0.0)
     begin = time.perf_counter()  # the first one also started everything up
-    again = loss_of(batch)
-    again.backward()
-    mean = again.item() / max(1, len(batch.targets))
-    if loss.is_cuda:
+    mean = learner.add_gradients(batch, 0.0).item() / max(1, len(batch.targets))
+    if batch.tokens.is_cuda:
         torch.cuda.synchronize()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.computing.parameters()}
     return mean, sum(size for place, size in kept.items() if place not in parameters), time.perf_counter() - begin
 
 

@@ -48,10 +48,14 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "steps": {
         "total_batch_size": (TRAJECTORY, number(int, 1, 1 << 30), 65536,
                              "tokens (not examples) of one step, over all processes"),
-        "mini_batch_size": (FREE, _COUNT, 8, "a micro-batch holds at most this many times context_length tokens; "
-                            "halve it when memory runs out, the results stay the same"),
+        "mini_batch_size": (FREE, _SIZE, 8, "a micro-batch holds at most this many times context_length tokens; "
+                            "halve it when memory runs out, the results stay the same; 0 takes what fits a GPU"),
         "gradient_checkpointing": (FREE, _one_of("off", "on"), "off", "on (or no word) keeps less of each layer for "
                                    "the backward pass and computes it again: for large models; same results"),
+        "precision": (FREE, _one_of("auto", "fp32", "bf16", "fp16"), "auto", "type of the products; auto: bf16 on "
+                      "GPUs that have it, fp16 on older ones, fp32 on CPUs"),
+        "compile": (FREE, _one_of("off", "on"), "off", "on (or no word) compiles the model at the first step, which "
+                    "takes a minute"),
         "loss_on": (TRAJECTORY, _one_of("response", "all"), "response", "train on responses only, or on all tokens; "
                     "the val loss is that of the responses in any case"),
         "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),

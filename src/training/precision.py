@@ -3,11 +3,16 @@
 import os
 import shutil
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 
 import torch
+from torch import nn
 
 from errors import UserError
+from model import GPT, Linear
+from training.cross_entropy import padded
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> str:
@@ -37,8 +42,49 @@ def _sees_a_gpu() -> bool:
     return not hidden and (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") is not None)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 for matrix products on GPUs that have it; fp32 elsewhere."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
+def product_type(name: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere. Raises
+    UserError where the named one does not work."""
+    is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        name = "fp32" if device.type != "cuda" else "bf16" if is_new else "fp16"
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(f"--precision fp16 is for GPUs, this is {device.type}; take bf16 or fp32")
+    if name == "bf16" and device.type == "cuda" and not is_new:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} does not have it; take fp16 or fp32")
+    return _TYPES[name]
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16."""
+    return next((name for name, known in _TYPES.items() if known is dtype), str(dtype))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether products in bf16 are faster than in fp32 on this CPU."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class LowPrecision:
+    """A model whose layers multiply in a smaller type, with copies of their weights that are made once a step.
+
+    Everything else is the model's own: norms, embeddings, and the sum that flows from layer to layer, in fp32. copies
+    holds (a parameter of the model, its copy); output is the copy of the output matrix.
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+        self.weight, memo = model.transformer.wte.weight, {id(parameter): parameter for parameter in model.parameters()}
+        self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for module in model.modules():
+            if isinstance(module, Linear):
+                for parameter in module.parameters():
+                    memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
+                    self.copies.append((parameter, memo[id(parameter)]))
+        self.model: GPT = deepcopy(model, memo)  # which takes from memo what is in there
+        self.output = padded(self.weight, dtype)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        torch._foreach_copy_([copy for _, copy in self.copies], [parameter for parameter, _ in self.copies])
+        self.output[:len(self.weight)].copy_(self.weight)

@@ -129,8 +129,7 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
                             "the weights": weights}
     processes.compare(started_with)
     # the run, where it begins or where the checkpoint left it
-    model.transformer.gradient_checkpointing = options.gradient_checkpointing == "on"
-    learner = Learner.of(model.to(processes.device), options, processes)
+    learner = Learner(model.to(processes.device), options, processes)
     run = Run(options, processes, signals, folder, prepared.manifest, data, stream, learner,
               name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"))  # microseconds: runs that start together differ
     with processes.together():

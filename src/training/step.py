@@ -9,71 +9,111 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.parallel import DistributedDataParallel
 
 from dataloader_instruct import InstructData, MicroBatch, Plan
-from model import GPT, Documents
-from training.precision import autocast
+from model import GPT
+from training.cross_entropy import output_loss
+from training.precision import LowPrecision, product_type
 from training.processes import Processes
 
-# Rows of (rows, vocab_size) scores that exist at a time: 100 MB for GPT-2's vocabulary in fp32.
-_CHUNK = LinearCrossEntropyOptions(batch_chunk_size=512)
+HIGHEST_SCALE = 2.0**16  # of the loss in fp16, whose small gradients would be 0 without it
+SCALE_STEPS = 1000  # after so many steps a scale that was lowered is doubled
 
 
-class ResponseLoss(nn.Module):
-    """Sum of the cross entropy at a micro-batch's response positions: what DDP wraps."""
-
-    def __init__(self, model: GPT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """A scalar, 0 for a micro-batch without a response token."""
-        weight = self.model.transformer.wte.weight
-        documents = Documents.of(batch.lengths, weight.device)
-        tokens, rows, targets = (x.to(weight.device, non_blocking=True)
-                                 for x in (batch.tokens, batch.rows, batch.targets))
-        with autocast(weight.device):
-            hidden = self.model(tokens, documents, rows)
-            if not len(targets):
-                return hidden.sum()  # of no elements: 0, and every parameter gets its gradient of 0
-            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-            return F.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, reduction="sum",
-                                          options=_CHUNK).to(weight.dtype)
-
-
-@dataclass(frozen=True)
 class Learner:
-    """A model and what trains it, on this rank of several."""
+    """A model and what trains it, on this rank of several.
 
-    model: GPT
-    loss: nn.Module  # ResponseLoss; with several processes wrapped by DDP, which averages its gradients over ranks
-    optimizer: torch.optim.AdamW
-    processes: Processes
-    grad_clip: float
+    The weights and their gradients are in fp32; with a smaller product_type the layers multiply copies. A parameter's
+    gradient is summed over the ranks as soon as the last micro-batch has added to it, while the rest is computed.
+    """
 
-    @staticmethod
-    def of(model: GPT, options: Namespace, processes: Processes) -> "Learner":
+    def __init__(self, model: GPT, options: Namespace, processes: Processes) -> None:
         """AdamW, betas (0.9, 0.95), with decay on matrices only."""
-        loss: nn.Module = ResponseLoss(model)
-        if processes.world_size > 1:
-            loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        self.model, self.processes, self.options = model, processes, options
+        model.transformer.recompute = "blocks" if options.gradient_checkpointing == "on" else "gelu"
+        self.product_type = product_type(options.precision, processes.device)
+        self.low = None if self.product_type is torch.float32 else LowPrecision(model, self.product_type)
+        self.computing = self.low.model if self.low else model
+        self.output = self.low.output if self.low else None
+        self.loss_scale = HIGHEST_SCALE if self.product_type is torch.float16 else 1.0
         matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=matrices[0].device.type in ("cuda", "cpu"))
-        return Learner(model, loss, optimizer, processes, options.grad_clip)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=processes.device.type in ("cuda", "cpu"))
+        self.gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for parameter, gradient in zip(model.parameters(), self.gradients):
+            parameter.grad = gradient
+        # a copy's gradient moves to its parameter, which is where the ranks add theirs
+        copies = {id(parameter): copy for parameter, copy in self.low.copies} if self.low else {}
+        self._is_last, self._sums = False, list[dist.Work]()
+        for parameter in model.parameters():
+            copies.get(id(parameter), parameter).register_post_accumulate_grad_hook(self._collector(parameter))
 
-    def local_batches(self, data: InstructData, plan: Plan) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a plan."""
-        return map(data.micro_batch, plan.micro_batches[self.processes.rank::self.processes.world_size])
+    def _collector(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def collect(copy: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None and copy.grad is not None
+            if copy is not parameter:
+                gradient.add_(copy.grad.to(gradient.dtype))
+                copy.grad = None
+            if self._is_last and self.processes.world_size > 1:
+                self._sums.append(dist.all_reduce(gradient, async_op=True))
+
+        return collect
+
+    def batches(self, data: InstructData, plan: Plan) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a plan, on its device. The next is put together while one is computed."""
+        mine = plan.micro_batches[self.processes.rank::self.processes.world_size]
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(data.micro_batch, mine[0])
+            for number in range(1, len(mine) + 1):
+                batch = coming.result()
+                if number < len(mine):
+                    coming = thread.submit(data.micro_batch, mine[number])
+                yield batch.to(self.processes.device)
+
+    def add_gradients(self, batch: MicroBatch, scale: float) -> Tensor:
+        """Add the gradients of scale * the summed cross entropy at a micro-batch's response positions to those of the
+        weights. Returns that sum, without scale."""
+        weight = self.model.transformer.wte.weight
+        hidden = self.computing(batch.tokens, batch.documents, batch.rows)
+        loss, gradient = output_loss(hidden.detach(), weight, batch.targets, self.output, weight.grad, scale)
+        hidden.backward(gradient)  # of no rows too: then every parameter gets its gradient of 0
+        return loss
+
+    @torch.no_grad()
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Sum of the cross entropy at a micro-batch's response positions, 0 where there are none."""
+        hidden = self.computing(batch.tokens, batch.documents, batch.rows)
+        return output_loss(hidden, self.model.transformer.wte.weight, batch.targets, self.output)[0]
+
+    def gradients_of(self, data: InstructData, plan: Plan) -> tuple[float, float, float]:
+        """Leave the gradients of a step in the weights, over all ranks. Returns loss, gradient norm and seconds that
+        this rank waited for its micro-batches."""
+        torch._foreach_zero_(self.gradients)
+        losses = torch.zeros((), dtype=self.gradients[0].dtype, device=self.processes.device)
+        n_local, waited, begin = len(plan.micro_batches) // self.processes.world_size, 0.0, time.perf_counter()
+        for number, batch in enumerate(self.batches(data, plan), 1):
+            waited += time.perf_counter() - begin
+            self._is_last = number == n_local
+            losses += self.add_gradients(batch, self.loss_scale / plan.response_tokens)
+            begin = time.perf_counter()
+        if self.processes.world_size > 1:
+            dist.all_reduce(losses)
+        for work in self._sums:
+            work.wait()
+        self._sums.clear()
+        if self.loss_scale != 1:
+            torch._foreach_mul_(self.gradients, 1 / self.loss_scale)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
+        loss, norm = torch.stack([losses / plan.response_tokens, norm]).tolist()  # the step's one wait for a GPU
+        return loss, norm, waited
 
 
 def learning_rate(step: int, options: Namespace) -> float:
@@ -102,26 +142,17 @@ class StepResult:
 
 def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) -> StepResult:
     """One optimizer step on the examples of the plan. The optimizer does not move when loss or gradients are not finite
-    (is_finite of the result says so)."""
-    world_size, optimizer = learner.processes.world_size, learner.optimizer
-    n_local = len(plan.micro_batches) // world_size
-    scale = world_size / plan.response_tokens  # DDP averages over ranks; the step's gradient is their sum
-    local_loss: float | Tensor = 0.0
-    # forward and backward: the ranks exchange their gradients with the last micro-batch
-    optimizer.zero_grad()
-    data_wait, begin = 0.0, time.perf_counter()
-    for number, batch in enumerate(learner.local_batches(data, plan), 1):
-        data_wait += time.perf_counter() - begin
-        with learner.loss.no_sync() if number < n_local and world_size > 1 else nullcontext():  # type: ignore[operator]
-            loss = learner.loss(batch) * scale
-            loss.backward()
-        local_loss = local_loss + loss.detach() / world_size
-        begin = time.perf_counter()
-    # clip, check, update
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradient_norm = float(nn.utils.clip_grad_norm_(parameters, learner.grad_clip))
-    [global_loss] = learner.processes.sum([float(local_loss)])
-    result = StepResult(global_loss, gradient_norm, rate, data_wait)
+    (is_finite of the result says so). In fp16 that may be an overflow: the step is repeated with half the loss scale,
+    down to 1."""
+    optimizer = learner.optimizer
+    if learner.low:
+        learner.low.refresh()
+    while True:
+        loss, gradient_norm, data_wait = learner.gradients_of(data, plan)
+        result = StepResult(loss, gradient_norm, rate, data_wait)
+        if result.is_finite or learner.loss_scale <= 1:
+            break
+        learner.loss_scale /= 2
     if result.is_finite:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -132,14 +163,14 @@ def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) ->
 @torch.no_grad()
 def evaluate(learner: Learner, data: InstructData, plan: Plan,
              is_stopped: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean cross entropy of the plan's response tokens, in nats. Loss and count are summed over all ranks and divided
-    once. None when it was stopped, which all ranks have to find at the same micro-batch."""
-    local_loss, local_count = 0.0, 0
-    loss_of = getattr(learner.loss, "module", learner.loss)  # DDP's forward would look for gradients
-    for batch in learner.local_batches(data, plan):
+    """Mean cross entropy of the plan's response tokens, in nats. Losses are summed over all ranks and divided once.
+    None when it was stopped, which all ranks have to find at the same micro-batch."""
+    if learner.low:
+        learner.low.refresh()
+    losses = []
+    for batch in learner.batches(data, plan):
         if is_stopped():
             return None
-        local_loss += float(loss_of(batch))
-        local_count += len(batch.targets)
-    loss, count = learner.processes.sum([local_loss, local_count])
-    return loss / count
+        losses.append(learner.loss(batch))
+    [loss] = learner.processes.sum([float(torch.stack(losses).cpu().double().sum())])
+    return loss / plan.response_tokens

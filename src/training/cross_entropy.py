@@ -1,0 +1,72 @@
+"""Cross entropy of the output layer without its table of scores: (n, vocab_size) is far too large to keep.
+
+The gradient of the scores, softmax minus one at the target, is known as soon as they are. So a chunk of rows is turned
+into its loss and its part of both gradients at once, and its scores are forgotten. Chunks of a smaller type may be
+longer: each adds its gradient of the whole matrix to one in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 512  # whose scores exist in fp32 at a time: 100 MB for GPT-2's vocabulary
+_MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
+
+
+def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the output matrix (vocab_size, n_embd) in a smaller type, with rows of zeros up to a multiple of 64."""
+    return F.pad(weight.detach().to(dtype), (0, 0, 0, -len(weight) % _MULTIPLE))
+
+
+@torch.no_grad()
+def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | None = None,
+                gradient: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """The sum of -log softmax(hidden @ weight.T)[target], in nats, and with gradient the gradient of scale times it.
+
+    hidden (n, n_embd), weight (vocab_size, n_embd), targets (n,) int64; copy, from padded(), takes weight's place in
+    the products, which are then in its type. gradient (vocab_size, n_embd) grows by that of weight. Returns the loss, a
+    scalar of weight's type, and the gradient of hidden, or None.
+    """
+    matrix = weight if copy is None else copy
+    rows = ROWS if copy is None else 4 * ROWS
+    inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
+    scores = matrix.new_empty(n_rows, len(matrix))
+    exact = scores if copy is None else weight.new_empty(min(ROWS, n_rows), len(matrix))
+    loss, of_hidden = weight.new_zeros(()), None if gradient is None else torch.empty_like(inputs)
+    for begin in range(0, len(inputs), rows):
+        some = slice(begin, begin + rows)
+        chunk = torch.mm(inputs[some], matrix.t(), out=scores[:len(inputs[some])])
+        chunk[:, len(weight):] = -torch.inf
+        for piece, wanted in zip(chunk.split(ROWS), targets[some].split(ROWS)):
+            loss += _to_gradient(piece, wanted[:, None], exact[:len(piece)], scale)
+        if gradient is not None and of_hidden is not None:
+            torch.mm(chunk, matrix, out=of_hidden[some])
+            _add_product(gradient, chunk[:, :len(weight)].t(), inputs[some])
+    return loss, None if of_hidden is None else of_hidden.to(hidden.dtype)
+
+
+def _to_gradient(scores: Tensor, targets: Tensor, exact: Tensor, scale: float) -> Tensor:
+    """Replace scores (rows, vocab_size) by the gradient of scale * loss; returns the loss. exact is room for them."""
+    wanted = scores.gather(1, targets).to(exact.dtype)
+    largest = scores.amax(1, keepdim=True).to(exact.dtype) if scores.is_cuda else None
+    if largest is not None:  # one kernel, which reads the scores as they are; the largest probability is 1 / total
+        torch.softmax(scores, 1, dtype=exact.dtype, out=exact)
+        total = 1 / exact.amax(1, keepdim=True)
+        exact.mul_(scale)
+    else:  # on a CPU that kernel takes ten times as long for a smaller type, and is less exact for fp32
+        largest = exact.copy_(scores).amax(1, keepdim=True)
+        total = exact.sub_(largest).exp_().sum(1, keepdim=True)
+        exact.mul_(scale / total)
+    exact.scatter_(1, targets, exact.gather(1, targets) - scale)
+    scores.copy_(exact)
+    return (largest + total.log() - wanted).sum()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in the type of total, which may be wider than theirs."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(a, b).to(total.dtype)
