@@ -84,6 +84,8 @@ def attend_packed(documents: Documents) -> Attend:
             packed = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
             assert isinstance(packed, Tensor)  # it is a pair only when asked for more
             return packed
+        if q.device.type == "cpu":  # where these kernels are slow in smaller types
+            q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(1)
         split = [x.transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (q, k, v)]
         attended = [F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)[0] for q1, k1, v1 in zip(*split)]
         return torch.cat(attended, dim=1).transpose(0, 1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 512  # whose scores exist in fp32 at a time: 100 MB for GPT-2's vocabulary
+ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; twice as many on a GPU
 _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
 
 
@@ -28,16 +28,17 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     scalar of weight's type, and the gradient of hidden, or None.
     """
     matrix = weight if copy is None else copy
-    rows = ROWS if copy is None else 4 * ROWS
+    rows = ROWS if copy is None else 2 * ROWS
+    piece_rows = rows if hidden.is_cuda else ROWS
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
     scores = matrix.new_empty(n_rows, len(matrix))
-    exact = scores if copy is None else weight.new_empty(min(ROWS, n_rows), len(matrix))
+    exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
     loss, of_hidden = weight.new_zeros(()), None if gradient is None else torch.empty_like(inputs)
     for begin in range(0, len(inputs), rows):
         some = slice(begin, begin + rows)
         chunk = torch.mm(inputs[some], matrix.t(), out=scores[:len(inputs[some])])
         chunk[:, len(weight):] = -torch.inf
-        for piece, wanted in zip(chunk.split(ROWS), targets[some].split(ROWS)):
+        for piece, wanted in zip(chunk.split(piece_rows), targets[some].split(piece_rows)):
             loss += _to_gradient(piece, wanted[:, None], exact[:len(piece)], scale)
         if gradient is not None and of_hidden is not None:
             torch.mm(chunk, matrix, out=of_hidden[some])
@@ -48,17 +49,17 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
 def _to_gradient(scores: Tensor, targets: Tensor, exact: Tensor, scale: float) -> Tensor:
     """Replace scores (rows, vocab_size) by the gradient of scale * loss; returns the loss. exact is room for them."""
     wanted = scores.gather(1, targets).to(exact.dtype)
-    largest = scores.amax(1, keepdim=True).to(exact.dtype) if scores.is_cuda else None
-    if largest is not None:  # one kernel, which reads the scores as they are; the largest probability is 1 / total
+    if scores.is_cuda:  # one kernel, which reads the scores as they are; the largest probability is 1 / total
+        highest = scores.max(1, keepdim=True)
         torch.softmax(scores, 1, dtype=exact.dtype, out=exact)
-        total = 1 / exact.amax(1, keepdim=True)
-        exact.mul_(scale)
+        largest, total = highest.values.to(exact.dtype), 1 / exact.gather(1, highest.indices)
+        exact.scatter_add_(1, targets, torch.full_like(largest, -1))
+        torch.mul(exact, scale, out=scores)
     else:  # on a CPU that kernel takes ten times as long for a smaller type, and is less exact for fp32
         largest = exact.copy_(scores).amax(1, keepdim=True)
         total = exact.sub_(largest).exp_().sum(1, keepdim=True)
-        exact.mul_(scale / total)
-    exact.scatter_(1, targets, exact.gather(1, targets) - scale)
-    scores.copy_(exact)
+        exact.scatter_add_(1, targets, -total)
+        scores.copy_(exact.mul_(scale / total))
     return (largest + total.log() - wanted).sum()
 
 
@@ -69,4 +70,5 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += torch.mm(a, b).to(total.dtype)
+        for part, rows in zip(total.split(8192), a.split(8192)):  # pieces, as their products need room of their own
+            part += torch.mm(rows, b).to(total.dtype)

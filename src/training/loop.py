@@ -1,13 +1,23 @@
 """The loop of a run: once in a while evaluate, once in a while save, then a step."""
 
 import time
+from collections.abc import Mapping
 from signal import SIGINT, Signals
+from typing import Any
 
 from errors import DivergedError
 from training.progress import say
 from training.samples import sample_answers
 from training.setup import Run
-from training.step import StepResult, evaluate, learning_rate, train_step
+from training.step import (
+    HIGHEST_SCALE,
+    SCALE_STEPS,
+    StepResult,
+    evaluate,
+    learning_rate,
+    most_tokens,
+    train_step,
+)
 from training.summary import summary
 from weights.checkpoint import BEST, save, save_step, step_file
 
@@ -40,6 +50,9 @@ def train(run: Run) -> int:
             break
         _step(run)
 
+    with run.processes.together():
+        run.saver.wait()
+
     reason = "finished" if at_end else (f"stopped, as {in_vain} evaluations brought no lower val loss (--patience 0 "
                                         "goes on)")
     if run.progress:
@@ -54,9 +67,11 @@ def _step(run: Run) -> None:
     options, train_data = run.options, run.data["train"]
     begin = time.perf_counter()
     examples, after = run.stream.step(run.position)
-    plan = train_data.plan(examples, options.mini_batch_size * options.context_length, run.processes.world_size)
+    plan = train_data.plan(examples, most_tokens(options), run.processes.world_size)
     result = train_step(run.learner, train_data, plan, learning_rate(run.step, options))
     run.step, run.position, run.is_saved = run.step + 1, after, False
+    if run.step % SCALE_STEPS == 0:
+        run.learner.set_loss_scale(min(HIGHEST_SCALE, 2 * run.learner.loss_scale))
     _check_finite(run, result, examples)
     if run.progress:
         epoch = after.epoch + after.index / len(train_data)
@@ -83,7 +98,7 @@ def _evaluate(run: Run) -> int:
 
     options, val_data = run.options, run.data["val"]
     examples = range(min(options.eval_examples or len(val_data), len(val_data)))
-    plan = val_data.plan(examples, options.mini_batch_size * options.context_length, run.processes.world_size)
+    plan = val_data.plan(examples, most_tokens(options), run.processes.world_size)
     if not run.step:
         say("evaluating the model as it is before training")
     loss = evaluate(run.learner, val_data, plan, is_stopped=lambda: stop() != 0)
@@ -102,11 +117,16 @@ def _save(run: Run) -> None:
     """Save the run's state, on the main process."""
     run.signals.save = 0
     run.saved, run.is_saved = step_file(run.folder, run.step), True
+    saved, keep_last = run.saved, run.options.keep_last
+
+    def write(state: Mapping[str, Any]) -> None:
+        save_step(run.folder, state, keep_last, say)
+        say(f"saved {saved}")
+
     with run.processes.together():
         if run.progress:
             run.progress.log.flush()
-            save_step(run.folder, run.state(), run.options.keep_last, say)
-            say(f"saved {run.saved}")
+            run.saver.write(write, run.state())
 
 
 def _save_best(run: Run) -> None:
@@ -114,4 +134,5 @@ def _save_best(run: Run) -> None:
     run.has_best = True
     with run.processes.together():
         if run.progress:
-            save(run.folder / BEST, {key: value for key, value in run.state().items() if key != "optimizer"}, say)
+            run.saver.write(lambda state: save(run.folder / BEST, state, say),
+                            {key: value for key, value in run.state().items() if key != "optimizer"})

@@ -60,6 +60,11 @@ def type_name(dtype: torch.dtype) -> str:
     return next((name for name, known in _TYPES.items() if known is dtype), str(dtype))
 
 
+def waits_for_disk(device: torch.device) -> bool:
+    """Whether a save would leave an expensive device idle, so that a copy is written while it goes on."""
+    return device.type == "cuda"
+
+
 def cpu_has_bf16() -> bool:
     """Whether products in bf16 are faster than in fp32 on this CPU."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

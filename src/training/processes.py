@@ -48,7 +48,7 @@ class Processes:
     def _reduced(self, values: Sequence[float], dtype: torch.dtype, how: dist.ReduceOp.RedOpType) -> list[Any]:
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=dtype, device=self.device)
+        tensor = torch.tensor(values, dtype=dtype)  # of the CPU: no rank waits for its GPU here
         dist.all_reduce(tensor, how)
         return tensor.tolist()
 
@@ -58,7 +58,7 @@ class Processes:
             return [mine]
         text = json.dumps(mine).encode()
         [longest] = self.largest(len(text))
-        padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=self.device)
+        padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8)
         found = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(found, padded)
         return [json.loads(bytes(each.tolist())) for each in found]
@@ -177,7 +177,8 @@ def join(device_name: str) -> Processes:
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
-        dist.init_process_group("nccl" if device_name == "cuda" else "gloo", rank=rank, world_size=world_size,
+        backend = "cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size,
                                 timeout=timeout, device_id=device if device_name == "cuda" else None,
                                 **_meeting_place(os.environ.get("INSTRUCT_STORE", "env://"), timeout))
     return Processes(rank, world_size, device)

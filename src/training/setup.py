@@ -20,9 +20,11 @@ from training.ending import Signals, mark_begun
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
 from training.log import RunLog
 from training.options import ON_RESUME, parse_options, resumed_options, with_steps
+from training.precision import waits_for_disk
 from training.processes import Processes, comparable, digest, join
 from training.progress import Progress, columns, say
-from training.step import Learner
+from training.saver import Saver
+from training.step import HIGHEST_SCALE, Learner
 from weights import checkpoint
 from weights.durable import lock_folder
 
@@ -49,6 +51,7 @@ class Run:
     best_loss: float = math.inf  # the lowest val loss: of this run, and of what it went back from
     has_best: bool = True  # whether best_model.pt holds the weights of the lowest val loss
     progress: Progress | None = None  # on the main process only
+    saver: Saver = field(default_factory=lambda: Saver(is_later=False))
 
     def best(self) -> list[float] | None:
         """[step, loss] of the lowest val loss since training began: step 0 is what the model was before."""
@@ -67,7 +70,8 @@ class Run:
                 "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,
                 "multi_turn": self.manifest.get("multi_turn", False), "data_source": self.manifest["source"],
                 "data_fingerprint": self.manifest["fingerprint"], "model_config": vars(self.learner.model.config),
-                "model": self.learner.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
+                "loss_scale": self.learner.loss_scale, "model": self.learner.model.state_dict(),
+                "optimizer": self.learner.optimizer.state_dict()}
 
 
 @contextmanager
@@ -129,9 +133,11 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
                             "the weights": weights}
     processes.compare(started_with)
     # the run, where it begins or where the checkpoint left it
-    learner = Learner(model.to(processes.device), options, processes)
+    learner = Learner(model.to(processes.device), options, processes, say)
     run = Run(options, processes, signals, folder, prepared.manifest, data, stream, learner,
-              name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"))  # microseconds: runs that start together differ
+              name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),  # microseconds: runs that start together differ
+              saver=Saver(is_later=waits_for_disk(processes.device)))
+    stack.callback(run.saver.close)
     with processes.together():
         if state:
             _restore(run, state, path)
@@ -161,6 +167,7 @@ def _restore(run: Run, state: dict[str, Any], path: Path) -> None:
         _check_moments(optimizer, may_be_absent=state["step"] == state["skipped"])
         if state["position"][1] > len(run.data["train"]):
             raise ValueError(f"position {state['position'][1]} of {len(run.data['train'])} examples")
+        run.learner.set_loss_scale(state.get("loss_scale", HIGHEST_SCALE))
     run.position = Position(*state["position"])
     run.step, run.skipped, run.name, run.saved = state["step"], state["skipped"], state["name"], path
     run.val_losses = [list(entry) for entry in state["val_losses"]]

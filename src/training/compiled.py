@@ -1,0 +1,43 @@
+"""--compile: the whole transformer as one graph for training and one for evaluation.
+
+A graph wants fixed sizes, so micro-batches are filled up to the same number of tokens, the longest document is that of
+the context, only the number of documents changes, and the rows that are wanted are selected outside.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model import GPT, Documents, attend_packed
+
+
+class Compiled:
+    """Calls like the model. What cannot be compiled is computed without, which is said once."""
+
+    def __init__(self, model: GPT, say: Callable[[str], None]) -> None:
+        def transform(tokens: Tensor, positions: Tensor, starts: Tensor, longest: int) -> Tensor:
+            documents = Documents((), positions, starts, longest)
+            hidden = model.transformer(tokens, positions, attend_packed(documents), None)
+            assert isinstance(hidden, Tensor)
+            return hidden
+
+        self._model, self._say, self._transform = model, say, torch.compile(transform, fullgraph=True)
+        self._works: bool | None = None  # not known before the first micro-batch
+
+    def __call__(self, tokens: Tensor, documents: Documents, rows: Tensor) -> Tensor:
+        if self._works is False:
+            return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
+        torch._dynamo.mark_dynamic(documents.starts, 0)
+        try:
+            hidden = self._transform(tokens, documents.positions, documents.starts, documents.longest)
+            self._works = True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._works:
+                raise
+            self._works = False
+            self._say(f"warning: --compile does not work here, going on without: {str(error).strip().splitlines()[0]}")
+            return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
+        return hidden.index_select(0, rows)
