@@ -20,6 +20,7 @@ from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError
 from helpers import open_data, options_of, random_examples, resume_flags, small_model, to, write_data
 from training.checks import doubt_about_weights, doubts
+from training.memory import fit
 from training.processes import Processes
 from training.step import Learner, train_step
 from weights import checkpoint
@@ -206,7 +207,10 @@ def kept_bytes(learner: Learner, data: InstructData) -> tuple[float, list[torch.
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(inputs):
     data, found = open_data(inputs[0], 1024)["train"], {}
     for is_on in (False, True):
-        learner = Learner(small_model(), options_of("--gradient_checkpointing", "on" if is_on else "off"), CPU)
+        model, options = small_model(), options_of("--gradient_checkpointing", "on" if is_on else "off",
+                                                   "--context_length", 1024)
+        model.transformer.recompute = fit(options, model, CPU)[1]
+        learner = Learner(model, options, CPU)
         found[is_on] = kept_bytes(learner, data)
     assert found[True][0] == found[False][0] and all(map(torch.equal, found[True][1], found[False][1]))
     assert found[True][2] < 0.8 * found[False][2]

@@ -23,6 +23,7 @@ from instruct_format import VOCAB_SIZE
 from model import GPT
 from training.checks import doubt_about_weights, doubts, existing, facts
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
+from training.memory import fit
 from training.options import parse_options, resumed_options, with_steps
 from training.processes import Processes, join
 from training.progress import columns, duration, say
@@ -108,6 +109,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
     with table.check("run"):
         options = with_steps(options, stream.steps_in, state, path)
+    options = Namespace(**{**vars(options), "mini_batch_size": fit(options, model, table.processes)[0]})
     for name, text in facts(options, table.processes, model, data, stream, origin).items():
         table.add("ok", name, text)
     for name, text in doubts(options, table.processes, model, data, stream).items():
@@ -124,6 +126,7 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     smaller = smaller if options.mini_batch_size > 1 else "--gradient_checkpointing, or a smaller --context_length"
     batch = data.micro_batch(longest(data.lengths, most_tokens if is_cuda else min(most_tokens, CPU_TOKENS)))
     try:
+        model.transformer.recompute = fit(options, model, table.processes)[1]
         learner = Learner(model.to(device), options, table.processes)
         loss, kept, seconds = _run(learner, batch.to(device))
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from training.checks import doubts, facts
 from training.ending import Signals, mark_begun
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
 from training.log import RunLog
+from training.memory import fit
 from training.options import ON_RESUME, parse_options, resumed_options, with_steps
 from training.precision import waits_for_disk
 from training.processes import Processes, comparable, digest, join
@@ -133,6 +134,7 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
                             "the weights": weights}
     processes.compare(started_with)
     # the run, where it begins or where the checkpoint left it
+    options.mini_batch_size, model.transformer.recompute = fit(options, model, processes)
     learner = Learner(model.to(processes.device), options, processes, say)
     run = Run(options, processes, signals, folder, prepared.manifest, data, stream, learner,
               name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),  # microseconds: runs that start together differ

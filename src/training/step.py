@@ -39,9 +39,6 @@ class Learner:
                  say: Callable[[str], None] = lambda text: None) -> None:
         """AdamW, betas (0.9, 0.95), with decay on matrices only."""
         self.model, self.processes, self.options = model, processes, options
-        is_short = processes.device.type != "cuda"
-        model.transformer.recompute = ("blocks" if options.gradient_checkpointing == "on" else
-                                       "gelu" if is_short else "nothing")
         self.product_type = product_type(options.precision, processes.device)
         self.low = None if self.product_type is torch.float32 else LowPrecision(model, self.product_type)
         self.computing = self.low.model if self.low else model
