@@ -118,10 +118,10 @@ def test_manifest_has_what_the_contract_names(tmp_path):
 
 @pytest.mark.parametrize(("count", "remembers"), [(40, True), (41, False)])
 def test_chat_remembers_if_one_in_twenty_has_several_turns(tmp_path, count, remembers):
-    """Of the train documents here, two have."""
-    rows = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in ("user", "assistant") * (1 + (n < 2))],
-             "split": "train"} for n in range(count)]
-    assert prepare_rows(tmp_path, [*rows, row("Held out", split="val")])["multi_turn"] == remembers
+    """Here two have."""
+    rows = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in ("user", "assistant") * (1 + (n < 2))]}
+            for n in range(count)]
+    assert prepare_rows(tmp_path, rows)["multi_turn"] == remembers
 
 
 def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):

@@ -11,7 +11,7 @@ from itertools import chain, cycle
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, BadRow, Number, Source, TableRow, parse_json, split_of
+from data.rows import ANSWERS, QUESTIONS, BadRow, Number, Source, parse_json, split_of
 from instruct_format import join_texts, tidy
 
 # The names of a column of each meaning, the likelier first, in any case
@@ -61,10 +61,6 @@ class Columns(NamedTuple):
     complaint: str  # why there is no pair
 
 
-class NoColumns(BadRow):
-    """The columns of the row have no meaning, whatever is in them."""
-
-
 class Shapes:
     """Reads rows as examples, and notes what a user wants to know of that: shapes, columns, what was changed."""
 
@@ -88,8 +84,6 @@ class Shapes:
                     example = bad
                     if number == 0:  # the other rows may be like it: to drop them all is no advice
                         bad.advice = ""
-                    if isinstance(bad, NoColumns) and isinstance(row, TableRow):
-                        place = row.header
                 yield f"{source.name}: {place}", example
 
     def example(self, row: Any) -> Example:
@@ -102,21 +96,26 @@ class Shapes:
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns.split], columns.split) if columns.split is not None else None
-        if columns.messages is not None and (not columns.pair or _may_be_messages(row[columns.messages])):
-            system = self._text(row[columns.system], f"column {columns.system!r}") if columns.system is not None else ""
-            turns = self._conversation(row[columns.messages], f"column {columns.messages!r}", system)
-            if turns or not columns.pair:
-                self.used |= dict.fromkeys(filter(None, (columns.messages, columns.system)))
-                self.has_messages = True
-                return Example(turns, split)
+        if columns.messages is not None:
+            messages = row[columns.messages]
+            if isinstance(messages, str) and messages.lstrip().startswith("["):
+                messages = parse_json(messages)
+            if not columns.pair or isinstance(messages, list) and messages and type(messages[0]) in (dict, str):
+                turns = self._conversation(messages, f"column {columns.messages!r}", self._of(row, columns.system))
+                if turns or not columns.pair:
+                    self.used |= dict.fromkeys(filter(None, (columns.messages, columns.system)))
+                    self.has_messages = True
+                    return Example(turns, split)
         if not columns.pair:
-            raise NoColumns(columns.complaint)
-        text = {meaning: self._text("" if meaning in ("input", "system") and row[name] in ([], {}) else row[name],
-                                    f"column {name!r}") for meaning, name in columns.pair.items()}
+            raise BadRow(columns.complaint)
         self.names[columns.shape] = None
         self.used |= dict.fromkeys(columns.pair.values())
-        instruction = join_texts(text["system"], text["instruction"]) if "system" in text else text["instruction"]
-        return Example((Turn(instruction, text.get("input", ""), text["output"]),), split)
+        question, input, answer, system = (self._of(row, columns.pair.get(meaning)) for meaning in PAIR)
+        return Example((Turn(join_texts(system, question), input, answer),), split)
+
+    def _of(self, row: Mapping[str, Any], name: str | None) -> str:
+        """The text of a column, where there is one."""
+        return "" if name is None else self._text(row[name], f"column {name!r}")
 
     def _columns(self, row: Mapping[str, Any]) -> Columns:
         """What the columns mean: as the user says, else by their names."""
@@ -129,28 +128,30 @@ class Shapes:
             found.setdefault(meaning, next((free[name] for name in names if name in free
                                             and free[name] not in found.values()), None))
         pair = {meaning: name for meaning in PAIR if (name := found[meaning]) is not None}
-        missing = [f"{self.columns[meaning]!r}" if self.columns.get(meaning) else f"for the {meaning}"
-                   for meaning in ("instruction", "output") if meaning not in pair]
-        if missing:
-            advice = "; say which it is: --columns instruction=NAME output=NAME"
-            if not all(each.startswith("for ") for each in missing):  # the user said it
-                advice = ""
-            elif "text" in free:
-                advice += ("; where a text is a whole conversation, or a single message of one, take a variant with "
-                           "messages or pairs, such as philschmid/guanaco-sharegpt-style")
+        if not {"instruction", "output"} <= pair.keys():
             messages = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free
                                                   and "messages" not in self.columns), None)
-            return Columns({}, messages, found["system"], found["split"], "",
-                           f"no column {' and '.join(missing)} (found: {_names(row)}){advice}")
+            return Columns({}, messages, found["system"], found["split"], "", self._complaint(pair, row))
         shape = "/".join(map(_plain, pair.values()))
         return Columns(pair, found["messages"], found["system"], found["split"], KNOWN_PAIRS.get(shape, shape), "")
+
+    def _complaint(self, pair: Mapping[str, str], row: Mapping[str, Any]) -> str:
+        """Why these columns are no question and answer."""
+        missing = [meaning for meaning in ("instruction", "output") if meaning not in pair]
+        if named := [self.columns[meaning] for meaning in missing if self.columns.get(meaning)]:
+            return f"no column {named[0]!r} (found: {_names(row)})"
+        advice = "; say which it is: --columns instruction=NAME output=NAME"
+        if "text" in map(_plain, row):
+            advice += ("; where a text is a whole conversation, or one message of it, take a variant with messages or "
+                       "pairs, such as philschmid/guanaco-sharegpt-style")
+        return f"no column for the {' and for the '.join(missing)} (found: {_names(row)}){advice}"
 
     def _text(self, value: Any, where: str) -> str:
         """A value as text. Null and NaN are empty, numbers and booleans what JSON writes, a list of one text is it."""
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             [value] = value
             self.changes["lists of one text became it"] += 1
-        if value is None or value != value:
+        if value is None or value != value or value in ([], {}):
             return ""
         if isinstance(value, (Number, AnyNumber)):
             self.changes["numbers and booleans became text"] += 1
@@ -180,8 +181,6 @@ class Shapes:
     def _conversation(self, value: Any, where: str, system: str) -> tuple[Turn, ...]:
         """The turns of a list of messages, with a system text in front. What one side says in several messages is one
         text; what stands before the first question and after the last answer cannot be trained on, and is left out."""
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            value = parse_json(value)
         if isinstance(value, BadRow) or not isinstance(value, list) and value not in (None, ""):
             raise BadRow(f"{where} must be a list of messages, found {_kind(value)}")
         turns: list[Turn] = []
@@ -263,13 +262,6 @@ def _plain(name: object) -> str:
 
 def _names(row: Iterable[str]) -> str:
     return ", ".join(f"{name!r:.60}" for name in row) or "none"
-
-
-def _may_be_messages(value: Any) -> bool:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_json(value)
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, (dict, str)) and not isinstance(first, Number)
 
 
 def _kind(value: object) -> str:

@@ -69,8 +69,6 @@ class DataWriter:
         self.folder = folder
         self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.waiting = {split: _empty_arrays() for split in SPLITS}
-        self.turns = dict.fromkeys(SPLITS, 0)  # in the shards that are written
-        self.conversations = dict.fromkeys(SPLITS, 0)  # documents of several turns in them
         _refuse_foreign_files(folder)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,7 @@ class DataWriter:
         """Put every document where in_val says, in their order; so far all of them are in one split."""
         [full] = [split for split in SPLITS if split not in self.empty_splits]
         self._write_shard(full)
-        entries, self.shards[full], self.turns[full], self.conversations[full] = self.shards[full], [], 0, 0
+        entries, self.shards[full] = self.shards[full], []
         sides = iter(in_val)
         for entry in entries:
             tokens, mask, starts = (_open_array(shard_file(self.folder, full, entry, kind), entry["sha256"][kind])
@@ -106,29 +104,23 @@ class DataWriter:
         if not waiting["starts"]:
             return
         arrays = {kind: np.frombuffer(waiting[kind], dtype) for kind, dtype in KINDS.items()}
-        mask = arrays["loss_mask"]
-        turns = np.add.reduceat(np.diff(mask, prepend=mask.dtype.type(0)) == 1, arrays["starts"], dtype=np.int64)
-        self.turns[split] += int(turns.sum())
-        self.conversations[split] += int((turns > 1).sum())
         files = {kind: _npy_bytes(values) for kind, values in arrays.items()}
         digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
-                 "tokens": len(mask), "response_tokens": int(mask.sum()), "sha256": digests}
+                 "tokens": len(waiting["tokens"]), "response_tokens": int(arrays["loss_mask"].sum()), "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
                 file.write(data)
         self.shards[split].append(shard)
 
-    def finish(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write what waits and the manifest (about says where the data come from), and remove every shard, whole or
-        half-written, that the manifest does not name. Returns the manifest."""
+    def finish(self, about: Mapping[str, Any], multi_turn: bool = False) -> dict[str, Any]:
+        """Write what waits and the manifest (about says where the data come from, multi_turn whether chat is to
+        remember the turns before), and remove every shard that it does not name. Returns the manifest."""
         for split in SPLITS:
             self._write_shard(split)
         counts = {f"{split}_{key}": sum(shard[key] for shard in shards)
                   for split, shards in self.shards.items() for key in ("examples", "tokens", "response_tokens")}
-        # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
-        multi_turn = 0 < counts["train_examples"] <= 20 * self.conversations["train"]
         manifest = {"format_version": FORMAT_VERSION, "template": TEMPLATE, "tokenizer": TOKENIZER, **about, **counts,
                     "multi_turn": multi_turn, "shards": self.shards}
         with durable_file(self.folder / MANIFEST) as file:

@@ -99,7 +99,7 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
 
     Raises UserError naming the holder when another process holds it, and naming the lock when it cannot be used.
     """
-    with errors_at(f"{folder}: cannot write there"):
+    with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     with errors_at(f"{path}: cannot lock the folder", advice=f"; choose another {flag}"):
