@@ -173,7 +173,7 @@ def test_an_unknown_hub_dataset_is_one_line(tmp_path):
 @pytest.mark.parametrize("output", ["file", "file/below"])
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path, output):
     (tmp_path / "file").write_text("the user's")
-    with pytest.raises(UserError, match=f"/{output}: cannot write there: (File exists|Not a directory); choose another --output_dir$"):
+    with pytest.raises(UserError, match=f"/{output}: cannot write there: .*; choose another --output_dir$"):
         helpers.prepare(write(tmp_path, "a.jsonl", LINES), tmp_path / output)
     assert (tmp_path / "file").read_text() == "the user's"
 
@@ -205,8 +205,8 @@ def test_harmless_variants_are_read(tmp_path, case):
 
 
 @pytest.mark.parametrize("name, content, bad", [
-    ("a.jsonl", lines(*GOOD, 7, row(output={"a": 1}), {}, row(output="\ud800"), row(99, split="val"), None) + b"{\n" + DEEP,
-     8),
+    ("a.jsonl", lines(*GOOD, 7, row(output={"a": 1}), {}, row(output="\ud800"), row(99, split="val"), None)
+     + b"{\n" + DEEP, 8),
     ("a.jsonl", lines(row())[:-2] + b"\n" + LINES, 1),
     ("a.json", listed(*GOOD, 7, row(output=[1, 2]), {}, row(output="\ud800"), None), 5),
     ("a.csv", TABLE + b"a\na,b,c,d\n", 2),

@@ -9,9 +9,7 @@ value that is not finite.
 
 import struct
 import zipfile
-from codecs import getincrementaldecoder
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
@@ -104,11 +102,8 @@ def _instead_of_zip(path: Path) -> str:
         begin = file.read(512)
     if begin.startswith(b"PK\3\4"):
         return "incomplete (no end of the archive); copy it again"
-    with suppress(UnicodeDecodeError):
-        text = getincrementaldecoder("utf-8")().decode(begin)  # it may end within a character
-        if text and not any(letter < " " and not letter.isspace() for letter in text):
-            return "it is text"
-    return "no file of torch.save" if begin else "it is empty"
+    is_text = "".join(begin.decode("utf-8", "ignore").split()).isprintable()
+    return "it is empty" if not begin else "it is text" if is_text else "no file of torch.save"
 
 
 def _check_zip(path: Path) -> None:
