@@ -109,9 +109,9 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no column, parquet": ("a.parquet", parquet({"text": "x"}), r"row 1: no column for the instruction and for the "
                            r"output \(found: 'text'\).*such as philschmid/guanaco-sharegpt-style"),
     "a list": ("a.jsonl", lines(row(), row(output=["a", "b"])), r"line 2: column 'output' must be text, found a list"),
-    "an object": ("a.jsonl", lines(row(input={"a": 1})), r"line 1: column 'input' must be text, found an object; make"),
+    "an object": ("a.jsonl", lines(row(input={"a": 1})), r"row 1: column 'input' must be text, found an object; make"),
     "pandas by split": ("a.json", json.dumps({"columns": ["prompt", "output"], "index": [0], "data": [["Q", "A"]]}
-                                             ).encode(), r"line 1: column 'data': message 1 must be an object"),
+                                             ).encode(), r"row 1: column 'data': message 1 must be an object"),
     "row is a list": ("a.json", listed(row(), ["x", "", "y"]), r"row 2: expected an object .*found a list"),
     "nested deeply, list": ("a.json", DEEP, "nested too deeply"),
     "nested deeply, line": ("a.jsonl", lines(row()) + DEEP, "line 2: nested too deeply"),
@@ -134,7 +134,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "Parquet not UTF-8": ("a.parquet", parquet(row()).replace(b"Answer", b"Answe\xff"), NO_PARQUET),
     "a folder": ("folder.jsonl", b"", r"not a file; for all in it: '.*/\*'"),
     "nothing there": ("missing.jsonl", b"", r"no such file"),
-    "name that a terminal would obey": ("\x1b[2J\n\u202e.jsonl", lines(7), r"line 1: expected an object"),
+    "name that a terminal would obey": ("\x1b[2J\n\u202e.jsonl", lines(7), r"row 1: expected an object"),
 }
 
 

@@ -245,12 +245,12 @@ def test_what_is_no_gpt2_is_refused(tmp_path, weights, case, is_zip):
 
 FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, what is said of it, exit code
     "PEFT": ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "a PEFT adapter.* merge it first", 3),
-    "TensorFlow": ({"model.ckpt.index": b"", "hparams.json": b"{}"}, "a TensorFlow checkpoint; .* imported", 3),
+    "TensorFlow": ({"model.ckpt.index": b"", "hparams.json": b"{}"}, "a TensorFlow checkpoint; .* import that", 3),
     "nothing": ({}, "config.json: no such file", 2),
     "a run": ({"latest.pt": b"", "best_model.pt": b"", "step_000001.pt": b""}, "name one: .*/best_model.pt", 2),
     "a young run": ({"step_000001.pt": b"", "step_000002.pt": b""}, " holds checkpoints; name .*/step_000002.pt", 2),
-    "a run and a model": ({"config.json": b"{}", "latest.pt": b""}, r"no .safetensors file and no pytorch_model", 2),
-    "no weights": ({"config.json": b"{}"}, r"no .safetensors file and no pytorch_model.bin", 2),
+    "a run and a model": ({"config.json": b"{}", "latest.pt": b""}, r"no .safetensors and no pytorch_model", 2),
+    "no weights": ({"config.json": b"{}"}, r"no .safetensors and no pytorch_model.bin", 2),
     "LLaMA": ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b""}, "model_type 'llama'; .*TRL", 3),
     "not JSON": ({"config.json": b"["}, "not readable as a model's configuration", 2),
     "a list": ({"config.json": b"[]"}, "not readable as a model's configuration: not an object", 2),

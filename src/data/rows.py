@@ -124,8 +124,8 @@ def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
 
 def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
-    first, *more = [line.strip() for line in head if line.strip()] or [""]
-    if not _is_whole(first, more):
+    first, second, *_ = [line.strip() for line in head if line.strip()] + ["", ""]
+    if not _is_whole(first, second):
         yield from ((f"line {number}", parse_json(line.rstrip())) for number, line in enumerate(chain(head, lines), 1)
                     if line.strip())
         return
@@ -135,17 +135,11 @@ def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tu
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _is_whole(first: str, more: list[str]) -> bool:
-    """Whether a JSON text that begins with these lines, is one value and not a row a line."""
-    if first.startswith("[") and not more:
-        return True
-    try:
-        value = _JSON.decode("\n".join([first, *more]))
-        return bool(more) or isinstance(value, dict) and _listed(value) != [value]
-    except json.JSONDecodeError as error:
-        return error.pos > len(first) + 1  # what the first line begins, the second goes on with
-    except RecursionError:
-        return True
+def _is_whole(first: str, second: str) -> bool:
+    """Whether a JSON text that begins with these lines is one value, and not a row a line."""
+    if isinstance(parse_json(first), BadRow):  # it goes on, unless the next line begins an object too
+        return first.startswith(("{", "[")) and not (first.startswith("{") and second.startswith("{"))
+    return not second
 
 
 def parse_json(text: str) -> Any:

@@ -139,12 +139,13 @@ def _empty_arrays() -> dict[str, "array[int]"]:
 
 def _refuse_foreign_files(folder: Path) -> None:
     """Raise UserError where other programs or people keep files that a preparation would replace or mix with its own.
-    Hidden files do not matter."""
+    Hidden files do not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
     with errors_at(folder):
-        path = folder / MANIFEST
-        found = [path] if os.path.lexists(path) and not _looks_like_a_manifest(path) else []
-        for split in SPLITS:
-            path = folder / split
+        path, found = folder / MANIFEST, list[Path]()
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not re.search(
+                rb'"(format_version|loss_mask)"', path.read_bytes())):
+            found.append(path)
+        for path in (folder / split for split in SPLITS):
             if path.is_symlink():  # what it leads to may be the folder of other data
                 found.append(path)
             elif path.is_dir():
@@ -153,12 +154,6 @@ def _refuse_foreign_files(folder: Path) -> None:
     if found:
         raise UserError(f"{found[0]}: not of a preparation by this program; it is left as it is, choose another "
                         "--output_dir")
-
-
-def _looks_like_a_manifest(path: Path) -> bool:
-    """Also if it is damaged: then the advice is to prepare the data again."""
-    return path.is_file() and not path.is_symlink() and any(
-        key in path.read_bytes() for key in (b'"format_version"', b'"loss_mask"'))
 
 
 def _npy_bytes(values: np.ndarray) -> bytes:
@@ -205,8 +200,8 @@ def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) ->
         shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])
                  for kind in KINDS}
         tokens, _, starts = shard.values()
-        wrong, sizes = "", [(entry["tokens"],), (entry["tokens"],), (entry["examples"],)]
-        if (any(array.dtype != dtype or array.shape != size
+        wrong, sizes = "", (entry["tokens"], entry["tokens"], entry["examples"])
+        if (any(array.dtype != dtype or array.shape != (size,)
                 for array, dtype, size in zip(shard.values(), KINDS.values(), sizes))
                 or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
             wrong = "its arrays are not of the types and sizes that the manifest says"
