@@ -29,26 +29,22 @@ def said(*pairs: str, role: str = "from", text: str = "value") -> list[dict[str,
 
 # name -> (row, its turns, the shape)
 SHAPES: dict[str, tuple[Row, Turns, str]] = {
+    **{names: (dict(zip(names.split("/"), "QA")) | {"id": 1}, [("Q", "", "A")], names) for names in (
+        "instruction/response", "prompt/completion", "question/answer", "inputs/targets", "input/output",
+        "message_1/message_2", "problem/solution", "human/assistant")},
     "Alpaca": ({"instruction": "I", "input": "in", "output": "O", "text": "I in O"}, [("I", "in", "O")], "Alpaca"),
     "Alpaca without input": ({"instruction": "I", "output": "O"}, [("I", "", "O")], "Alpaca"),
     "Dolly": ({"instruction": "I", "context": "c", "response": "R", "category": "x"}, [("I", "c", "R")], "Dolly"),
     "GPTeacher": ({"instruction": "I", "input": "in", "response": "R"}, [("I", "in", "R")],
                   "instruction/input/response"),
-    "pair": ({"instruction": "I", "response": "R"}, [("I", "", "R")], "instruction/response"),
     "completion": ({"prompt": "P", "completion": " C\n"}, [("P", "", " C")], "prompt/completion"),
-    "FAQ": ({"question": "Q", "answer": "A"}, [("Q", "", "A")], "question/answer"),
-    "FLAN": ({"inputs": "I", "targets": "T", "task": "t"}, [("I", "", "T")], "inputs/targets"),
-    "LMFlow": ({"input": "I", "output": "O"}, [("I", "", "O")], "input/output"),
-    "Camel": ({"role_1": "x", "message_1": "Q", "message_2": "A"}, [("Q", "", "A")], "message_1/message_2"),
     "OpenOrca": ({"id": 1, "system_prompt": "S", "question": "Q", "response": "R"}, [("S\n\nQ", "", "R")], "OpenOrca"),
     "OpenOrca, no system": ({"system_prompt": "", "question": "Q", "response": "R"}, [("Q", "", "R")], "OpenOrca"),
     "any case, blanks": ({" Prompt": "P", "RESPONSE ": "R"}, [("P", "", "R")], "prompt/response"),
     "messages": ({"messages": [USER, BOT, MORE, YES], "id": 1}, TWO, "messages"),
     "messages and a pair": ({"prompt": "P", "completion": "C", "messages": [USER, BOT]}, PLAIN, "messages"),
-    "a text in brackets beside a pair": ({"prompt": "P", "completion": "C", "conversation": "[sighs] Hi"},
-                                         [("P", "", "C")], "prompt/completion"),
-    "a list of numbers beside a pair": ({"prompt": "P", "completion": "C", "conversation": "[1, 2]"},
-                                        [("P", "", "C")], "prompt/completion"),
+    **{f"a pair beside {value}": ({"prompt": "P", "completion": "C", "conversation": value}, [("P", "", "C")],
+                                  "prompt/completion") for value in ("[sighs] Hi", "[1, 2]", None)},
     "messages without a turn beside a pair": ({"prompt": "P", "completion": "C", "messages": [{**USER, "content": ""}]},
                                               [("P", "", "C")], "messages and prompt/completion"),
     "a system column beside messages": ({"system_prompt": "Be brief.", "messages": [USER, BOT, MORE, YES]},
@@ -61,8 +57,6 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "an empty object as input": ({"instruction": "I", "input": {}, "output": "O"}, [("I", "", "O")], "Alpaca"),
     "a solution and its last line": ({"problem": "P", "answer": "4", "solution": "2 + 2 = 4"},
                                      [("P", "", "2 + 2 = 4")], "problem/solution"),
-    "no messages but a pair": ({"prompt": "P", "completion": "C", "messages": None}, [("P", "", "C")],
-                               "prompt/completion"),
     "data beside a pair": ({"prompt": "P", "completion": "C", "data": ["x"]}, [("P", "", "C")], "prompt/completion"),
     "system": ({"messages": [SYSTEM, USER, BOT]}, BRIEF, "messages"),
     "developer": ({"messages": [{**SYSTEM, "role": "developer"}, USER, BOT]}, BRIEF, "messages"),
@@ -170,17 +164,15 @@ def test_columns_that_the_user_names_win(columns, row, turns):
 
 def test_columns_that_no_row_has_are_refused(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"frage": "Q", "antwort": "A"}, {"frage": "R", "antwort": "B"}])
-    assert prepare(data, tmp_path, "--columns", "instruction=Frage", "output=antwort")["train_examples"] == 1
-    for named, reason in (("instruction=question", "a.jsonl: line 1: no column 'question' .found: 'frage', 'antwort'"),
-                          ("instruction=frage", "line 1: no column for the output"),
-                          ("output=nope", "no column 'nope' .found: 'frage', 'antwort'.$"),
-                          ("input=kontext", "a.jsonl: --columns: no row has a column 'kontext'"),
-                          ("question",
-                           "'question' is not MEANING=NAME with a MEANING of messages, instruction, output")):
-        more = () if "for the output" in reason else ("output=antwort", *(
-            ["instruction=frage"] if "instruction" not in named else []))[named.startswith("output"):]
+    pair = ["instruction=Frage", "output=antwort"]
+    assert prepare(data, tmp_path, "--columns", *pair)["train_examples"] == 1
+    for flags, reason in ((["instruction=x"], "a.jsonl: line 1: no column 'x' .found: 'frage', 'antwort'"),
+                          (pair[:1], "line 1: no column for the output"),
+                          ([*pair, "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.$"),
+                          ([*pair, "input=kontext"], "a.jsonl: --columns: no row has a column 'kontext'"),
+                          (["x"], "'x' is not MEANING=NAME with a MEANING of messages, instruction, output")):
         with pytest.raises(UserError, match=reason):
-            prepare(data, tmp_path, "--columns", named, *more)
+            prepare(data, tmp_path, "--columns", *flags)
 
 
 def test_the_first_value_says_whether_a_column_is_a_split():
