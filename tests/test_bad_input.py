@@ -44,12 +44,9 @@ NOTHING = r"nothing to train on \(0 rows read\)$"
 
 # file name, its bytes, what the one line must say after the name (a regular expression)
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "empty list file": ("a.json", b" \n\n ", NOTHING),
-    "empty lines file": ("a.jsonl", b"", NOTHING),
-    "empty table": ("a.csv", b"", NOTHING),
-    "empty list": ("a.json", b"[]", NOTHING),
-    "empty object": ("a.json", b"{}", NOTHING),
-    "header only": ("a.csv", table(), NOTHING),
+    **{f"no rows in {name} {text!r}": (name, text, NOTHING) for name, text in (
+        ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.json", b"{}"), ("a.csv", table()),
+    )},
     "nothing kept": ("a.jsonl", lines(*(row(n, output="") for n in range(3))),
                      r"nothing to train on \(3 rows read, 3 left out: empty output\)"),
     "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
@@ -81,10 +78,10 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "gzip damaged": ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), r".*CRC"),
     "Windows text": ("a.csv", TABLE + "prix,,10 €\n".encode("cp1252"),
                      r"line 14: .*byte 0x80 in column 10; .*iconv -f "),
-    "0xff in a list": ("a.json", LISTED.replace(b"r 3", b"\xff"), r"line 5: not UTF-8: byte 0xff in column 60"),
-    "0xff in a line": ("a.jsonl", LINES.replace(b"r 3", b"\xff"), r"line 4: not UTF-8: byte 0xff in column 60"),
-    "0xff in a table": ("a.csv", TABLE.replace(b"r 1\n", b"\xff\n"), r"line 3: not UTF-8: byte 0xff in column 18"),
-    "0xff in a quoted field": ("a.csv", table('"a', 'b",,c').replace(b'b"', b'\xff"'), r"line 3: not UTF-8: byte 0xff"),
+    "0xff in a list": ("a.json", LISTED.replace(b"r 3", b"\xff"), "line 5: not UTF-8: byte 0xff in column 60"),
+    "0xff in a line": ("a.jsonl", LINES.replace(b"r 3", b"\xff"), "line 4: not UTF-8: byte 0xff in column 60"),
+    "0xff in a table": ("a.csv", TABLE.replace(b"r 1\n", b"\xff\n"), "line 3: not UTF-8: byte 0xff in column 18"),
+    "0xff in a quoted field": ("a.csv", table('"a', 'b",,c').replace(b'b"', b'\xff"'), "line 3: not UTF-8: byte 0xff"),
     "cut inside a character": ("a.jsonl", LINES + '{"instruction": "é'.encode()[:-1], r"line 13: not UTF-8"),
     "no column, lines": ("a.jsonl", lines(row(), {"prompt": "x"}), r"line 2: no column for the output .*'prompt'"),
     "no column, table": ("a.csv", table("x,y", header="instruction,reply"), r"line 2: no column for the output "
@@ -101,16 +98,12 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "NUL in a line": ("a.jsonl", LINES.replace(b"Answer 1", b"Answ\0er", 1), "line 2: " + NO_JSON),
     "a million blanks": ("a.json", listed(row(), row(output=BLANKS)), r"row 2: column 'output' has 100,000 blanks"),
     "lone surrogate": ("a.jsonl", lines(row(), row(output="a\ud800b")), r"line 2: column 'output' .*surrogate"),
-    "unknown split": ("a.jsonl", lines(row(split="val"), row(1, split="b")),
-                      r"line 2: column 'split' must be train, val "
-                      r"or test, found 'b'; --columns split= ignores that column$"),
-    "split of another type": ("a.jsonl", lines(row(split="dev"), row(split=["val"])),
-                              r"line 2: column 'split' must be "),
+    "unknown split": ("a.jsonl", lines(row(split="val"), row(1, split="b")), "line 2: column 'split' must be train, "
+                      "val or test, found 'b'; --columns split= ignores that column$"),
+    "split of a list": ("a.jsonl", lines(row(split="dev"), row(split=["val"])), "line 2: column 'split' must be "),
     "too many fields": ("a.csv", TABLE + b"a,b,c,d\n", r"line 14: expected 3 columns .* found 4"),
-    "quote not closed": ("a.csv", TABLE + b'a,,"b\n' + b"c,,d\n" * 9,
-                         r"line 14: unexpected end .*quote is not clos"),
-    "quote closed by the next": ("a.csv", table('a,,"two', 'lines"', 'b,,"c', 'd,,"e"'),
-                                 r"line 4: .*quote is not closed"),
+    "quote not closed": ("a.csv", TABLE + b'a,,"b\n' + b"c,,d\n" * 9, "line 14: unexpected end .*quote is not clos"),
+    "closed by the next": ("a.csv", table('a,,"two', 'lines"', 'b,,"c', 'd,,"e"'), "line 4: .*quote is not closed"),
     "lines that end with CR": ("a.csv", TABLE.replace(b"\n", b"\r"), r"line 1: new-line .*: tr '.r' '.n' < OLD > NEW"),
     "text after a quote": ("a.csv", table('a,,"b"c'), r"line 2: .*expected after"),
     "Parquet cut": ("a.parquet", parquet(*GOOD)[:-30], NO_PARQUET),
