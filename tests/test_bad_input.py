@@ -45,8 +45,8 @@ NOTHING = r"nothing to train on \(0 rows read\)$"
 # file name, its bytes, what the one line must say after the name (a regular expression)
 BAD: dict[str, tuple[str, bytes, str]] = {
     **{f"no rows in {name} {text!r}": (name, text, NOTHING) for name, text in (
-        ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.json", b"{}"), ("a.csv", table()),
-    )},
+        ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.json", b"{}"),
+        ("a.csv", table()))},
     "nothing kept": ("a.jsonl", lines(*(row(n, output="") for n in range(3))),
                      r"nothing to train on \(3 rows read, 3 left out: empty output\)"),
     "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
