@@ -111,12 +111,8 @@ class Selection:
                 self.dropped[side] += 1
 
     def _side(self, row: Example | BadRow) -> str:
-        """train, val, or the reason to drop this row.
-
-        The side of a prompt, the first of a conversation, is named by the row, or it is where a seeded hash puts it,
-        so equal prompts go together. Raises BadRow where a row would put a prompt on a second side, or where only some
-        rows name a side.
-        """
+        """train, val, or the reason to drop this row. A prompt (of a conversation the first) stands on the side that the
+        row names, else where a seeded hash puts it, so equal ones go together. Raises BadRow where that cannot be."""
         if isinstance(row, BadRow):
             raise row
         if not any(turn.output for turn in row.turns):
@@ -139,8 +135,8 @@ class Selection:
         return side
 
     def dealt_again(self) -> np.ndarray:
-        """Where all examples kept are in one split: which of them go to val, by the hash of their prompt, but not all
-        and not none. Raises UserError where that cannot be, saying why."""
+        """Where all examples are in one split: which go to val, by the hash of their prompt, but not all and not none.
+        Raises UserError where that cannot be, saying why."""
         places = np.array(self.places)
         names = ", ".join(self.options.dataset)
         rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
@@ -181,8 +177,7 @@ def tokenized(rows: Iterable[tuple[str, Example]], workers: int) -> Iterator[tup
 
 
 def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[str]]:
-    """Write shards and manifest into the folder, which this process holds. Returns the manifest, and what was
-    recognised and changed."""
+    """Write shards and manifest. Returns the manifest, and what was recognised and changed."""
     selection, writer = Selection(options), DataWriter(options.output_dir)
     documents = tokenized(selection.kept(), options.num_proc)
     pause = {} if sys.stderr.isatty() else {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS}

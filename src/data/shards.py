@@ -163,8 +163,7 @@ def _npy_bytes(values: np.ndarray) -> bytes:
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """The prepared data of a folder. Raises UserError when its manifest is missing, damaged, of another format or
-    template, or names files that lie elsewhere."""
+    """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path, again = folder / MANIFEST, "; prepare the data again"
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; run: python src/prepare_instruct_dataset.py")
@@ -190,11 +189,8 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) -> list[dict[str, np.ndarray]]:
-    """The arrays of a split's shards, by kind, memory-mapped.
-
-    Raises UserError when one is missing, not the one that the manifest names (SHA-256), or not what a model of this
-    vocabulary can be trained on.
-    """
+    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, is not that of the
+    manifest (SHA-256), or nothing that a model of this vocabulary can be trained on."""
     shards = []
     for entry in prepared.manifest["shards"][split]:
         shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])

@@ -196,11 +196,8 @@ def _config(state: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 @cache
 def _spelled() -> tuple[dict[str, int], list[str]]:
-    """GPT-2's vocabulary and merges as OpenAI spelled them, from the ranks.
-
-    A byte that prints stands for itself, the others for the letters from U+0100 on. A token was made by the merge of
-    the last two parts that the merges before it leave of it.
-    """
+    """GPT-2's vocabulary and merges as OpenAI spelled them, from the ranks. A byte that prints is itself, others stand
+    for letters from U+0100 on. A token is the merge of the last two parts that the merges before it leave of it."""
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printing)
     letters = {**{byte: chr(byte) for byte in printing}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}

@@ -39,12 +39,9 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
 
 def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
-    safetensors, a Hugging Face folder. template is None unless it is a model that this project exported. n_head is
-    for weights that come without a configuration.
-
-    Raises UserError when there is no such file or the number of heads is not known, CheckpointError when it is
-    damaged, unsafe, or no GPT-2.
-    """
+    safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
+    a configuration. Raises UserError when there is no such file or the number of heads is not known, CheckpointError
+    when it is damaged, unsafe, or no GPT-2."""
     state = _read(path)
     if state.get("format") == FORMAT:
         state = verify(state, path)
@@ -149,11 +146,9 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
 
 
 def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0) -> GPTConfig:
-    """The model's sizes: what the weights show, and the number of heads, which they do not.
-
-    named is what the file or its config.json says. Raises CheckpointError when that contradicts the weights or n_head,
-    or is not GPT-2 as published; UserError when nothing says the number of heads and the sizes are not published ones.
-    """
+    """The model's sizes: what the weights show, and the number of heads, which they do not. named is what the file or
+    its config.json says. Raises CheckpointError when that contradicts the weights or n_head, or is not GPT-2 as
+    published; UserError when nothing says the number of heads and the sizes are not published ones."""
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
     shown = {"context_length": weights["transformer.wpe.weight"].shape[0], "vocab_size": vocab_size, "n_embd": n_embd,
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),

@@ -2,9 +2,8 @@
 
 A file of torch.save is a zip with a CRC-32 for each entry, so damage shows, in files of other programs too. It is
 loaded with weights_only=True, and the few classes that other trainers pickle along (a config dataclass, numpy arrays)
-become inert objects. So nothing that stands in a file is ever executed, not even in one that was forged. Files from
-before PyTorch 1.6 are loaded as safely, but have no checksums: damage to their weights shows only where it leaves a
-value that is not finite.
+become inert objects. So nothing in a file is ever executed, forged or not. Files from before PyTorch 1.6 are loaded as
+safely, but have no checksums: damage to their weights shows only where it leaves a value that is not finite.
 """
 
 import struct
@@ -50,10 +49,8 @@ def check_is_file(path: Path) -> None:
 
 
 def load_any(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped.
-
-    Raises UserError when there is no such file, CheckpointError when it is damaged, unsafe, or holds something else.
-    """
+    """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped. Raises UserError when there is
+    no such file, CheckpointError when it is damaged, unsafe, or holds something else."""
     check_is_file(path)
     # a damaged or hostile file fails anywhere in zip, pickle or tensor code
     with errors_at(f"{path}: not a loadable checkpoint", Exception, raised=CheckpointError):
