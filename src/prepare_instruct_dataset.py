@@ -111,7 +111,7 @@ class Selection:
                 self.dropped[side] += 1
 
     def _side(self, row: Example | BadRow) -> str:
-        """train, val, or the reason to drop this row. A prompt (of a conversation the first) stands on the side that the
+        """train, val, or why to drop this row. A prompt (the first of a conversation) stands on the side that the
         row names, else where a seeded hash puts it, so equal ones go together. Raises BadRow where that cannot be."""
         if isinstance(row, BadRow):
             raise row
