@@ -142,8 +142,8 @@ def _refuse_foreign_files(folder: Path) -> None:
     Hidden files do not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
     with errors_at(folder):
         path, found = folder / MANIFEST, list[Path]()
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not re.search(
-                rb'"(format_version|loss_mask)"', path.read_bytes())):
+        if os.path.lexists(path) and not (
+                path.is_file() and re.search(rb'"(format_version|loss_mask)"', path.read_bytes())):
             found.append(path)
         for path in (folder / split for split in SPLITS):
             if path.is_symlink():  # what it leads to may be the folder of other data
