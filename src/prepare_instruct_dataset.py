@@ -52,9 +52,9 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--output_dir", type=Path, default=DATA_DIR,
                         help="where the shards go (default: %(default)s)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99, above=True), default=0.05,
-                        help="share of the prompts held out for validation (default: %(default)s)")
+                        help="share of the prompts that go to val (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42,
-                        help="decides which prompts are held out (default: %(default)s)")
+                        help="decides which prompts go to val (default: %(default)s)")
     parser.add_argument("--num_proc", type=number(int, 1, 1024), default=os.cpu_count() or 1,
                         help="how many tokenizers work at once (default: %(default)s)")
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
@@ -126,7 +126,7 @@ class Selection:
         if self.splits_are_named is None:
             self.splits_are_named = row.split is not None
         if self.splits_are_named != (row.split is not None):
-            raise BadRow("column 'split' must be given in every row or in none", IGNORE_SPLIT)
+            raise BadRow("column 'split' must be in every row or in none", IGNORE_SPLIT)
         place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
         side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
         if row.split and self.sides.setdefault(_digest(*prompt), side) != side:

@@ -120,14 +120,14 @@ def test_val_fraction_is_the_share_of_prompts(tmp_path, flags, low, high):
     assert low <= prepare_rows(tmp_path, questions(2000), *flags)["val_examples"] <= high
 
 
-GIVEN = [row(n, split="train" if n % 3 else "val") for n in range(30)]
+NAMED = [row(n, split="train" if n % 3 else "val") for n in range(30)]
 
 
 @pytest.mark.parametrize(("rows", "told", "bad"), [
-    ([*GIVEN, row("0 ", "B", split="train")], "line 31: this prompt stands in split 'val' already", 1),
-    ([*GIVEN, row(1, "B", split=None), row("New")], "line 31: column 'split' must be given in every row", 2),
-    ([*questions(70)[30:], *GIVEN], "line 41: column 'split' must be given in every row or in none", 30),
-], ids=["both sides", "given first", "hashed first"])
+    ([*NAMED, row("0 ", "B", split="train")], "line 31: this prompt stands in split 'val' already", 1),
+    ([*NAMED, row(1, "B", split=None), row("New")], "line 31: column 'split' must be in every row", 2),
+    ([*questions(70)[30:], *NAMED], "line 41: column 'split' must be in every row or in none", 30),
+], ids=["both sides", "named first", "hashed first"])
 def test_split_column_decides_and_cannot_put_a_prompt_on_both_sides(tmp_path, rows, told, bad):
     with pytest.raises(UserError, match=rf"data\.jsonl: {told}"):
         prepare_rows(tmp_path, rows)

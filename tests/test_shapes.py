@@ -208,6 +208,6 @@ def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
                                   Source("b.json", iter([("row 1", "x"), ("row 2", rows[1]), ("row 3", rows[2])]))]))
     assert [getattr(row, "advice", None) for _, row in found] == [None, " (--skip_bad drops such rows)", "", None, None]
     assert shapes.notes(1.0) == [
-        "shape: Alpaca and prompt/completion and messages, 1.0 turns on average; columns used: instruction, output, "
+        "shape: Alpaca and prompt/completion and messages; columns used: instruction, output, "
         "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
         "1 lists of one text became it", "1 answers of weight 0 left out"]

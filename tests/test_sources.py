@@ -194,7 +194,7 @@ def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path):
     prompts = {prompt for prompt, _ in texts_of(tmp_path / "out")["val"]}
     assert prompts == {prompt_text(row["instruction"]) for row in ROWS[8:11]}
     with pytest.raises(UserError,
-                       match="line 2: column 'split' must be given in every row or in none; --columns split= "):
+                       match="line 2: column 'split' must be in every row or in none; --columns split= "):
         prepare(write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "split": "val"}, ROWS[1]]), tmp_path / "out")
 
 

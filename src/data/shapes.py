@@ -59,7 +59,6 @@ class Shapes:
         self.known: dict[tuple[str, ...], dict[str, str]] = {}  # names of columns -> which has which meaning
         self.names: dict[str, None] = {}  # of the shapes found
         self.used: dict[str, None] = {}  # columns
-        self.has_messages = False
         self.changes: Counter[str] = Counter()
         self.split_is_one: bool | None = None  # whether the first value in the column split is the name of one
 
@@ -174,7 +173,6 @@ class Shapes:
         turns = self._turns(value or [], where, system)
         if turns or not has_pair:
             self.used |= dict.fromkeys(columns[each] for each in ("messages", "system") if each in columns)
-            self.has_messages = True
         return turns
 
     def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
@@ -247,7 +245,7 @@ class Shapes:
     def notes(self, turns: float) -> list[str]:
         """What was recognised, and what was changed. turns is their number in an example, on average."""
         rest = [name for name in dict.fromkeys(chain.from_iterable(self.known)) if name not in self.used]
-        average = f", {turns:.1f} turns on average" if self.has_messages else ""
+        average = f", {turns:.1f} turns on average" if turns > 1 else ""
         used, ignored = (", ".join(map(str.strip, names)) or "none" for names in (self.used, rest))
         return [f"shape: {' and '.join(self.names)}{average}; columns used: {used}; ignored: {ignored}",
                 *(f"{count:,} {change}" for change, count in self.changes.items())]
