@@ -7,6 +7,7 @@ roles, of questions with their answers, or of texts in turn.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain, cycle
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
@@ -109,8 +110,7 @@ class Shapes:
                 return ()
             raise BadRow(self._complaint(row, [meaning for meaning in PAIR if meaning in NEEDED - pair.keys()]))
         text = {meaning: self._text(row[name], f"column {name!r}") for meaning, name in pair.items()}
-        shape = "/".join(map(_plain, pair.values()))
-        self.names[KNOWN_PAIRS.get(shape, shape)] = None
+        self.names[_shape(*pair.values())] = None
         self.used |= dict.fromkeys(pair.values())
         question = join_texts(text.get("system", ""), text["instruction"])
         return (Turn(question, text.get("input", ""), text["output"]),)
@@ -249,6 +249,13 @@ class Shapes:
         used, ignored = (", ".join(map(str.strip, names)) or "none" for names in (self.used, rest))
         return [f"shape: {' and '.join(self.names)}{average}; columns used: {used}; ignored: {ignored}",
                 *(f"{count:,} {change}" for change, count in self.changes.items())]
+
+
+@cache
+def _shape(*columns: str) -> str:
+    """What a question and its answer in these columns are called."""
+    shape = "/".join(map(_plain, columns))
+    return KNOWN_PAIRS.get(shape, shape)
 
 
 def _plain(name: object) -> str:
