@@ -13,7 +13,7 @@ from pathlib import Path
 
 from answering.settings import Settings
 from cli import Parser, number, printable_line, run
-from errors import CheckpointError, UserError, errors_at
+from errors import CheckpointError, UserError
 
 GGUF = ".gguf"  # what an output of this kind ends with
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
@@ -23,18 +23,16 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser("Import GPT-2 weights, export a fine-tuned model.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
     importing = commands.add_parser("import", help="weights from elsewhere -> a checkpoint to fine-tune from")
-    importing.add_argument("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a folder with config.json and "
-                                          "weights; or a file of torch.save or safetensors")
+    importing.add_argument("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a local folder or file")
     importing.add_argument("--output", type=Path, default=Path("checkpoints/best_model.pt"),
                            help="the file to write (default: %(default)s)")
     importing.add_argument("--n_head", type=number(int, 1), default=0,
                            help="attention heads, for weights that come without their configuration")
     exporting = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder or a GGUF file")
-    exporting.add_argument("source", metavar="checkpoint", help="a checkpoint of this project, or anything that import "
-                                                                "takes, but for names of the hub")
+    exporting.add_argument("source", metavar="checkpoint", help="a checkpoint, or what else import takes from here")
     exporting.add_argument("output", type=Path, help="the folder to write, or a file NAME.gguf")
     exporting.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "q8_0"),
-                           help="of the numbers; q8_0 (8 bits) is for GGUF only (default: %(default)s)")
+                           help="of the weights; q8_0 (8 bits) is for GGUF only (default: %(default)s)")
     for command in (importing, exporting):
         command.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(argv)
@@ -78,14 +76,12 @@ def check_output(output: Path, is_folder: bool, is_forced: bool) -> None:
                 raise UserError(f"{path}: exists; --force replaces it, another output leaves it")
 
 
-def import_weights(source: str, output: Path, n_head: int = 0) -> None:
+def import_weights(source: str, output: Path, n_head: int) -> None:
     path = fetch(source)
     from weights.checkpoint import save, size_of
     from weights.pretrained import open_any
 
     state = open_any(path, n_head)
-    with errors_at(f"{output}: cannot write it"):
-        output.parent.mkdir(parents=True, exist_ok=True)
     save(output, state, lambda text: print(printable_line(text)))
     sizes = state["model_config"]
     print(f"wrote {printable_line(output)}: {size_of(state['model']) // 4:,} parameters, {sizes['n_layer']} layers of "
@@ -105,8 +101,6 @@ def export_weights(source: Path, output: Path, dtype: str) -> None:
     if state["template"] not in (None, TEMPLATE):
         raise CheckpointError(f"{source}: fine-tuned with template {state['template']!r:.60}, this version knows "
                               f"{TEMPLATE!r}")
-    with errors_at(f"{output}: cannot write there"):
-        output.parent.mkdir(parents=True, exist_ok=True)
     (export_gguf if output.suffix == GGUF else export_folder)(state, output, dtype, Settings()._asdict())
     print(f"wrote {printable_line(output)}")
 

@@ -8,6 +8,7 @@ import re
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,7 @@ _RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd93
 
 @cache
 def tokenizer() -> tiktoken.Encoding:
-    """The GPT-2 tokenizer, from the ranks that ship with the project. Raises UserError when those are not as they
-    were."""
+    """The GPT-2 tokenizer, from the ranks that ship with the project. Raises UserError when these are damaged."""
     data = _RANKS.read_bytes() if _RANKS.exists() else b""
     if hashlib.sha256(data).hexdigest() != _RANKS_SHA256:
         raise UserError(f"{_RANKS}: the tokenizer's ranks are missing or damaged; "
@@ -38,16 +38,14 @@ def tokenizer() -> tiktoken.Encoding:
 
 
 def tidy(text: str) -> str:
-    """A field without the blank lines around it and the blanks at its end. The indentation of its first line stays,
-    and CR LF becomes a newline."""
-    if "\r" in text:
-        text = re.sub("(?<!\r)\r+\n", "\n", text)  # so that doing it again changes nothing
+    """A field without the blank lines around it and blanks at its end, but with its indentation. CR LF is a newline."""
+    text = re.sub("(?<!\r)\r+\n", "\n", text) if "\r" in text else text  # doing it again changes nothing
     first_line = text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1
     return text[first_line:].rstrip()
 
 
 def join_texts(*texts: str) -> str:
-    """What one side says in several pieces, such as a system text and the first instruction: a blank line between."""
+    """Pieces of one side, such as a system text and the first instruction, with a blank line between."""
     return "\n\n".join(filter(None, map(tidy, texts)))
 
 
@@ -65,11 +63,8 @@ def encode_prompt(instruction: str, input: str = "") -> list[int]:
 
 
 def encode_example(instruction: str, input: str, output: str) -> tuple[list[int], list[int]]:
-    """Tokens and loss mask of one question and its answer, of equal length.
-
-    The mask is 1 on the response and on the <|endoftext|> that ends it, 0 on the prompt. Prompt and response are
-    encoded apart, so the prompt's tokens do not depend on the response.
-    """
+    """Tokens and loss mask of a question and its answer: 1 on the response and the <|endoftext|> that ends it, else 0.
+    Prompt and response are encoded apart, so the prompt's tokens do not depend on the response."""
     prompt = encode_prompt(instruction, input)
     response = [*tokenizer().encode_ordinary(tidy(output)), END_OF_TEXT]
     return prompt + response, [0] * len(prompt) + [1] * len(response)
@@ -77,17 +72,11 @@ def encode_example(instruction: str, input: str, output: str) -> tuple[list[int]
 
 def encode_conversation(turns: Iterable[tuple[str, str, str]]) -> tuple[list[int], list[int]]:
     """Tokens and loss mask of turns of (instruction, input, output): one example after another, in one document."""
-    tokens: list[int] = []
-    mask: list[int] = []
-    for turn in turns:
-        more = encode_example(*turn)
-        tokens += more[0]
-        mask += more[1]
-    return tokens, mask
+    tokens, mask = zip(*(encode_example(*turn) for turn in turns))
+    return list(chain.from_iterable(tokens)), list(chain.from_iterable(mask))
 
 
 def trained_spans(loss_mask: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of each run of ones in a loss mask: the responses, each with the <|endoftext|> that ends it. What
-    stands before a span is its prompt."""
+    """(start, end) of each run of ones in a loss mask: the responses. What stands before a span is its prompt."""
     edges = np.flatnonzero(np.diff(np.asarray(loss_mask, dtype=np.int8), prepend=0, append=0)).tolist()
     return list(zip(edges[::2], edges[1::2]))

@@ -26,7 +26,7 @@ from cli import Parser, number, printable_line, run
 from data.report import Report
 from data.rows import KINDS, BadRow, open_sources
 from data.shapes import IGNORE_SPLIT, NAMES, Example, Shapes
-from data.shards import MANIFEST, DataWriter, Document
+from data.shards import MANIFEST, SPLITS, DataWriter, Document
 from errors import UserError, errors_at
 from instruct_format import encode_conversation
 from weights.durable import lock_folder
@@ -49,23 +49,16 @@ def parse_options(argv: list[str] | None) -> Namespace:
                        ("--revision", "which branch, tag or commit of it")):
         parser.add_argument(flag, help=text)
     parser.add_argument("--streaming", action="store_true", help="read it from the hub without keeping a copy")
-    parser.add_argument("--output_dir", type=folder, default=DATA_DIR,
+    parser.add_argument("--output_dir", type=Path, default=DATA_DIR,
                         help="where the shards go (default: %(default)s)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99, above=True), default=0.05,
-                        help="share of the prompts held out for validation (default: %(default)s)")
+                        help="share of the prompts that go to val (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42,
-                        help="decides which prompts are held out (default: %(default)s)")
+                        help="decides which prompts go to val (default: %(default)s)")
     parser.add_argument("--num_proc", type=number(int, 1, 1024), default=os.cpu_count() or 1,
                         help="how many tokenizers work at once (default: %(default)s)")
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     return parser.parse_args(argv)
-
-
-def folder(text: str) -> Path:
-    """What --output_dir takes."""
-    if not text:
-        raise ArgumentTypeError("a folder without a name")
-    return Path(text)
 
 
 def column(text: str) -> tuple[str, str]:
@@ -86,6 +79,7 @@ class Selection:
         self.shapes = Shapes(dict(options.columns))
         self.read = 0
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
+        self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
         self.splits_are_named: bool | None = None  # by the rows; known from the first one on
         self.seen: set[bytes] = set()  # digests of whole examples
@@ -103,51 +97,46 @@ class Selection:
         for where, row in self.shapes.examples(self.sources):
             self.read += 1
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                if not (reason := self._reason_to_drop(row)):
-                    place = int.from_bytes(_digest(str(self.options.seed), *row.turns[0][:2])[:8], "big")
-                    split = self._split(row, place)
+                side = self._side(row)
             except BadRow as bad:
                 if not self.options.skip_bad:
                     raise UserError(f"{where}: {bad}{bad.advice}") from bad
                 self.first_bad = self.first_bad or f"{where}: {bad}"
-                reason = "bad_row"
-            if reason:
-                self.dropped[reason] += 1
-            elif not isinstance(row, BadRow):
-                self.places.append(place)
-                yield split, row
+                side = "bad_row"
+            if isinstance(row, Example) and side in SPLITS:
+                self.turns += len(row.turns)
+                self.conversations += len(row.turns) > 1
+                yield side, row
+            else:
+                self.dropped[side] += 1
 
-    def _reason_to_drop(self, row: Example) -> str | None:
+    def _side(self, row: Example | BadRow) -> str:
+        """train, val, or why to drop this row. A prompt (the first of a conversation) stands on the side that the
+        row names, else where a seeded hash puts it, so equal ones go together. Raises BadRow where that cannot be."""
+        if isinstance(row, BadRow):
+            raise row
         if not any(turn.output for turn in row.turns):
             return "empty_output"
         if row.split == "test":
             return "test_split"
-        digest = _digest(*chain.from_iterable(row.turns))
+        digest, prompt = _digest(*chain.from_iterable(row.turns)), row.turns[0][:2]
         if digest in self.seen:
             return "exact_repeat"
         self.seen.add(digest)
-        return None
-
-    def _split(self, row: Example, place: int) -> str:
-        """The side of a prompt, the first of a conversation: named by the row, or by where a seeded hash puts it, so
-        equal prompts go together. Raises BadRow where a row would put a prompt on a second side, or where only some
-        rows name a side."""
         if self.splits_are_named is None:
             self.splits_are_named = row.split is not None
         if self.splits_are_named != (row.split is not None):
-            raise BadRow("column 'split' must be given in every row or in none", IGNORE_SPLIT)
-        if row.split is None:
-            return "val" if place < self.options.val_fraction * 2**64 else "train"
-        side = self.sides.setdefault(_digest(*row.turns[0][:2]), row.split)
-        if side != row.split:
-            raise BadRow(f"this prompt stands in split {side!r} already")
+            raise BadRow("column 'split' must be in every row or in none", IGNORE_SPLIT)
+        place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
+        side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
+        if row.split and self.sides.setdefault(_digest(*prompt), side) != side:
+            raise BadRow(f"this prompt stands in split {self.sides[_digest(*prompt)]!r} already")
+        self.places.append(place)
         return side
 
     def dealt_again(self) -> np.ndarray:
-        """Where all examples kept are in one split: which of them go to val, by the hash of their prompt, but not all
-        and not none. Raises UserError where that cannot be, saying why."""
+        """Where all examples are in one split: which go to val, by the hash of their prompt, but not all and not none.
+        Raises UserError where that cannot be, saying why."""
         places = np.array(self.places)
         names = ", ".join(self.options.dataset)
         rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
@@ -187,8 +176,8 @@ def tokenized(rows: Iterable[tuple[str, Example]], workers: int) -> Iterator[tup
             waiting.extend(pool.submit(_tokenize, batch) for batch in islice(batches, 1))
 
 
-def prepare(options: Namespace, report: Report) -> dict[str, Any]:
-    """Write shards and manifest into the folder, which this process holds, and return the manifest."""
+def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[str]]:
+    """Write shards and manifest. Returns the manifest, and what was recognised and changed."""
     selection, writer = Selection(options), DataWriter(options.output_dir)
     documents = tokenized(selection.kept(), options.num_proc)
     pause = {} if sys.stderr.isatty() else {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS}
@@ -201,22 +190,18 @@ def prepare(options: Namespace, report: Report) -> dict[str, Any]:
         writer.deal_again(selection.dealt_again())
     manifest = writer.finish({
         "source": selection.source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
-        "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)})
-    report.notes = selection.shapes.notes(sum(writer.turns.values()) / len(selection.places))
-    return manifest
-
-
-def _warn(text: str) -> None:
-    print(printable_line(text), file=sys.stderr)
+        "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)},
+        # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
+        multi_turn=20 * selection.conversations >= len(selection.places))
+    return manifest, selection.shapes.notes(selection.turns / len(selection.places))
 
 
 def main(argv: list[str] | None = None) -> int:
     options, report = parse_options(argv), Report()
-    if os.path.exists(options.output_dir) and not os.path.isdir(options.output_dir):
-        raise UserError(f"{options.output_dir}: a file, not a folder")
-    with errors_at(options.output_dir), lock_folder(options.output_dir, "preparation", "--output_dir", _warn):
-        manifest = prepare(options, report)
-    report.show(manifest)
+    with errors_at(options.output_dir), lock_folder(options.output_dir, "preparation", "--output_dir",
+                                                    lambda text: print(printable_line(text), file=sys.stderr)):
+        manifest, notes = prepare(options, report)
+    report.show(manifest, notes)
     where = f" --data_dir {shlex.quote(str(options.output_dir))}" * (options.output_dir != DATA_DIR)
     print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh{where}"))
     return 0

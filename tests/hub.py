@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-RENAMED = {"models/gpt2": "models/openai-community/gpt2"}  # the hub answers with a redirect, as for the real one
+RENAMED = {"models/gpt2": "openai-community/gpt2"}  # the hub answers with a redirect, as for the real one
 
 
 class Hub(ThreadingHTTPServer):
@@ -63,29 +63,27 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(fault)
         elif isinstance(fault, int):
             return self.send(fault, b"{}")
-        parts = path.strip("/").split("/")
-        if parts[0] == "cdn":
-            return self.send_file(self.server.repositories["/".join(parts[1:4])]["/".join(parts[4:])], fault == "cut")
-        api = parts[0] == "api"
-        parts = parts[api:]
-        if parts[0] not in ("datasets", "models"):
-            parts = ["models", *parts]
-        for old, new in RENAMED.items():
-            if "/".join(parts[:2]) == old:
-                kind, new_name = new.split("/", 1)
-                prefix = ("/api/" + kind + "/") if api else "/"
-                return self.send(307, b"", Location=prefix + "/".join([new_name, *parts[2:]]))
+        where, *parts = path.strip("/").split("/")
+        if where == "cdn":
+            return self.send_file(self.server.repositories["/".join(parts[:3])]["/".join(parts[3:])], fault == "cut")
+        if where != "api":
+            parts = [where, *parts] if where == "datasets" else ["models", where, *parts]
+        if (new := RENAMED.get("/".join(parts[:2]))) is not None:
+            prefix = f"/api/models/{new}/" if where == "api" else f"/{new}/"
+            return self.send(307, b"", Location=prefix + "/".join(parts[2:]))
         name, rest = "/".join(parts[:3]), parts[3:]
         files = self.server.repositories.get(name)
         if files is None:
-            return self.send(401, b'{"error": "Repository not found"}', **{"X-Error-Code": "RepoNotFound"})
-        if api:
-            return self.send_api(name, files, rest, body)
-        self.send_resolved(name, files, "/".join(rest[2:]))
+            self.send(401, b'{"error": "Repository not found"}', **{"X-Error-Code": "RepoNotFound"})
+        elif where == "api":
+            self.send_api(name, files, rest, body)
+        else:
+            self.send_resolved(name, files, "/".join(rest[2:]))
 
     def send_api(self, name: str, files: dict[str, bytes], rest: list[str], body: bytes) -> None:
-        what = rest[0] if rest else "revision"
+        """About a repository, all its files, or some of them."""
         entries: Any = [entry(path, data) for path, data in files.items()]
+        what = rest[0] if rest else "revision"
         if what == "revision":
             entries = {"id": name.split("/", 1)[1], "sha": COMMIT, "private": False, "gated": False, "disabled": False,
                        "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in files]}
@@ -93,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             folder = "".join(f"{part}/" for part in rest[2:])
             entries = [each for each in entries if each["path"].startswith(folder)]
             if "recursive=true" not in self.path.lower():
-                folders = {path[:path.index("/", len(folder))] for path in files
+                folders = {folder + path[len(folder):].split("/")[0] for path in files
                            if path.startswith(folder) and "/" in path[len(folder):]}
                 entries = [each for each in entries if "/" not in each["path"][len(folder):]]
                 entries += [{"type": "directory", "path": path, "oid": COMMIT, "size": 0} for path in folders]
@@ -115,14 +113,13 @@ class Handler(BaseHTTPRequestHandler):
             "X-Linked-Etag": f'"{digest(data)}"', "X-Linked-Size": str(len(data))})
 
     def send_file(self, data: bytes, cut: bool = False, **headers: str) -> None:
-        wanted, start = self.headers.get("Range"), 0
-        if wanted:
+        headers = {"ETag": f'"{digest(data)}"', "Accept-Ranges": "bytes", **headers}
+        if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) + 1 if last else len(data), len(data))
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             data = data[start:end]
-        self.send(206 if wanted else 200, data, cut, ETag=headers.pop("ETag", f'"{digest(data)}"'),
-                  **{"Accept-Ranges": "bytes"}, **headers)
+        self.send(206 if wanted else 200, data, cut, **headers)
 
     def send(self, status: int, data: bytes, cut: bool = False, **headers: str) -> None:
         self.server.requests.append((self.command, self.path, status, self.headers.get("Range", "")))
@@ -132,8 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[:len(data) // 2] if cut else data)
-        if cut:
-            self.close_connection = True
+        self.close_connection |= cut
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:

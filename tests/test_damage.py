@@ -152,6 +152,8 @@ def test_a_damaged_header_neither_leads_to_another_state_nor_hides_one(small):
 
 
 def test_pieces_lost_doubled_or_of_another_checkpoint_lead_to_no_other_state(small):
+    """Of two checkpoints in one file zipfile checks the last one, wherever it begins; PyTorch loads what lies where the
+    directory says, counted from the beginning of the file: the first one."""
     data, other, refused = small
     assert len(data) == len(other) and data != other
     for size in (16, 64, 256, 1024):
@@ -161,12 +163,6 @@ def test_pieces_lost_doubled_or_of_another_checkpoint_lead_to_no_other_state(sma
                 refused(data[:at] + new + data[end:])
     for tail in (bytes(1), bytes(PAGE), data[:PAGE], b"PK\5\6" + bytes(18), data[-22:], data[-98:]):
         refused(data + tail)
-
-
-def test_two_checkpoints_in_one_file_lead_to_no_other_state(small):
-    """zipfile checks the last one, wherever it begins; PyTorch loads what lies where the directory says, counted from
-    the beginning of the file: the first one."""
-    data, other, refused = small
     for bit in range(32, 8 * len(data), 101):
         refused(flipped(data, bit) + data)
         refused(flipped(data, bit) + other)

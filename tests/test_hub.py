@@ -1,24 +1,21 @@
 """Data and weights from the hub: the real clients download from a stand-in of it on this machine."""
 
-import io
 import json
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import Outcome, run_script
+from data_files import parquet, row
 from helpers import texts_of
 from hub import Hub, hub
 from weights.checkpoint import load, model_of
 
 DATASET, MODEL = "datasets/vicgalle/alpaca-gpt4", "models/openai-community/gpt2"
-ROWS = [{"instruction": f"Question {number}", "input": "", "output": f"Answer {number}", "text": "unused"}
-        for number in range(60)]
+ROWS = [row(number, text="unused") for number in range(60)]
 
 
 def from_hub(server: Hub, folder: Path, *command: str) -> Outcome:
@@ -29,10 +26,8 @@ def from_hub(server: Hub, folder: Path, *command: str) -> Outcome:
 
 
 def alpaca() -> dict[str, bytes]:
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
     return {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n",
-            "data/train-00000-of-00001-6ef3991c06080e14.parquet": file.getvalue()}
+            "data/train-00000-of-00001-6ef3991c06080e14.parquet": parquet(*ROWS)}
 
 
 def test_the_default_dataset_comes_from_the_hub(tmp_path):

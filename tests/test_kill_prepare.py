@@ -13,6 +13,7 @@ import pytest
 import helpers
 from conftest import ROOT, SRC, run_script, write_jsonl
 from data.shards import KINDS, MANIFEST, SPLITS, open_prepared, shard_file
+from data_files import row
 from helpers import open_data
 from weights.durable import LOCK
 
@@ -22,11 +23,10 @@ FLAGS = ("--val_fraction", "0.3", "--num_proc", "1")
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """A larger and a smaller dataset: about 45 and 20 shards."""
+    """A larger and a smaller dataset: about 20 and 10 shards."""
     monkeypatch.setattr("data.shards.SHARD_TOKENS", SHARD_TOKENS)
-    return {name: write_jsonl(tmp_path / f"{name}.jsonl", (
-        {"instruction": f"{name} {number}", "input": "", "output": f"Answer {number}"} for number in range(count)))
-        for name, count in (("large", 300), ("small", 140))}
+    return {name: write_jsonl(tmp_path / f"{name}.jsonl", (row(f"{name} {number}") for number in range(count)))
+            for name, count in (("large", 120), ("small", 60))}
 
 
 def start(source: Path, output: Path) -> subprocess.Popen:
@@ -57,14 +57,14 @@ def dataset_in(output: Path) -> tuple[str | None, set[Path]]:
                                              for shard in manifest["shards"][split] for kind in KINDS}
 
 
-@pytest.mark.parametrize(("kills", "least"), [(5, 0), pytest.param(100, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "least"), [(3, 0), pytest.param(100, 30, marks=pytest.mark.slow)])
 def test_a_killed_preparation_leaves_a_whole_dataset(tmp_path, sources, kills, least):
     """Every fourth kill strikes in an empty folder, the others over a whole dataset; small and large take turns."""
     chance, while_writing = random.Random(0), 0
     fingerprints = {name: prepare(path, tmp_path / f"whole_{name}") for name, path in sources.items()}
     for number in range(kills):
         output, name = tmp_path / f"out{number // 4}", ("large", "small")[number % 2]
-        (before, _), known, moment = dataset_in(output), {*output.rglob("*")}, chance.randrange(150)
+        (before, _), known, moment = dataset_in(output), {*output.rglob("*")}, chance.randrange(70)
         process = start(sources[name], output)
         while process.poll() is None and len({*output.rglob("*")} - known) < moment:  # some end before it
             time.sleep(0.001)
@@ -89,10 +89,10 @@ def until(left: Iterator[int], real: Callable) -> Callable:
 
 
 def test_a_crash_before_each_rename_and_removal_leaves_a_whole_dataset(tmp_path, sources, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # this is not about a power cut, and fsync takes long
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # this is not about a power cut
     old, new = (prepare(sources[name], tmp_path / name) for name in ("large", "small"))
     output, found = tmp_path / "out", []
-    for moment in range(0, 10_000, 6):
+    for moment in range(0, 10_000, 5):
         prepare(sources["large"], output)
         with monkeypatch.context() as patch:
             left = iter(range(moment))

@@ -1,6 +1,5 @@
 """Preparation from a file to shards: what is kept, where it goes, what is written, and what is told."""
 
-import csv
 import hashlib
 import json
 import re
@@ -16,24 +15,14 @@ from hypothesis import strategies as st
 from conftest import run_script, write_jsonl
 from data.report import histogram, marked_sample
 from data.shards import KINDS, MANIFEST, SPLITS, Document, shard_file
+from data_files import HARD_ROWS, Row, row
 from errors import UserError
 from helpers import prepare, texts_of
 from instruct_format import TEMPLATE, TOKENIZER, prompt_text, tidy, tokenizer
 
-Row = dict[str, Any]
-
-HARD_TEXTS = ("two\nlines", 'quo"tes, commas', "emoji \N{ROCKET} and \u6f22\u5b57", "<|endoftext|>", "windows\r\nline",
-              "tab\tand 'single'", "back\\slash", "1", "null", "\u2028 separator")
-ROWS: list[Row] = [{"instruction": f"Question {number}: {text}", "input": text * (number % 2), "output": f"{text}!"}
-                   for number, text in enumerate(HARD_TEXTS * 3)]
-
-
-def row(instruction: str = "Do.", output: Any = "Done.", **more: Any) -> Row:
-    return {"instruction": instruction, "input": "", "output": output, **more}
-
 
 def questions(count: int, answers: int = 1) -> list[Row]:
-    return [row(f"Question {number}", f"Answer {answer}") for answer in range(answers) for number in range(count)]
+    return [row(number, f"Answer {answer}") for answer in range(answers) for number in range(count)]
 
 
 def prepare_rows(folder: Path, rows: list[Row], *flags: object) -> dict[str, Any]:
@@ -53,48 +42,15 @@ def sides(output: Path) -> list[set[str]]:
     return [{prompt for prompt, _ in texts} for texts in texts_of(output).values()]
 
 
-def write_rows(path: Path) -> Path:
-    """ROWS in the format that the name asks for; tables have a column more."""
-    if path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["output", "instruction", "unused", "input"], restval="x")
-            writer.writeheader()
-            writer.writerows(ROWS)
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "unused": [1, 2]} for row in ROWS]), path)
-    elif "list" in path.name:
-        path.write_text(json.dumps(ROWS, indent=2, ensure_ascii="utf8" not in path.name), encoding="utf-8")
-    else:
-        write_jsonl(path, ROWS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ROWS prepared by the script itself."""
-    folder = tmp_path_factory.mktemp("reference")
-    flags = "--dataset", write_jsonl(folder / "data.jsonl", ROWS), "--val_fraction", "0.3", "--output_dir", "my out"
-    code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, cwd=folder)
+def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(tmp_path):
+    """Prepared by the script itself."""
+    flags = "--dataset", write_jsonl(tmp_path / "data.jsonl", HARD_ROWS), "--val_fraction", "0.3"
+    code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, "--output_dir", "my out", cwd=tmp_path)
     assert (code, stderr) == (0, "")
-    assert f"examples   {len(ROWS)} read, {len(ROWS)} kept; dropped: 0 empty output, 0 exact repeat" in stdout
+    assert "examples   20 read, 20 kept; dropped: 0 empty output, 0 exact repeat" in stdout
     assert stdout.endswith(
         "\n\nwrote my out/dataset_info.json; next: ./start_instruct_training.sh --data_dir 'my out'\n")
-    return folder / "my out"
-
-
-@pytest.mark.parametrize("name", ["list.json", "utf8_list.json", "lines.json", "lines.jsonl", "table.csv",
-                                  "table.parquet", "UPPER.JSONL"])
-def test_every_format_gives_the_same_data(tmp_path, reference, name):
-    assert prepare(write_rows(tmp_path / name), tmp_path / "out", "--val_fraction", 0.3)["source"] == name
-    got, expected = files_of(tmp_path / "out"), files_of(reference)
-    manifests = [{**json.loads(files.pop(MANIFEST)), "source": "", "sha256": ""} for files in (got, expected)]
-    assert manifests[0] == manifests[1] and got == expected
-
-
-def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(reference):
-    (train, val), expected = texts_of(reference).values(), expected_of(ROWS)
+    (train, val), expected = texts_of(tmp_path / "my out").values(), expected_of(HARD_ROWS)
     assert [train, val] == [[text for text in expected if text in split] for split in (train, val)]
     assert sorted(train + val) == sorted(expected)
 
@@ -118,19 +74,19 @@ def test_manifest_has_what_the_contract_names(tmp_path):
 
 @pytest.mark.parametrize(("count", "remembers"), [(40, True), (41, False)])
 def test_chat_remembers_if_one_in_twenty_has_several_turns(tmp_path, count, remembers):
-    """Of the train documents here, two have."""
-    rows = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in ("user", "assistant") * (1 + (n < 2))],
-             "split": "train"} for n in range(count)]
-    assert prepare_rows(tmp_path, [*rows, row("Held out", split="val")])["multi_turn"] == remembers
+    """Here two have."""
+    rows = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in ("user", "assistant") * (1 + (n < 2))]}
+            for n in range(count)]
+    assert prepare_rows(tmp_path, rows)["multi_turn"] == remembers
 
 
 def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):
     """Fields that only join to the same text are no repeats."""
-    kept = [*questions(30), row("Question 0", "another answer"), row("question 0", "Answer 0"), row("", "no question"),
-            row("Question 1", "Answer 0", input="x"), row("Short", "."), row("ab", "c"), row("a", "bc"),
+    kept = [*questions(30), row(0, "another answer"), row(0, "Answer 0", instruction="question 0"),
+            row(output="no question", instruction=""), row(1, "Answer 0", input="x"), row("ab", "c"), row("a", "bc"),
             row("a", "c", input="b")]
-    dropped = [row("Empty", ""), row("Empty", " \n"), row("Question 2", "Answer 0"), row("\nQuestion 3\n", "Answer 0 "),
-               row("Question 4", "Answer 0", input=None)]
+    dropped = [row("Empty", ""), row("Empty", " \n"), row(2, "Answer 0"), row("3\n", "Answer 0 "),
+               row(4, "Answer 0", input=None)]
     manifest = prepare_rows(tmp_path, kept + dropped, "--val_fraction", 0.3)
     assert manifest["dropped"] == {"empty_output": 2, "exact_repeat": 3, "bad_row": 0}
     assert manifest["total_examples"] == len(kept) + 5
@@ -140,7 +96,7 @@ def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):
 def test_output_is_byte_identical_for_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("prepare_instruct_dataset.BATCH_EXAMPLES", 7)
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 400)
-    data = write_jsonl(tmp_path / "data.jsonl", [*questions(150, 2), *ROWS])
+    data = write_jsonl(tmp_path / "data.jsonl", [*questions(150, 2), *HARD_ROWS])
     for workers in (1, 3):
         prepare(data, tmp_path / str(workers), "--num_proc", workers)
     assert len(files_of(tmp_path / "1")) > 20
@@ -149,7 +105,7 @@ def test_output_is_byte_identical_for_any_number_of_processes(tmp_path, monkeypa
 
 def test_a_prompt_has_one_side_which_is_a_function_of_it_and_the_seed(tmp_path):
     found = []
-    more = [*questions(300, 3)[::-1], *(row(f"\n\nQuestion {number} \n", "yet another") for number in range(100))]
+    more = [*questions(300, 3)[::-1], *(row(f"{number} \n", "yet another") for number in range(100))]
     for rows, seed, prompts in ((questions(100), 42, 100), (more, 42, 300), (questions(100), 43, 100)):
         prepare_rows(tmp_path, rows, "--seed", seed, "--val_fraction", 0.2)
         train, val = sides(tmp_path / "out")
@@ -164,14 +120,14 @@ def test_val_fraction_is_the_share_of_prompts(tmp_path, flags, low, high):
     assert low <= prepare_rows(tmp_path, questions(2000), *flags)["val_examples"] <= high
 
 
-GIVEN = [row(f"Question {n}", split="train" if n % 3 else "val") for n in range(30)]
+NAMED = [row(n, split="train" if n % 3 else "val") for n in range(30)]
 
 
 @pytest.mark.parametrize(("rows", "told", "bad"), [
-    ([*GIVEN, row("Question 0 ", "B", split="train")], "line 31: this prompt stands in split 'val' already", 1),
-    ([*GIVEN, row("Question 1", "B", split=None), row("New")], "line 31: column 'split' must be given in every row", 2),
-    ([*questions(40), *GIVEN], "line 41: column 'split' must be given in every row or in none", 30),
-], ids=["both sides", "given first", "hashed first"])
+    ([*NAMED, row("0 ", "B", split="train")], "line 31: this prompt stands in split 'val' already", 1),
+    ([*NAMED, row(1, "B", split=None), row("New")], "line 31: column 'split' must be in every row", 2),
+    ([*questions(70)[30:], *NAMED], "line 41: column 'split' must be in every row or in none", 30),
+], ids=["both sides", "named first", "hashed first"])
 def test_split_column_decides_and_cannot_put_a_prompt_on_both_sides(tmp_path, rows, told, bad):
     with pytest.raises(UserError, match=rf"data\.jsonl: {told}"):
         prepare_rows(tmp_path, rows)
@@ -189,7 +145,7 @@ def test_a_failing_second_run_leaves_the_first_whole_and_a_smaller_one_nothing_s
     (tmp_path / "out" / "train" / "00000-deaddeaddeaddead.tokens.npy.tmp").write_bytes(b"half a shard")
     (tmp_path / "out" / "notes.txt").write_text("the user's")
     before = files_of(tmp_path / "out")
-    for failing in ([row("Broken", {})], [row("Question 0")], []):
+    for failing in ([row("Broken", {"a": 1})], [row()], []):
         with pytest.raises(UserError):
             prepare_rows(tmp_path, failing)
         assert files_of(tmp_path / "out").items() >= before.items()
@@ -221,7 +177,7 @@ def test_histogram_counts_every_example_in_its_bin(lengths):
 
 
 def test_report_tells_lengths_and_shows_samples(tmp_path, capsys):
-    rows = [row(f"Question {number}", "word " * number + "end") for number in range(1, 51)]
+    rows = [row(number, "word " * number + "end") for number in range(1, 51)]
     manifest = prepare_rows(tmp_path, rows, "--val_fraction", 0.3)
     report = capsys.readouterr().out
     prompts = [len(tokenizer().encode_ordinary(prompt_text(row["instruction"]))) for row in rows]

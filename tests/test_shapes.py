@@ -8,11 +8,11 @@ import pytest
 from conftest import write_jsonl
 from data.rows import BadRow, Number, Source
 from data.shapes import Example, Shapes
+from data_files import Row
 from errors import UserError
 from helpers import open_data, prepare
 from instruct_format import encode_conversation
 
-Row = dict[str, Any]
 Turns = list[tuple[str, str, str]]
 SYSTEM, USER, BOT = ({"role": role, "content": text} for role, text in (
     ("system", "Be brief."), ("user", "Name the plural."), ("assistant", "leaves")))
@@ -20,6 +20,13 @@ MORE, YES = {"role": "user", "content": "More?"}, {"role": "assistant", "content
 PLAIN: Turns = [("Name the plural.", "", "leaves")]
 BRIEF: Turns = [("Be brief.\n\nName the plural.", "", "leaves")]
 TWO: Turns = [*PLAIN, ("More?", "", "Yes.")]
+BOTH: Turns = [("Name the plural.\n\nMore?", "", "Yes.")]  # the first question has no answer
+PAIR, PC = {"prompt": "P", "completion": "C"}, [("P", "", "C")]
+QA, QARB = [("Q", "", "A")], [("Q", "", "A"), ("R", "", "B")]
+
+
+def chat(*messages: Any, **more: Any) -> Row:
+    return {"messages": list(messages), **more}
 
 
 def said(*pairs: str, role: str = "from", text: str = "value") -> list[dict[str, str]]:
@@ -29,80 +36,64 @@ def said(*pairs: str, role: str = "from", text: str = "value") -> list[dict[str,
 
 # name -> (row, its turns, the shape)
 SHAPES: dict[str, tuple[Row, Turns, str]] = {
+    **{names: (dict(zip(names.split("/"), "QA")) | {"id": 1}, QA, names) for names in (
+        "instruction/response", "prompt/completion", "question/answer", "inputs/targets", "input/output",
+        "message_1/message_2", "problem/solution", "human/assistant")},
     "Alpaca": ({"instruction": "I", "input": "in", "output": "O", "text": "I in O"}, [("I", "in", "O")], "Alpaca"),
     "Alpaca without input": ({"instruction": "I", "output": "O"}, [("I", "", "O")], "Alpaca"),
     "Dolly": ({"instruction": "I", "context": "c", "response": "R", "category": "x"}, [("I", "c", "R")], "Dolly"),
-    "GPTeacher": ({"instruction": "I", "input": "in", "response": "R"}, [("I", "in", "R")],
-                  "instruction/input/response"),
-    "pair": ({"instruction": "I", "response": "R"}, [("I", "", "R")], "instruction/response"),
+    "GPTeacher": ({"instruction": "Q", "input": "", "response": "A"}, QA, "instruction/input/response"),
     "completion": ({"prompt": "P", "completion": " C\n"}, [("P", "", " C")], "prompt/completion"),
-    "FAQ": ({"question": "Q", "answer": "A"}, [("Q", "", "A")], "question/answer"),
-    "FLAN": ({"inputs": "I", "targets": "T", "task": "t"}, [("I", "", "T")], "inputs/targets"),
-    "LMFlow": ({"input": "I", "output": "O"}, [("I", "", "O")], "input/output"),
-    "Camel": ({"role_1": "x", "message_1": "Q", "message_2": "A"}, [("Q", "", "A")], "message_1/message_2"),
     "OpenOrca": ({"id": 1, "system_prompt": "S", "question": "Q", "response": "R"}, [("S\n\nQ", "", "R")], "OpenOrca"),
-    "OpenOrca, no system": ({"system_prompt": "", "question": "Q", "response": "R"}, [("Q", "", "R")], "OpenOrca"),
-    "any case, blanks": ({" Prompt": "P", "RESPONSE ": "R"}, [("P", "", "R")], "prompt/response"),
-    "messages": ({"messages": [USER, BOT, MORE, YES], "id": 1}, TWO, "messages"),
-    "messages and a pair": ({"prompt": "P", "completion": "C", "messages": [USER, BOT]}, PLAIN, "messages"),
-    "a text in brackets beside a pair": ({"prompt": "P", "completion": "C", "conversation": "[sighs] Hi"},
-                                         [("P", "", "C")], "prompt/completion"),
-    "a list of numbers beside a pair": ({"prompt": "P", "completion": "C", "conversation": "[1, 2]"},
-                                        [("P", "", "C")], "prompt/completion"),
-    "messages without a turn beside a pair": ({"prompt": "P", "completion": "C", "messages": [{**USER, "content": ""}]},
-                                              [("P", "", "C")], "messages and prompt/completion"),
-    "a system column beside messages": ({"system_prompt": "Be brief.", "messages": [USER, BOT, MORE, YES]},
-                                        [*BRIEF, TWO[1]], "messages"),
-    "system in both places": ({"messages": [SYSTEM, USER, BOT], "system_prompt": "Be brief."}, BRIEF, "messages"),
-    "weight 0": ({"messages": [SYSTEM, USER, {**BOT, "weight": Number("0")}, MORE, {**YES, "weight": 1}]},
-                 [("Be brief.\n\nName the plural.\n\nMore?", "", "Yes.")], "messages"),
-    "weight 0.0, at the end": ({"messages": [USER, BOT, MORE, {**YES, "weight": 0.0}]}, PLAIN, "messages"),
-    "an empty list as context": ({"instruction": "I", "context": [], "response": "R"}, [("I", "", "R")], "Dolly"),
-    "an empty object as input": ({"instruction": "I", "input": {}, "output": "O"}, [("I", "", "O")], "Alpaca"),
-    "a solution and its last line": ({"problem": "P", "answer": "4", "solution": "2 + 2 = 4"},
-                                     [("P", "", "2 + 2 = 4")], "problem/solution"),
-    "no messages but a pair": ({"prompt": "P", "completion": "C", "messages": None}, [("P", "", "C")],
-                               "prompt/completion"),
-    "data beside a pair": ({"prompt": "P", "completion": "C", "data": ["x"]}, [("P", "", "C")], "prompt/completion"),
-    "system": ({"messages": [SYSTEM, USER, BOT]}, BRIEF, "messages"),
-    "developer": ({"messages": [{**SYSTEM, "role": "developer"}, USER, BOT]}, BRIEF, "messages"),
-    "system in the middle": ({"messages": [USER, BOT, SYSTEM, MORE, YES]}, [*PLAIN, ("Be brief.\n\nMore?", "", "Yes.")],
-                             "messages"),
-    "ShareGPT": ({"conversations": said("human", "Q", "gpt", "A", "human", "R", "gpt", "B")},
-                 [("Q", "", "A"), ("R", "", "B")], "ShareGPT"),
-    "ShareGPT, gpt first": ({"conversations": said("gpt", "Hi!", "human", "Q", "gpt", "A")}, [("Q", "", "A")],
-                            "ShareGPT"),
+    "OpenOrca, no system": ({"system_prompt": "", "question": "Q", "response": "A"}, QA, "OpenOrca"),
+    "any case, blanks": ({" Prompt": "Q", "RESPONSE ": "A"}, QA, "prompt/response"),
+    "a solution and its last line": ({"problem": "Q", "answer": "4", "solution": "A"}, QA, "problem/solution"),
+    "an empty list as context": ({"instruction": "Q", "context": [], "response": "A"}, QA, "Dolly"),
+    "an empty object as input": ({"instruction": "Q", "input": {}, "output": "A"}, QA, "Alpaca"),
+    "data beside a pair": (PAIR | {"data": ["x"]}, PC, "prompt/completion"),
+    **{f"a pair beside {value}": (PAIR | {"conversation": value}, PC, "prompt/completion")
+       for value in ("[sighs] Hi", "[1, 2]", None)},
+    "messages": (chat(USER, BOT, MORE, YES, id=1), TWO, "messages"),
+    "messages and a pair": (chat(USER, BOT, **PAIR), PLAIN, "messages"),
+    "no turn beside a pair": (chat({**USER, "content": ""}, **PAIR), PC, "messages and prompt/completion"),
+    "a system column": (chat(USER, BOT, MORE, YES, system_prompt="Be brief."), [*BRIEF, TWO[1]], "messages"),
+    "system in both places": (chat(SYSTEM, USER, BOT, system_prompt="Be brief."), BRIEF, "messages"),
+    "weight 0": (chat(USER, {**BOT, "weight": Number("0")}, MORE, {**YES, "weight": 1}), BOTH, "messages"),
+    "weight 0.0, at the end": (chat(USER, BOT, MORE, {**YES, "weight": 0.0}), PLAIN, "messages"),
+    "system": (chat(SYSTEM, USER, BOT), BRIEF, "messages"),
+    "developer": (chat({**SYSTEM, "role": "developer"}, USER, BOT), BRIEF, "messages"),
+    "system in the middle": (chat(USER, BOT, SYSTEM, {**USER, "content": "Q"}, YES),
+                             [*PLAIN, ("Be brief.\n\nQ", "", "Yes.")], "messages"),
+    "ShareGPT": ({"conversations": said("human", "Q", "gpt", "A", "human", "R", "gpt", "B")}, QARB, "ShareGPT"),
+    "ShareGPT, gpt first": ({"conversations": said("gpt", "Hi!", "human", "Q", "gpt", "A")}, QA, "ShareGPT"),
     "system, gpt first": ({"conversations": said("system", "S", "gpt", "Hi!", "human", "Q", "gpt", "A")},
                           [("S\n\nQ", "", "A")], "ShareGPT"),
     "other speakers": ({"Conversation": said("Human", "Q", "BOT", "A", "prompter", "R", "model", "B", role="role")},
-                       [("Q", "", "A"), ("R", "", "B")], "messages"),
-    "two questions in a row": ({"messages": said("user", "Q", "user", "R", "assistant", "A")}, [("Q\n\nR", "", "A")],
-                               "ShareGPT"),
-    "two answers in a row": ({"messages": [USER, BOT, YES]}, [("Name the plural.", "", "leaves\n\nYes.")], "messages"),
-    "question at the end": ({"messages": [USER, BOT, MORE]}, PLAIN, "messages"),
-    "empty answer": ({"messages": [USER, {**BOT, "content": " \n"}, MORE, YES]},
-                     [("Name the plural.\n\nMore?", "", "Yes.")], "messages"),
-    "null answer": ({"messages": [USER, BOT, MORE, {**YES, "content": None}]}, PLAIN, "messages"),
-    "empty question": ({"messages": [{**USER, "content": ""}, BOT]}, [("", "", "leaves")], "messages"),
-    "only a question": ({"messages": [USER]}, [], "messages"),
-    "only an answer": ({"messages": [BOT]}, [], "messages"),
-    "no messages": ({"messages": []}, [], ""),
-    "text in parts": ({"messages": [{**USER, "content": [{"type": "text", "text": "Name"}, "the plural."]}, BOT]},
+                       QARB, "messages"),
+    "two questions in a row": (chat(USER, MORE, YES), BOTH, "messages"),
+    "two answers in a row": (chat(USER, BOT, YES), [("Name the plural.", "", "leaves\n\nYes.")], "messages"),
+    "question at the end": (chat(USER, BOT, MORE), PLAIN, "messages"),
+    "empty answer": (chat(USER, {**BOT, "content": " \n"}, MORE, YES), BOTH, "messages"),
+    "null answer": (chat(USER, BOT, MORE, {**YES, "content": None}), PLAIN, "messages"),
+    "empty question": (chat({**USER, "content": ""}, BOT), [("", "", "leaves")], "messages"),
+    "only a question": (chat(USER), [], "messages"),
+    "only an answer": (chat(BOT), [], "messages"),
+    "no messages": (chat(), [], ""),
+    "text in parts": (chat({**USER, "content": [{"type": "text", "text": "Name"}, "the plural."]}, BOT),
                       [("Name\nthe plural.", "", "leaves")], "messages"),
-    "fields of other roles": ({"messages": [{**USER, "tool_calls": None, "from": None, "name": "x"}, BOT]}, PLAIN,
-                              "messages"),
+    "fields of other roles": (chat({**USER, "tool_calls": None, "from": None, "name": "x"}, BOT), PLAIN, "messages"),
     "messages as JSON text": ({"messages": json.dumps([USER, BOT])}, PLAIN, "messages"),
-    "LIMA": ({"conversations": ["Q", "A", "R", "B"], "source": "x"}, [("Q", "", "A"), ("R", "", "B")], "texts in turn"),
-    "UltraChat": ({"id": "0", "data": ["Q", "A"]}, [("Q", "", "A")], "texts in turn"),
-    "Capybara": ({"conversation": [{"input": "Q", "output": "A"}, {"input": "R", "output": "B"}]},
-                 [("Q", "", "A"), ("R", "", "B")], "questions and answers in turn"),
+    "LIMA": ({"conversations": ["Q", "A", "R", "B"], "source": "x"}, QARB, "texts in turn"),
+    "UltraChat": ({"id": "0", "data": ["Q", "A"]}, QA, "texts in turn"),
+    "Capybara": ({"conversation": [{"input": "Q", "output": "A"}, {"input": "R", "output": "B"}]}, QARB,
+                 "questions and answers in turn"),
     "indentation": ({"instruction": "\n  I", "input": "\t\r\n x\r\n", "output": "    def f():\r\n        pass \n\n"},
                     [("  I", " x", "    def f():\n        pass")], "Alpaca"),
     "empty values": ({"instruction": "I", "input": float("nan"), "output": None}, [("I", "", "")], "Alpaca"),
     "numbers as written": ({"instruction": Number("1e5"), "input": Number("1.0"), "output": Number("-0")},
                            [("1e5", "1.0", "-0")], "Alpaca"),
     "numbers and booleans": ({"instruction": True, "input": 1.5, "output": 7}, [("true", "1.5", "7")], "Alpaca"),
-    "a list of one text": ({"instruction": "I", "input": [""], "output": ["O"]}, [("I", "", "O")], "Alpaca"),
+    "a list of one text": ({"instruction": "Q", "input": [""], "output": ["A"]}, QA, "Alpaca"),
 }
 
 
@@ -115,28 +106,23 @@ def test_every_shape_is_recognised(name):
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no object": (["I", "O"], "expected an object with columns such as instruction and output, found a list"),
-    "one column": ({"instruction": "I", "x": "y"},
-                   "no column for the output (found: 'instruction', 'x'); say which it"),
+    "one column": ({"instruction": "I", "x": "y"}, "no column for the output (found: 'instruction', 'x'); say which"),
     "no column": ({}, "no column for the instruction and for the output (found: none)"),
     "one text": ({"text": "### Human: Hi### Assistant: Hi"}, "such as philschmid/guanaco-sharegpt-style"),
-    "a tree": ({"message_id": "0", "parent_id": None, "text": "Hi", "role": "prompter"},
-               "a variant with messages or pairs"),
-    "a list of two": ({"instruction": "I", "output": ["a", "b"]},
-                      "column 'output' must be text, found a list; make it one"),
+    "a tree": ({"message_id": "0", "text": "Hi", "role": "prompter"}, "a variant with messages or pairs"),
+    "two": ({"instruction": "I", "output": ["a", "b"]}, "column 'output' must be text, found a list; make it one"),
     "an object": ({"instruction": {"a": 1}, "output": "O"}, "column 'instruction' must be text, found an object"),
     "bytes": ({"instruction": "I", "output": b"O"}, "column 'output' must be text, found bytes"),
-    "tools": ({"messages": [USER, {"role": "tool", "content": "42"}, BOT]},
+    "tools": (chat(USER, {"role": "tool", "content": "42"}, BOT),
               "column 'messages': message 2: role 'tool' is none of user, assistant and system"),
-    "no role": ({"messages": [{"content": "Hi"}, BOT]}, "message 1 has no role and content (found: 'content')"),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT]},
+    "no role": (chat({"content": "Hi"}, BOT), "message 1 has no role and content (found: 'content')"),
+    "a picture": (chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT),
                   "column 'messages': message 1 has a part that is no text: {'type': 'image_url'"),
-    "messages are a text": ({"messages": "Hi"}, "column 'messages' must be a list of messages, found text"),
-    "messages are broken JSON": ({"messages": "[{'role': 'user'}]"},
-                                 "found text that cannot be read as JSON: Expecting"),
-    "messages are an object": ({"messages": {"role": "user"}}, "must be a list of messages, found an object"),
-    "messages are numbers": ({"messages": [1, 2]}, "message 1 must be an object with role and content, found a number"),
-    "surrogate in a message": ({"messages": [{**USER, "content": "\ud800"}, BOT]},
-                               "message 1 has half of a surrogate pair"),
+    "a text": ({"messages": "Hi"}, "column 'messages' must be a list of messages, found text"),
+    "broken JSON": ({"messages": "[{'role': 'user'}]"}, "found text that cannot be read as JSON: Expecting"),
+    "an object as messages": ({"messages": {"role": "user"}}, "must be a list of messages, found an object"),
+    "numbers": (chat(1, 2), "message 1 must be an object with role and content, found a number"),
+    "a surrogate": (chat({**USER, "content": "\ud800"}, BOT), "message 1 has half of a surrogate pair"),
 }
 
 
@@ -149,20 +135,16 @@ def test_what_has_no_meaning_is_refused(name):
 
 
 @pytest.mark.parametrize(("columns", "row", "turns"), [
-    ({"instruction": "frage", "output": "antwort"}, {"Frage ": "Q", "antwort": "A", "output": "x"}, [("Q", "", "A")]),
-    ({"instruction": "question", "output": "answer"}, {"instruction": "x", "question": "Q", "output": "y",
-                                                       "answer": "A"},
-     [("Q", "", "A")]),
-    ({"instruction": "prompt", "output": "completion"}, {"prompt": "P", "completion": "C", "messages": [USER, BOT]},
-     [("P", "", "C")]),
+    ({"instruction": "frage", "output": "antwort"}, {"Frage ": "Q", "antwort": "A", "output": "x"}, QA),
+    ({"instruction": "query", "output": "answer"}, {"prompt": "x", "query": "Q", "output": "y", "answer": "A"}, QA),
+    ({"instruction": "prompt", "output": "completion"}, chat(USER, BOT, **PAIR), PC),
     ({"messages": "log"}, {"log": [USER, BOT], "instruction": "I", "output": "O"}, PLAIN),
-    ({"input": ""}, {"instruction": "I", "input": "in", "output": "O"}, [("I", "", "O")]),
+    ({"input": ""}, {"instruction": "Q", "input": "in", "": "7", "output": "A"}, QA),
     ({"input": "hint", "system": "system"}, {"instruction": "I", "hint": "h", "output": "O", "system": "S"},
      [("S\n\nI", "h", "O")]),
-    ({"input": ""}, {"instruction": "I", "": "7", "output": "O"}, [("I", "", "O")]),
-    ({"system": "system"}, {"system": "Be brief.", "messages": [USER, BOT]}, BRIEF),
-    ({"input": "hint"}, {"instruction": "I", "output": "O"}, [("I", "", "O")]),
-    ({"split": ""}, {"instruction": "I", "output": "O", "split": "val"}, [("I", "", "O")]),
+    ({"system": "system"}, chat(USER, BOT, system="Be brief."), BRIEF),
+    ({"input": "hint"}, {"instruction": "Q", "output": "A"}, QA),
+    ({"split": ""}, {"instruction": "Q", "output": "A", "split": "val"}, QA),
 ])
 def test_columns_that_the_user_names_win(columns, row, turns):
     assert Shapes(columns).example(row) == Example(tuple(turns))
@@ -170,17 +152,15 @@ def test_columns_that_the_user_names_win(columns, row, turns):
 
 def test_columns_that_no_row_has_are_refused(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"frage": "Q", "antwort": "A"}, {"frage": "R", "antwort": "B"}])
-    assert prepare(data, tmp_path, "--columns", "instruction=Frage", "output=antwort")["train_examples"] == 1
-    for named, reason in (("instruction=question", "a.jsonl: line 1: no column 'question' .found: 'frage', 'antwort'"),
-                          ("instruction=frage", "line 1: no column for the output"),
-                          ("output=nope", "no column 'nope' .found: 'frage', 'antwort'.$"),
-                          ("input=kontext", "a.jsonl: --columns: no row has a column 'kontext'"),
-                          ("question",
-                           "'question' is not MEANING=NAME with a MEANING of messages, instruction, output")):
-        more = () if "for the output" in reason else ("output=antwort", *(
-            ["instruction=frage"] if "instruction" not in named else []))[named.startswith("output"):]
+    pair = ["instruction=Frage", "output=antwort"]
+    assert prepare(data, tmp_path, "--columns", *pair)["train_examples"] == 1
+    for flags, reason in ((["instruction=x"], "a.jsonl: line 1: no column 'x' .found: 'frage', 'antwort'"),
+                          (pair[:1], "line 1: no column for the output"),
+                          ([*pair, "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.$"),
+                          ([*pair, "input=kontext"], "a.jsonl: --columns: no row has a column 'kontext'"),
+                          (["x"], "'x' is not MEANING=NAME with a MEANING of messages, instruction, output")):
         with pytest.raises(UserError, match=reason):
-            prepare(data, tmp_path, "--columns", named, *more)
+            prepare(data, tmp_path, "--columns", *flags)
 
 
 def test_the_first_value_says_whether_a_column_is_a_split():
@@ -228,6 +208,6 @@ def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
                                   Source("b.json", iter([("row 1", "x"), ("row 2", rows[1]), ("row 3", rows[2])]))]))
     assert [getattr(row, "advice", None) for _, row in found] == [None, " (--skip_bad drops such rows)", "", None, None]
     assert shapes.notes(1.0) == [
-        "shape: Alpaca and prompt/completion and messages, 1.0 turns on average; columns used: instruction, output, "
+        "shape: Alpaca and prompt/completion and messages; columns used: instruction, output, "
         "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
         "1 lists of one text became it", "1 answers of weight 0 left out"]

@@ -20,7 +20,6 @@ class Report:
     def __init__(self) -> None:
         self.lengths = {"prompt": array("I"), "response": array("I"), "total": array("I")}
         self.samples: list[Document] = []
-        self.notes: list[str] = []
 
     def add(self, document: Document) -> None:
         total, response = len(document.tokens), int(document.loss_mask.sum())
@@ -29,11 +28,11 @@ class Report:
         if len(self.samples) < SAMPLES:
             self.samples.append(document)
 
-    def show(self, manifest: dict[str, Any]) -> None:
+    def show(self, manifest: dict[str, Any], notes: list[str]) -> None:
         kept, tokens, response = (sum(manifest[f"{split}_{key}"] for split in SPLITS)
                                   for key in ("examples", "tokens", "response_tokens"))
         dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
-        for note in self.notes:
+        for note in notes:
             print(printable_line(note))
         print(f"examples   {manifest['total_examples']:,} read, {kept:,} kept; dropped: {dropped}")
         for split in SPLITS:

@@ -35,8 +35,6 @@ SPLIT_NAMES = {"train": "train", "training": "train", "test": "test",
                **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")}
 QUESTIONS = ("instruction", "prompt", "question", "query", "inputs", "problem", "human", "user", "message_1", "input")
 ANSWERS = ("output", "response", "completion", "solution", "answer", "targets", "target", "assistant", "message_2")
-_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
                          parse_constant=lambda name: None if name == "NaN" else Number(name))
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -50,12 +48,6 @@ class BadRow(Exception):
         self.advice = advice
 
 
-class TableRow(dict[str, str]):
-    """A row whose columns another line names."""
-
-    header: str  # the place of that line
-
-
 class Source(NamedTuple):
     name: str
     rows: Iterator[tuple[str, Any]]  # (place such as "line 3", the row or a BadRow)
@@ -67,7 +59,7 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
     found: dict[str, str] = {}
     for name in names:
         matches = [name]
-        if name != STDIN and glob.has_magic(name) and not os.path.exists(name):
+        if glob.has_magic(name) and not os.path.exists(name):
             matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
             if not matches:
                 raise UserError(f"{name}: no file matches")
@@ -78,11 +70,12 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
 def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     path, kind = Path(name), Path(name.lower().removesuffix(".gz")).suffix
     if name != STDIN:
-        if not path.exists() and kind not in KINDS and _HUB_NAME.fullmatch(name):
-            return _hub_rows(name, **hub)
-        if not path.exists() or path.is_dir():
-            raise UserError(f"{name}: not a file; for all in it: '{name}/*'" if path.is_dir() else
-                            f"{name}: no such file")
+        if not path.exists():
+            if kind not in KINDS and _HUB_NAME.fullmatch(name):
+                return _hub_rows(name, **hub)
+            raise UserError(f"{name}: no such file")
+        if path.is_dir():
+            raise UserError(f"{name}: not a file; for all in it: '{name}/*'")
         if path.is_file() and kind not in KINDS + BY_CONTENT:
             raise UserError(f"{name}: unknown kind of file; use {', '.join(KINDS)}, also as .gz, or pipe it into "
                             f"--dataset {STDIN}")
@@ -102,52 +95,37 @@ def _file_rows(name: str, kind: str) -> Iterator[tuple[str, Any]]:
             yield from _parquet_rows(place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name)
             return
         lines = _lines(place, file)
-        head = _head(lines, 2)
-        if kind in (".csv", ".tsv") or kind not in KINDS and not "".join(head).lstrip().startswith(("{", "[")):
-            yield from _csv_rows(place, head, lines)
-        else:
-            yield from _json_rows(place, head, lines)
+        head, filled = list[str](), 0  # up to the second line that is not blank
+        while filled < 2 and (line := next(lines, None)) is not None:
+            head.append(line)
+            filled += bool(line.strip())
+        is_table = kind in (".csv", ".tsv") or kind not in KINDS and not "".join(head).lstrip().startswith(("{", "["))
+        yield from (_csv_rows if is_table else _json_rows)(place, head, lines)
 
 
 def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
     """The lines of a text. Raises UserError naming the first byte that is none of it."""
-    start = file.peek(4)[:4]
-    mark = next((mark for mark in _MARKS if start.startswith(mark)), b"")
-    encoding, number = _MARKS.get(mark, "utf-8"), 0
-    lines: Iterable[bytes | str] = file
-    if encoding != "utf-8":
-        lines = io.TextIOWrapper(file, encoding, newline="\n")
-    elif b"\0" in start:
+    start, number = file.peek(2)[:2], 0
+    is_utf_16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if b"\0" in start:
         guess = "UTF-16LE" if start[0] else "UTF-16BE"
         raise UserError(f"{place}: line 1: byte 0x00 in column {start.index(0) + 1}: UTF-16 without its mark? Convert "
                         f"it: iconv -f {guess} -t UTF-8 OLD > NEW")
-    else:
-        file.read(len(mark))
+    lines: Iterable[bytes | str] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf_16 else file
     try:
-        for line in lines:
-            number += 1
-            yield line if isinstance(line, str) else line.decode()
+        for number, line in enumerate(lines, 1):
+            yield line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        at = "after " * (encoding != "utf-8") + f"line {number}"
         raise UserError(
-            f"{place}: {at}: not {encoding.upper()}: byte 0x{error.object[error.start]:02x} in column "
-            f"{error.start + 1}; save it as UTF-8, or: iconv -f WINDOWS-1252 (or what it is) -t UTF-8 OLD > NEW"
-        ) from error
-
-
-def _head(lines: Iterator[str], filled: int) -> list[str]:
-    """The next lines, up to so many that are not blank."""
-    head: list[str] = []
-    while filled and (line := next(lines, None)) is not None:
-        head.append(line)
-        filled -= bool(line.strip())
-    return head
+            f"{place}: {'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
+            f"0x{error.object[error.start]:02x} in column {error.start + 1}; save it as UTF-8, or: iconv -f "
+            "WINDOWS-1252 (or what it is) -t UTF-8 OLD > NEW") from error
 
 
 def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
-    first, *more = [line.strip() for line in head if line.strip()] or [""]
-    if not _is_whole(first, more):
+    first, second, *_ = [line.strip() for line in head if line.strip()] + ["", ""]
+    if not _is_whole(first, second):
         yield from ((f"line {number}", parse_json(line.rstrip())) for number, line in enumerate(chain(head, lines), 1)
                     if line.strip())
         return
@@ -157,17 +135,11 @@ def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tu
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _is_whole(first: str, more: list[str]) -> bool:
-    """Whether a JSON text that begins with these lines, is one value and not a row a line."""
-    if first.startswith("[") and not more:
-        return True
-    try:
-        value = json.loads("\n".join([first, *more]))
-        return bool(more) or isinstance(value, dict) and _listed(value) != [value]
-    except json.JSONDecodeError as error:
-        return error.pos > len(first) + 1  # what the first line begins, the second goes on with
-    except (ValueError, RecursionError):
-        return first.startswith("[")
+def _is_whole(first: str, second: str) -> bool:
+    """Whether a JSON text that begins with these lines is one value, and not a row a line."""
+    if isinstance(parse_json(first), BadRow):  # it goes on, unless the next line begins an object too
+        return first.startswith(("{", "[")) and not (first.startswith("{") and second.startswith("{"))
+    return not second
 
 
 def parse_json(text: str) -> Any:
@@ -186,14 +158,14 @@ def split_of(name: str) -> str | None:
 
 
 def _listed(value: Any) -> Any:
-    """The rows of a JSON value: a list of them, perhaps under a key such as data, or under train and val; or columns
-    as pandas writes them. A BadRow where only some lists are under such keys: none may be lost."""
+    """The rows of a JSON value: a list of them, perhaps under a key such as data, or under train and val; or what
+    pandas writes, by index or by column. A BadRow where only some lists are under such keys: none may be lost."""
     if not isinstance(value, dict):
         return value if isinstance(value, (list, BadRow)) else [value]
     if all(key.isdigit() for key in value):
-        return value.values()
-    plain = {key.strip().lower() for key, each in value.items() if not isinstance(each, (dict, list))}
-    if not plain.isdisjoint(QUESTIONS) and not plain.isdisjoint(ANSWERS):
+        return list(value.values())
+    texts = {key.strip().lower() for key, each in value.items() if not isinstance(each, (dict, list))}
+    if texts & {*QUESTIONS} and texts & {*ANSWERS}:
         return [value]
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and isinstance((rows or [{}])[0], dict)}
     wrapped = {key: rows for key, rows in lists.items() if key.strip().lower() in WRAPPERS or split_of(key)}
@@ -204,26 +176,21 @@ def _listed(value: Any) -> Any:
     if wrapped and not rest:
         return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
                 for key, rows in wrapped.items() for row in rows]
-    columns, first = list(value.values()), next(iter(value.values()))
-    if len(columns) > 1 and all(isinstance(each, dict) and each.keys() == first.keys() for each in columns):
-        if all(key.isdigit() for key in first):
-            return [{name: column[key] for name, column in value.items()} for key in first]
-    elif len(columns) > 1 and all(isinstance(each, list) and len(each) == len(first)
-                                  and not isinstance((each or [[]])[0], (dict, list)) for each in columns):
-        return [dict(zip(value, row)) for row in zip(*columns)]
+    first, *others = value.values()
+    if others and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
+            isinstance(each, dict) and each.keys() == first.keys() for each in others):
+        return [{name: column[key] for name, column in value.items()} for key in first]
     return [value]
 
 
 def _csv_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """The first line names the columns. They are separated as a line such as sep=; says, else as they look."""
     csv.field_size_limit(sys.maxsize)
-    numbered = _csv_records(place, head, lines)
-    first, header = next(numbered, (0, []))
+    records = _csv_records(place, head, lines)
+    first, header = next(records, (0, []))
     _refuse_twice(f"{place}: line {first}", header)
-    for line, fields in numbered:
-        row = TableRow(zip(header, fields))
-        row.header = f"line {first}"
-        yield f"line {line}", row if len(fields) == len(header) else BadRow(
+    for line, fields in records:
+        yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
             f"expected {len(header)} columns as in the first line, found {len(fields)}")
 
 
@@ -236,7 +203,7 @@ def _refuse_twice(place: str, names: list[str]) -> None:
 
 def _csv_records(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     """(line where it begins, fields) of every record that is not empty."""
-    filled = [*dropwhile(lambda line: not line.strip(), head)]
+    filled = list(dropwhile(lambda line: not line.strip(), head))
     if separator := re.fullmatch(r"sep=(.)\s*", "".join(filled[:1])):
         filled = filled[1:]
     before, line = len(head) - len(filled), 0

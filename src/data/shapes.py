@@ -7,11 +7,12 @@ roles, of questions with their answers, or of texts in turn.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain, cycle
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, BadRow, Number, Source, TableRow, parse_json, split_of
+from data.rows import ANSWERS, QUESTIONS, BadRow, Number, Source, parse_json, split_of
 from instruct_format import join_texts, tidy
 
 # The names of a column of each meaning, the likelier first, in any case
@@ -25,6 +26,7 @@ NAMES = {
 }
 MESSAGES_TOO = ("dialogue", "dialog", "chat", "turns", "data")  # in a row without question and answer
 PAIR = ("instruction", "input", "output", "system")  # the meanings that make a question and its answer
+NEEDED = {"instruction", "output"}
 KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpaca",
                "instruction/context/response": "Dolly", "question/response/system_prompt": "OpenOrca"}
 SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -50,30 +52,14 @@ class Example(NamedTuple):
     split: str | None = None
 
 
-class Columns(NamedTuple):
-    """What the columns of a row mean."""
-
-    pair: dict[str, str]  # meaning -> column, of those in PAIR; empty unless there is a question and an answer
-    messages: str | None
-    system: str | None  # also where there is no pair
-    split: str | None
-    shape: str  # the name of the pair
-    complaint: str  # why there is no pair
-
-
-class NoColumns(BadRow):
-    """The columns of the row have no meaning, whatever is in them."""
-
-
 class Shapes:
     """Reads rows as examples, and notes what a user wants to know of that: shapes, columns, what was changed."""
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         self.columns = columns  # as the user says: the column of instruction, output and so on; "" for none
-        self.known: dict[tuple[str, ...], Columns] = {}  # by the names of the columns
+        self.known: dict[tuple[str, ...], dict[str, str]] = {}  # names of columns -> which has which meaning
         self.names: dict[str, None] = {}  # of the shapes found
         self.used: dict[str, None] = {}  # columns
-        self.has_messages = False
         self.changes: Counter[str] = Counter()
         self.split_is_one: bool | None = None  # whether the first value in the column split is the name of one
 
@@ -88,8 +74,6 @@ class Shapes:
                     example = bad
                     if number == 0:  # the other rows may be like it: to drop them all is no advice
                         bad.advice = ""
-                    if isinstance(bad, NoColumns) and isinstance(row, TableRow):
-                        place = row.header
                 yield f"{source.name}: {place}", example
 
     def example(self, row: Any) -> Example:
@@ -101,25 +85,11 @@ class Shapes:
         columns = self.known.get(tuple(row))
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
-        split = self._split(row[columns.split], columns.split) if columns.split is not None else None
-        if columns.messages is not None and (not columns.pair or _may_be_messages(row[columns.messages])):
-            system = self._text(row[columns.system], f"column {columns.system!r}") if columns.system is not None else ""
-            turns = self._conversation(row[columns.messages], f"column {columns.messages!r}", system)
-            if turns or not columns.pair:
-                self.used |= dict.fromkeys(filter(None, (columns.messages, columns.system)))
-                self.has_messages = True
-                return Example(turns, split)
-        if not columns.pair:
-            raise NoColumns(columns.complaint)
-        text = {meaning: self._text("" if meaning in ("input", "system") and row[name] in ([], {}) else row[name],
-                                    f"column {name!r}") for meaning, name in columns.pair.items()}
-        self.names[columns.shape] = None
-        self.used |= dict.fromkeys(columns.pair.values())
-        instruction = join_texts(text["system"], text["instruction"]) if "system" in text else text["instruction"]
-        return Example((Turn(instruction, text.get("input", ""), text["output"]),), split)
+        split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
+        return Example(self._conversation(row, columns) or self._pair(row, columns), split)
 
-    def _columns(self, row: Mapping[str, Any]) -> Columns:
-        """What the columns mean: as the user says, else by their names."""
+    def _columns(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """The column of each meaning: as the user says, else by their names."""
         free = {_plain(name): name for name in reversed(list(row))}
         found: dict[str, str | None] = {meaning: (name if name in row else free.get(_plain(name))) if name else None
                                         for meaning, name in self.columns.items()}
@@ -128,29 +98,39 @@ class Shapes:
         for meaning, names in NAMES.items():
             found.setdefault(meaning, next((free[name] for name in names if name in free
                                             and free[name] not in found.values()), None))
-        pair = {meaning: name for meaning in PAIR if (name := found[meaning]) is not None}
-        missing = [f"{self.columns[meaning]!r}" if self.columns.get(meaning) else f"for the {meaning}"
-                   for meaning in ("instruction", "output") if meaning not in pair]
-        if missing:
-            advice = "; say which it is: --columns instruction=NAME output=NAME"
-            if not all(each.startswith("for ") for each in missing):  # the user said it
-                advice = ""
-            elif "text" in free:
-                advice += ("; where a text is a whole conversation, or a single message of one, take a variant with "
-                           "messages or pairs, such as philschmid/guanaco-sharegpt-style")
-            messages = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free
-                                                  and "messages" not in self.columns), None)
-            return Columns({}, messages, found["system"], found["split"], "",
-                           f"no column {' and '.join(missing)} (found: {_names(row)}){advice}")
-        shape = "/".join(map(_plain, pair.values()))
-        return Columns(pair, found["messages"], found["system"], found["split"], KNOWN_PAIRS.get(shape, shape), "")
+        if None in (found["instruction"], found["output"]) and "messages" not in self.columns:
+            found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free), None)
+        return {meaning: name for meaning, name in found.items() if name is not None}
+
+    def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
+        """The turn of a question and its answer."""
+        pair = {meaning: columns[meaning] for meaning in PAIR if meaning in columns}
+        if not pair.keys() >= NEEDED:
+            if "messages" in columns:
+                return ()
+            raise BadRow(self._complaint(row, [meaning for meaning in PAIR if meaning in NEEDED - pair.keys()]))
+        text = {meaning: self._text(row[name], f"column {name!r}") for meaning, name in pair.items()}
+        self.names[_shape(*pair.values())] = None
+        self.used |= dict.fromkeys(pair.values())
+        question = join_texts(text.get("system", ""), text["instruction"])
+        return (Turn(question, text.get("input", ""), text["output"]),)
+
+    def _complaint(self, row: Iterable[str], missing: list[str]) -> str:
+        """Why a row is no question and answer."""
+        if named := [self.columns[meaning] for meaning in missing if self.columns.get(meaning)]:
+            return f"no column {named[0]!r} (found: {_names(row)})"
+        advice = "; say which it is: --columns instruction=NAME output=NAME"
+        if "text" in map(_plain, row):
+            advice += ("; where a text is a whole conversation, or one message of it, take a variant with messages or "
+                       "pairs, such as philschmid/guanaco-sharegpt-style")
+        return f"no column for the {' and for the '.join(missing)} (found: {_names(row)}){advice}"
 
     def _text(self, value: Any, where: str) -> str:
         """A value as text. Null and NaN are empty, numbers and booleans what JSON writes, a list of one text is it."""
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             [value] = value
             self.changes["lists of one text became it"] += 1
-        if value is None or value != value:
+        if value is None or value != value or value in ([], {}):
             return ""
         if isinstance(value, (Number, AnyNumber)):
             self.changes["numbers and booleans became text"] += 1
@@ -177,17 +157,31 @@ class Shapes:
         self.used[column] = None
         return split
 
-    def _conversation(self, value: Any, where: str, system: str) -> tuple[Turn, ...]:
-        """The turns of a list of messages, with a system text in front. What one side says in several messages is one
-        text; what stands before the first question and after the last answer cannot be trained on, and is left out."""
+    def _conversation(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
+        """The turns of a list of messages; none where there is no such list, but a question with its answer."""
+        if "messages" not in columns:
+            return ()
+        value, where = row[columns["messages"]], f"column {columns['messages']!r}"
+        has_pair = columns.keys() >= NEEDED
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = parse_json(value)
+        if has_pair and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
+            return ()
         if isinstance(value, BadRow) or not isinstance(value, list) and value not in (None, ""):
             raise BadRow(f"{where} must be a list of messages, found {_kind(value)}")
+        system = self._text(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
+        turns = self._turns(value or [], where, system)
+        if turns or not has_pair:
+            self.used |= dict.fromkeys(columns[each] for each in ("messages", "system") if each in columns)
+        return turns
+
+    def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
+        """Questions with their answers, a system text in front. What one side says in several messages is one text;
+        what stands before the first question and after the last answer cannot be trained on, and is left out."""
         turns: list[Turn] = []
         waiting = [system]  # what the next answer answers
         is_asked = False
-        for speaker, text in self._messages(value or [], where):
+        for speaker, text in self._messages(messages, where):
             if speaker != "assistant":
                 if speaker == "user" or text != system:  # datasets may say it in both places
                     waiting.append(text)
@@ -225,11 +219,11 @@ class Shapes:
                     continue
                 content = next((fields[name] for name in ("content", "value", "text") if name in fields), None)
                 yield speaker, self._content(content, where)
-            elif pair := self._columns(item).pair:
+            elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
-                answer = self._text(item[pair.pop("output")], where)
-                yield "user", join_texts(*(self._text(item[name], where) for name in pair.values()))
-                yield "assistant", answer
+                question = (columns[meaning] for meaning in PAIR if meaning in columns and meaning != "output")
+                yield "user", join_texts(*(self._text(item[name], where) for name in question))
+                yield "assistant", self._text(item[columns["output"]], where)
             else:
                 raise BadRow(f"{where} has no role and content (found: {_names(item)})")
 
@@ -251,10 +245,17 @@ class Shapes:
     def notes(self, turns: float) -> list[str]:
         """What was recognised, and what was changed. turns is their number in an example, on average."""
         rest = [name for name in dict.fromkeys(chain.from_iterable(self.known)) if name not in self.used]
-        average = f", {turns:.1f} turns on average" if self.has_messages else ""
+        average = f", {turns:.1f} turns on average" if turns > 1 else ""
         used, ignored = (", ".join(map(str.strip, names)) or "none" for names in (self.used, rest))
         return [f"shape: {' and '.join(self.names)}{average}; columns used: {used}; ignored: {ignored}",
                 *(f"{count:,} {change}" for change, count in self.changes.items())]
+
+
+@cache
+def _shape(*columns: str) -> str:
+    """What a question and its answer in these columns are called."""
+    shape = "/".join(map(_plain, columns))
+    return KNOWN_PAIRS.get(shape, shape)
 
 
 def _plain(name: object) -> str:
@@ -263,13 +264,6 @@ def _plain(name: object) -> str:
 
 def _names(row: Iterable[str]) -> str:
     return ", ".join(f"{name!r:.60}" for name in row) or "none"
-
-
-def _may_be_messages(value: Any) -> bool:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_json(value)
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, (dict, str)) and not isinstance(first, Number)
 
 
 def _kind(value: object) -> str:

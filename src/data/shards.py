@@ -69,8 +69,6 @@ class DataWriter:
         self.folder = folder
         self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.waiting = {split: _empty_arrays() for split in SPLITS}
-        self.turns = dict.fromkeys(SPLITS, 0)  # in the shards that are written
-        self.conversations = dict.fromkeys(SPLITS, 0)  # documents of several turns in them
         _refuse_foreign_files(folder)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,7 @@ class DataWriter:
         """Put every document where in_val says, in their order; so far all of them are in one split."""
         [full] = [split for split in SPLITS if split not in self.empty_splits]
         self._write_shard(full)
-        entries, self.shards[full], self.turns[full], self.conversations[full] = self.shards[full], [], 0, 0
+        entries, self.shards[full] = self.shards[full], []
         sides = iter(in_val)
         for entry in entries:
             tokens, mask, starts = (_open_array(shard_file(self.folder, full, entry, kind), entry["sha256"][kind])
@@ -106,29 +104,23 @@ class DataWriter:
         if not waiting["starts"]:
             return
         arrays = {kind: np.frombuffer(waiting[kind], dtype) for kind, dtype in KINDS.items()}
-        mask = arrays["loss_mask"]
-        turns = np.add.reduceat(np.diff(mask, prepend=mask.dtype.type(0)) == 1, arrays["starts"], dtype=np.int64)
-        self.turns[split] += int(turns.sum())
-        self.conversations[split] += int((turns > 1).sum())
         files = {kind: _npy_bytes(values) for kind, values in arrays.items()}
         digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
-                 "tokens": len(mask), "response_tokens": int(mask.sum()), "sha256": digests}
+                 "tokens": len(waiting["tokens"]), "response_tokens": int(arrays["loss_mask"].sum()), "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
                 file.write(data)
         self.shards[split].append(shard)
 
-    def finish(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write what waits and the manifest (about says where the data come from), and remove every shard, whole or
-        half-written, that the manifest does not name. Returns the manifest."""
+    def finish(self, about: Mapping[str, Any], multi_turn: bool = False) -> dict[str, Any]:
+        """Write what waits and the manifest (about says where the data come from, multi_turn whether chat is to
+        remember the turns before), and remove every shard that it does not name. Returns the manifest."""
         for split in SPLITS:
             self._write_shard(split)
         counts = {f"{split}_{key}": sum(shard[key] for shard in shards)
                   for split, shards in self.shards.items() for key in ("examples", "tokens", "response_tokens")}
-        # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
-        multi_turn = 0 < counts["train_examples"] <= 20 * self.conversations["train"]
         manifest = {"format_version": FORMAT_VERSION, "template": TEMPLATE, "tokenizer": TOKENIZER, **about, **counts,
                     "multi_turn": multi_turn, "shards": self.shards}
         with durable_file(self.folder / MANIFEST) as file:
@@ -147,12 +139,13 @@ def _empty_arrays() -> dict[str, "array[int]"]:
 
 def _refuse_foreign_files(folder: Path) -> None:
     """Raise UserError where other programs or people keep files that a preparation would replace or mix with its own.
-    Hidden files do not matter."""
+    Hidden files do not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
     with errors_at(folder):
-        path = folder / MANIFEST
-        found = [path] if os.path.lexists(path) and not _looks_like_a_manifest(path) else []
-        for split in SPLITS:
-            path = folder / split
+        path, found = folder / MANIFEST, list[Path]()
+        if os.path.lexists(path) and not (
+                path.is_file() and re.search(rb'"(format_version|loss_mask)"', path.read_bytes())):
+            found.append(path)
+        for path in (folder / split for split in SPLITS):
             if path.is_symlink():  # what it leads to may be the folder of other data
                 found.append(path)
             elif path.is_dir():
@@ -163,12 +156,6 @@ def _refuse_foreign_files(folder: Path) -> None:
                         "--output_dir")
 
 
-def _looks_like_a_manifest(path: Path) -> bool:
-    """Also if it is damaged: then the advice is to prepare the data again."""
-    return path.is_file() and not path.is_symlink() and any(
-        key in path.read_bytes() for key in (b'"format_version"', b'"loss_mask"'))
-
-
 def _npy_bytes(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, values)
@@ -176,8 +163,7 @@ def _npy_bytes(values: np.ndarray) -> bytes:
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """The prepared data of a folder. Raises UserError when its manifest is missing, damaged, of another format or
-    template, or names files that lie elsewhere."""
+    """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path, again = folder / MANIFEST, "; prepare the data again"
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; run: python src/prepare_instruct_dataset.py")
@@ -203,18 +189,15 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) -> list[dict[str, np.ndarray]]:
-    """The arrays of a split's shards, by kind, memory-mapped.
-
-    Raises UserError when one is missing, not the one that the manifest names (SHA-256), or not what a model of this
-    vocabulary can be trained on.
-    """
+    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, is not that of the
+    manifest (SHA-256), or nothing that a model of this vocabulary can be trained on."""
     shards = []
     for entry in prepared.manifest["shards"][split]:
         shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])
                  for kind in KINDS}
         tokens, _, starts = shard.values()
-        wrong, sizes = "", [(entry["tokens"],), (entry["tokens"],), (entry["examples"],)]
-        if (any(array.dtype != dtype or array.shape != size
+        wrong, sizes = "", (entry["tokens"], entry["tokens"], entry["examples"])
+        if (any(array.dtype != dtype or array.shape != (size,)
                 for array, dtype, size in zip(shard.values(), KINDS.values(), sizes))
                 or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
             wrong = "its arrays are not of the types and sizes that the manifest says"

@@ -40,11 +40,8 @@ class _EarlyWriter(io.BufferedWriter):
 @contextmanager
 def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     """Yield a file to write; once the block ends well, path holds it, durably. On any failure path is untouched. Its
-    folder is made if it is not there, again too: somebody may have removed it in mid-run.
-
-    Raises UserError when the disk does not take it, naming the path, the bytes needed (as the caller says, or as many
-    as were written) and the bytes free.
-    """
+    folder is made if it is not there: somebody may have removed it in mid-run. Raises UserError when the disk does not
+    take it, naming the path, the bytes needed (as the caller says, or as many as were written) and the bytes free."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     before = "; what was there before is untouched"
     try:
@@ -94,12 +91,10 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
                 warn: Callable[[str], None] = lambda text: None, is_named: bool = True) -> Iterator[None]:
-    """Hold the folder. The system lets go of it when the process ends, however it ends. Where the file system has no
-    locks, warn says so. is_named: whether the lock is to name this process.
-
-    Raises UserError naming the holder when another process holds it, and naming the lock when it cannot be used.
-    """
-    with errors_at(f"{folder}: cannot write there"):
+    """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
+    is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
+    it, and naming the lock when it cannot be used."""
+    with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     with errors_at(f"{path}: cannot lock the folder", advice=f"; choose another {flag}"):

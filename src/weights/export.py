@@ -5,10 +5,9 @@ Every file is whole or absent, and config.json, without which nothing opens a fo
 
 import json
 import os
-import re
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +25,8 @@ from weights.pretrained import ABOUT, FINE_TUNED
 END = "<|endoftext|>"
 _SPECIAL_IDS = {name: END_OF_TEXT for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# The text around a question once more, as instruct_format writes it, in Jinja for chat templates: CR LF becomes a
-# newline, fields lose the blank lines around them, not the indentation of their first line; a system text stands before
-# the first question; a model that was trained on single questions sees the last one alone.
+# The text around a question as instruct_format writes it, once more, in Jinja for chat templates. A system text stands
+# before the first question; a model that was trained on single questions sees the last one alone.
 _CHAT_TEMPLATE = """\
 {%- macro tidy(text) -%}
   {%- set lines = text.replace('\\r\\r\\n', '\\n').replace('\\r\\n', '\\n') -%}
@@ -78,24 +76,20 @@ _UNFINISHED = ".unfinished_export"  # in a folder while it is written
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError unless this folder is empty or an export of ours, perhaps one that was broken off: in any other,
-    a README.md would be somebody's."""
+    """Raise UserError unless this folder is empty or an export of ours: in any other a README.md is somebody's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: a file, not a folder")
     with errors_at(f"{folder}: cannot read it"):
-        names = sorted(path.name for path in folder.iterdir())
-    config: object = None
-    if "config.json" in names and (folder / "config.json").is_file():
-        with suppress(OSError, ValueError, RecursionError):
-            config = json.loads((folder / "config.json").read_bytes())
-    if names and _UNFINISHED not in names and not (isinstance(config, dict) and ABOUT in config):
+        names, config = sorted(path.name for path in folder.iterdir()), folder / "config.json"
+        is_ours = _UNFINISHED in names or config.is_file() and f'"{ABOUT}"'.encode() in config.read_bytes()
+    if names and not is_ours:
         raise UserError(f"{folder}: not a folder that was exported here ({', '.join(names[:3])} in it); choose another")
 
 
 def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: Mapping[str, Any]) -> None:
     """Write the model of a state, as open_any gives it, as a folder that transformers, vLLM, MLX and llama.cpp's
     converter read. settings are how chat answers. Raises UserError when the disk or the dtype does not take it."""
-    kind, state = getattr(torch, dtype), {**state, "data_source": _without_folders(state["data_source"])}
+    kind = getattr(torch, dtype)
     tensors = {name.removeprefix("transformer."):
                tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
                for name, tensor in _weights(state, kind).items()}
@@ -202,11 +196,8 @@ def _config(state: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 @cache
 def _spelled() -> tuple[dict[str, int], list[str]]:
-    """GPT-2's vocabulary and merges as OpenAI spelled them, from the ranks.
-
-    A byte that prints stands for itself, the others for the letters from U+0100 on. A token was made by the merge of
-    the last two parts that the merges before it leave of it.
-    """
+    """GPT-2's vocabulary and merges as OpenAI spelled them, from the ranks. A byte that prints is itself, others stand
+    for letters from U+0100 on. A token is the merge of the last two parts that the merges before it leave of it."""
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printing)
     letters = {**{byte: chr(byte) for byte in printing}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
@@ -274,12 +265,6 @@ def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any])
         f"FROM ./{gguf}", f'TEMPLATE """{_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST}"""',
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
         *(f'PARAMETER stop "{text}"' for text in (END, "### Instruction:")), ""])
-
-
-def _without_folders(source: str) -> str:
-    """The names of data without the folders of files, which are nobody else's business. Names of the hub stay."""
-    return ", ".join(re.split(r"[/\\]", name)[-1] if re.match(r"(?s)[/~.]|[A-Za-z]:|.*[/\\].*[/\\]", name) else name
-                     for name in source.split(", "))
 
 
 def _model_card(state: Mapping[str, Any]) -> str:

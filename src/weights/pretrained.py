@@ -39,12 +39,9 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
 
 def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
-    safetensors, a Hugging Face folder. template is None unless it is a model that this project exported. n_head is
-    for weights that come without a configuration.
-
-    Raises UserError when there is no such file or the number of heads is not known, CheckpointError when it is
-    damaged, unsafe, or no GPT-2.
-    """
+    safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
+    a configuration. Raises UserError when there is no such file or the number of heads is not known, CheckpointError
+    when it is damaged, unsafe, or no GPT-2."""
     state = _read(path)
     if state.get("format") == FORMAT:
         state = verify(state, path)
@@ -90,8 +87,8 @@ def _files_of(folder: Path) -> list[Path]:
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: {_ADAPTER}")
     if any(folder.glob("*.ckpt*.index")):
-        raise CheckpointError(f"{folder}: a TensorFlow checkpoint; transformers 4 makes a folder of it that can be "
-                              "imported (convert_gpt2_original_tf_checkpoint_to_pytorch.py)")
+        raise CheckpointError(f"{folder}: a TensorFlow checkpoint; first make a folder of it with transformers 4 "
+                              "(convert_gpt2_original_tf_checkpoint_to_pytorch.py), then import that")
     if not (folder / "config.json").exists():
         for path in (folder / BEST, folder / LATEST, *step_files(folder)):
             if path.exists():
@@ -100,15 +97,12 @@ def _files_of(folder: Path) -> list[Path]:
     for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
             return files
-    raise UserError(f"{folder}: no .safetensors file and no pytorch_model.bin in it; save the model with "
-                    "save_pretrained()")
+    raise UserError(f"{folder}: no .safetensors and no pytorch_model.bin in it; save the model with save_pretrained()")
 
 
 def _config_beside(path: Path, needed: bool = False) -> dict[str, Any]:
-    """The config.json of a folder, or beside a file; empty where there is none and it is not needed.
-
-    Raises UserError when it cannot be read, CheckpointError when it describes another kind of model.
-    """
+    """The config.json of a folder, or beside a file; empty where there is none and it is not needed. Raises UserError
+    when it cannot be read, CheckpointError when it describes another kind of model."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     if not needed and not config.exists():
         return {}
@@ -123,11 +117,8 @@ def _config_beside(path: Path, needed: bool = False) -> dict[str, Any]:
 
 
 def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Bring a GPT-2 state dict to our names, layout and fp32.
-
-    Wrapper prefixes and causal-mask buffers go, the tied output matrix goes, Conv1D weights (published GPT-2) are
-    transposed, biases that a model was trained without become zeros.
-    """
+    """A GPT-2's state dict in our names, layout and fp32: without prefixes, causal masks and the tied output matrix,
+    Conv1D weights (published GPT-2) transposed, biases that a model was trained without as zeros."""
     prefix = next((name.removesuffix("wte.weight") for name in found if re.search(r"(^|\.)wte\.weight$", name)), None)
     if prefix is None or prefix + "wpe.weight" not in found:
         raise CheckpointError(f"{path}: {_ADAPTER}" if any(".lora_" in name for name in found) else
@@ -142,8 +133,8 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     embedding = weights["transformer.wte.weight"]
     output = weights.pop(prefix.removesuffix("transformer.") + "lm_head.weight", None)
     if output is not None and not torch.equal(output, embedding):
-        raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; GPT-2 ties them, so train it again "
-                              "with the two tied: it cannot be converted")
+        raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train it "
+                              "again with the two tied, as in GPT-2")
     first = weights.get("transformer.h.0.attn.c_attn.weight")
     if first is not None and first.shape == (embedding.shape[1], 3 * embedding.shape[1]):
         for name in [name for name in weights if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)]:
@@ -155,11 +146,9 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
 
 
 def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0) -> GPTConfig:
-    """The model's sizes: what the weights show, and the number of heads, which they do not.
-
-    named is what the file or its config.json says. Raises CheckpointError when that contradicts the weights or n_head,
-    or is not GPT-2 as published; UserError when nothing says the number of heads and the sizes are not published ones.
-    """
+    """The model's sizes: what the weights show, and the number of heads, which they do not. named is what the file or
+    its config.json says. Raises CheckpointError when that contradicts the weights or n_head, or is not GPT-2 as
+    published; UserError when nothing says the number of heads and the sizes are not published ones."""
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
     shown = {"context_length": weights["transformer.wpe.weight"].shape[0], "vocab_size": vocab_size, "n_embd": n_embd,
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),

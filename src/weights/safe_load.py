@@ -2,16 +2,13 @@
 
 A file of torch.save is a zip with a CRC-32 for each entry, so damage shows, in files of other programs too. It is
 loaded with weights_only=True, and the few classes that other trainers pickle along (a config dataclass, numpy arrays)
-become inert objects. So nothing that stands in a file is ever executed, not even in one that was forged. Files from
-before PyTorch 1.6 are loaded as safely, but have no checksums: damage to their weights shows only where it leaves a
-value that is not finite.
+become inert objects. So nothing in a file is ever executed, forged or not. Files from before PyTorch 1.6 are loaded as
+safely, but have no checksums: damage to their weights shows only where it leaves a value that is not finite.
 """
 
 import struct
 import zipfile
-from codecs import getincrementaldecoder
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
@@ -52,10 +49,8 @@ def check_is_file(path: Path) -> None:
 
 
 def load_any(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped.
-
-    Raises UserError when there is no such file, CheckpointError when it is damaged, unsafe, or holds something else.
-    """
+    """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped. Raises UserError when there is
+    no such file, CheckpointError when it is damaged, unsafe, or holds something else."""
     check_is_file(path)
     # a damaged or hostile file fails anywhere in zip, pickle or tensor code
     with errors_at(f"{path}: not a loadable checkpoint", Exception, raised=CheckpointError):
@@ -104,11 +99,8 @@ def _instead_of_zip(path: Path) -> str:
         begin = file.read(512)
     if begin.startswith(b"PK\3\4"):
         return "incomplete (no end of the archive); copy it again"
-    with suppress(UnicodeDecodeError):
-        text = getincrementaldecoder("utf-8")().decode(begin)  # it may end within a character
-        if text and not any(letter < " " and not letter.isspace() for letter in text):
-            return "it is text"
-    return "no file of torch.save" if begin else "it is empty"
+    is_text = "".join(begin.decode("utf-8", "ignore").split()).isprintable()
+    return "it is empty" if not begin else "it is text" if is_text else "no file of torch.save"
 
 
 def _check_zip(path: Path) -> None:
@@ -128,7 +120,7 @@ def _check_zip(path: Path) -> None:
             places = sorted((entry.header_offset, entry.file_size) for entry in entries)
             for place, size in [*places, (archive.start_dir, 0)]:
                 if place not in expected:
-                    raise CheckpointError(f"{path}: damaged (its entries do not follow each other)")
+                    raise CheckpointError(f"{path}: damaged (its entries do not stand one after another)")
                 file.seek(place + 26)
                 end = place + 30 + sum(struct.unpack("<HH", file.read(4))) + size  # header, name, padding, content
                 expected = (end + 16, end + 24) if size else (end,)  # the data descriptor of PyTorch's writer

@@ -1,0 +1,45 @@
+"""Rows of data, and the bytes of files that hold them, as programs write them."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+Row = dict[str, Any]
+HARD_TEXTS = ("two\nlines", 'quo"tes, commas', "emoji \N{ROCKET} and \u6f22\u5b57", "<|endoftext|>", "windows\r\nline",
+              "tab\tand 'single'", "back\\slash", "1", "null", "\u2028 separator")
+
+
+def row(number: object = 0, output: Any = None, **more: Any) -> Row:
+    return {"instruction": f"Question {number}", "input": "",
+            "output": f"Answer {number}" if output is None else output, **more}
+
+
+HARD_ROWS = [row(f"{number}: {text}", f"{text}!", input=text * (number % 2))
+             for number, text in enumerate(HARD_TEXTS * 2)]
+
+
+def lines(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def listed(*rows: Any) -> bytes:
+    """A JSON list with one row a line: row N stands in line N + 1."""
+    return ("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode()
+
+
+def table(rows: list[Row], separator: str = ",", first: str = "", header: tuple[str, ...] = ()) -> str:
+    """As spreadsheets write it."""
+    file = io.StringIO(first)
+    file.seek(0, io.SEEK_END)
+    csv.writer(file, delimiter=separator).writerows([header or rows[0], *(row.values() for row in rows)])
+    return file.getvalue()
+
+
+def parquet(*rows: Any) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    return buffer.getvalue()
