@@ -291,11 +291,28 @@ def test_the_best_checkpoint_is_taken_before_the_latest(tiny_checkpoint, tmp_pat
 def test_a_missing_or_damaged_checkpoint_is_one_line(ask, tiny_checkpoint, tmp_path):
     path, data = tmp_path / "a.pt", tiny_checkpoint.read_bytes()
     check_refused(ask, path, 2, "a.pt: no such checkpoint\n")
-    assert (folder := ask(checkpoint=tmp_path)).code == 2 and "config.json: no such file" in folder.stderr
     middle = len(data) // 2  # more damages: test_damage.py
     for damaged in (b"", data[:-1], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]):
         path.write_bytes(damaged)
         check_refused(ask, path, 3)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("prepared", "prepared data; name a checkpoint, such as checkpoints_instruct/best_model.pt"),
+    ("run", "a folder without a model; name a checkpoint, such as checkpoints_instruct/best_model.pt"),
+    ("demo", "a folder without a model; name a checkpoint, such as {}/checkpoints/best_model.pt"),
+    ("demo/checkpoints", "{} holds checkpoints; name one: {}/best_model.pt"),
+    ("questions.txt", "not a model; name a checkpoint; this is for: ./chat.sh CHECKPOINT < {}"),
+    ("rows.jsonl", "not a model; name a checkpoint; this is for: ./chat.sh CHECKPOINT --jsonl < {}"),
+    ("rows.csv", "not a model; name a checkpoint; this is for: python src/prepare_instruct_dataset.py --dataset {}")])
+def test_what_is_no_model_is_one_line_that_says_what_to_name(ask, tmp_path, name, message):
+    for file in ("prepared/dataset_info.json", "run/events.out", "demo/checkpoints/best_model.pt", "questions.txt",
+                 "rows.jsonl", "rows.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    code, stdout, stderr = ask(checkpoint=tmp_path / name)
+    message = message.replace("{}", str(tmp_path / name))
+    assert (code, stdout) == (2, "") and stderr in (f"error: {tmp_path / name}: {message}\n", f"error: {message}\n")
 
 
 def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130(ask, answers):
@@ -396,7 +413,7 @@ def test_the_checkpoint_may_be_overwritten_while_its_model_is_in_use(tmp_path, t
     """In place, so that a mapped file would end the program with SIGBUS."""
     path = tmp_path / "a.pt"
     path.write_bytes(tiny_checkpoint.read_bytes())
-    model, _ = chat.open_model(path, "cpu", None)
+    model, _ = chat.model_for_answers(path, "cpu", None)
     path.write_bytes(b"")
     answer = answering.answer.Answer(model, "word " * 20, "", Settings(max_new_tokens=3))
     assert len(list(answer.pieces())) == 4

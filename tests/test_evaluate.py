@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import answering.batch
+import answering.scores
 import cli
 import evaluate_instruct
-import instruct_format
 from answering.generate import generate
 from answering.scores import repetition
 from conftest import run_script, write_checkpoint, write_jsonl
@@ -85,7 +84,7 @@ def test_the_shares_equal_a_direct_count(folder, capsys, monkeypatch, tmp_path, 
     (tmp_path / "questions.txt").write_bytes("\ufeffWhat?\r\n\r\nWho is it?\nEin Gruß\n".encode())
     model, prompts = small_model(3, CONFIG), [encode_prompt(text) for text in ("What?", "Who is it?", "Ein Gruß")]
     stop = list(generate(model, prompts[0], end + 1))[end]
-    monkeypatch.setattr(instruct_format, "END_OF_TEXT", stop)
+    monkeypatch.setattr(answering.scores, "END_OF_TEXT", stop)
     answers = [list(generate(model, prompt, 40, stop_token=stop)) for prompt in prompts]
     grams = [(number, *answer[place:place + 4]) for number, answer in enumerate(answers)
              for place in range(len(answer) - 3)]
@@ -116,7 +115,7 @@ def said(monkeypatch) -> list[str]:
                     + [0] * limit * text.endswith("!"))[:limit] for limit in limits]
         yield from reversed(list(enumerate(answers)))  # they end in any order
 
-    monkeypatch.setattr(answering.batch, "finished", finished)
+    monkeypatch.setattr(answering.scores, "finished", finished)
     return texts
 
 
@@ -198,7 +197,7 @@ def test_ctrl_c_ends_with_130(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering.batch, "finished", interrupted)
+    monkeypatch.setattr(answering.scores, "finished", interrupted)
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: evaluate_instruct.main([str(tiny_checkpoint), "--prompts", str(tmp_path / "q.txt")]))
     assert left.value.code == 130 and capsys.readouterr() == ("", "")

@@ -20,10 +20,12 @@ class Packed(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool = True) -> None:
         super().__init__()
         self.n_out, self.n_in = weight.shape
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.is_fast = torch.backends.mkldnn.is_available() and weight.dtype is torch.float32
-        if self.is_fast and pack:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight.default(self.weight, FEW_ROWS)
+        self.bias = None if bias is None else bias.detach().clone()
+        self.weight = weight.detach()
+        if pack:
+            self.weight = (torch.ops.mkldnn._reorder_linear_weight.default(self.weight, FEW_ROWS) if self.is_fast else
+                           self.weight.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
@@ -72,8 +74,13 @@ class OneRow(Packed):
 
 @torch.no_grad()
 def for_decoding(model: GPT, int8: bool) -> None:
-    """Give the model's matrices this form, in place. It can be read with afterwards, not trained or saved."""
+    """Give the model's matrices this form, in place. It can be read with afterwards, not trained or saved. Nothing of
+    it lies in the memory of the weights that it had, which may be a mapped file."""
     form = OneRow if int8 else Packed
+    for module in model.modules():
+        if int8 or not isinstance(module, nn.Linear):  # else it is packed
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
     for block in model.transformer.h:
         for part, name in [(block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")]:
             linear = getattr(part, name)
