@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import answering.batch
 from answering.batch import WIDTH, finished, generate_batch
-from answering.decode_weights import for_decoding
+from answering.decode_weights import FewRows, for_decoding
 from answering.generate import generate
 from answering.settings import Settings
 from helpers import small_model
@@ -38,7 +38,7 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(count, form):
     places. Plain in fp64, where sums that are rounded otherwise cannot change which token is the likeliest."""
     model, prompts = small_model(config=CONFIG), prompts_of(count)
     if form == "packed":
-        for_decoding(model, int8=False)
+        for_decoding(model, FewRows)
     else:
         model.double()
     limits, stop = [1 + number % 40 for number in range(count)], list(generate(model, prompts[0], 1))[0]

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from answering.answer import Answer, Question
 from answering.batch import WIDTH, finished
-from answering.decode_weights import OneRow
+from answering.decode_weights import OneRowInt8
 from errors import UserError
 from instruct_format import END_OF_TEXT
 
@@ -64,7 +64,7 @@ def answer_together(answers: Sequence[Answer], is_stopped: Callable[[], bool]) -
     """Find the tokens of several answers at once: the same ones, in less time. Some stay unknown when it is stopped."""
     if answers:
         begin, model, settings = time.perf_counter(), answers[0].model, answers[0].settings
-        width = 1 if isinstance(model.output, OneRow) else WIDTH
+        width = 1 if isinstance(model.output, OneRowInt8) else WIDTH
         for number, tokens in finished(model, [answer.prompt for answer in answers], settings.max_new_tokens, settings,
                                        END_OF_TEXT, [answer.generator() for answer in answers], width, is_stopped):
             answers[number].known, answers[number].seconds = tokens, time.perf_counter() - begin

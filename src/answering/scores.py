@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from answering.batch import finished
-from answering.decode_weights import for_decoding
+from answering.decode_weights import FewRows, for_decoding
 from errors import CheckpointError
 from instruct_format import END_OF_TEXT
 from model import GPT, Documents
@@ -69,7 +69,7 @@ def evaluate(model: GPT, cases: Sequence[Case], limit: int, bar: Callable[..., I
     counts over all cases are each divided once. bar(iterable, total=...) shows how far it is. Raises CheckpointError
     when the loss is no finite number."""
     if model.transformer.wte.weight.device.type == "cpu":
-        for_decoding(model, int8=False)
+        for_decoding(model, FewRows)
     limits = [min(limit, model.config.context_length - len(case.prompt)) for case in cases]
     scored = [case for case in cases if case.spans]
     losses: list[tuple[float, int]] = list(bar(response_losses(model, scored), total=len(scored)))
