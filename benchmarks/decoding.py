@@ -52,7 +52,7 @@ def prepare(folder: Path) -> None:
 def ours(folder: Path, form: str, sampled: bool) -> Callable[[], object]:
     import torch
 
-    from answering.batch import generate_batch
+    from answering.batch import finished
     from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
     from answering.generate import GREEDY, generate
     from answering.settings import Settings
@@ -61,7 +61,7 @@ def ours(folder: Path, form: str, sampled: bool) -> Callable[[], object]:
     model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
     for_decoding(model, {"int8": OneRowInt8, "batch": FewRows}.get(form, OneRow))
     if form == "batch":
-        return lambda: generate_batch(model, [PROMPT[cut:] for cut in range(8)], NEW)
+        return lambda: list(finished(model, [PROMPT[cut:] for cut in range(8)], NEW))
     settings, generator = Settings() if sampled else GREEDY, torch.Generator().manual_seed(0)
     return lambda: list(generate(model, PROMPT, NEW, settings, generator=generator))
 

@@ -1,7 +1,6 @@
 """The matrix products of decoding on a CPU, where one token reads every weight once and reading is all the time."""
 
 import os
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +47,6 @@ class FewRows(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-@lru_cache
-def _bags(n_parts: int, n_in: int) -> tuple[Tensor, Tensor]:
-    """Which rows of a table are summed: (n_parts * n_in,) all of them; (n_parts,) where each part begins."""
-    rows = torch.arange(n_parts * n_in, dtype=torch.int32)
-    return rows, rows[::n_in].contiguous()
-
-
 class OneRowInt8(nn.Module):
     """A linear layer with weights of 8 bits for one row: a sum of the matrix's columns, weighted by the input, which is
     what embedding_bag computes, as fast as memory is read. Several rows take the matrix, which stays where it was.
@@ -75,15 +67,16 @@ class OneRowInt8(nn.Module):
         for part, rows in zip(table, self.weight.split(width)):
             part[:, :rows.size(0)] = rows.t()
         self.table = torch.ops.quantized.embedding_bag_byte_prepack(table.flatten(0, 1))
+        self.rows = torch.arange(self.n_parts * self.n_in, dtype=torch.int32)  # all are summed
+        self.begins = self.rows[::self.n_in].contiguous()  # of the parts
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
         if x.size(0) != 1:
             return F.linear(x, self.weight, self.bias)
-        rows, begins = _bags(self.n_parts, self.n_in)
         weights = torch.cat((x.view(-1),) * self.n_parts)
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
-            self.table, rows, begins, False, 0, False, weights, None, False)
+            self.table, self.rows, self.begins, False, 0, False, weights, None, False)
         found = sums.view(1, -1)[:, :self.n_out]
         return found if self.bias is None else found.add_(self.bias)
 
