@@ -39,12 +39,12 @@ def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("count", [1, WIDTH + 5])
-@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("form", ["plain", "few_rows"])
 def test_greedy_tokens_are_those_of_one_prompt_at_a_time(count, form):
     """Up to the full context, the limit, or the stop token, so that rows end at different times and others take their
     places. Plain in fp64, where sums that are rounded otherwise cannot change which token is the likeliest."""
     model, prompts = small_model(config=CONFIG), prompts_of(count)
-    if form == "packed":
+    if form == "few_rows":
         for_decoding(model, FewRows)
     else:
         model.double()
