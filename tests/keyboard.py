@@ -201,7 +201,7 @@ ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
     ("/save in a folder that is not there", "/save absent/a.jsonl\r", r"error: absent/a.jsonl: No such file"),
     ("/save over a file", "/save file.txt\r", r"error: file.txt: there is such a file already; choose another name"),
     ("/save to a folder", "/save .\r", r"error: \.: a folder; choose another name"),
-    ("/save", "/save saved.jsonl\r", r"saved (\d+) turns to .*/saved.jsonl, \1 of them cut"),
+    ("/save", "/save saved.jsonl\r", r"saved (\d+) turns to saved.jsonl, \1 of them cut"),
     ("/clear", "/clear\r", "forgotten"),
     ("/regen without a question", "/regen\r", "error: there is no question yet"),
     ("/save without a turn", "/save none.jsonl\r", "error: there is nothing to save yet"),

@@ -186,7 +186,7 @@ class Chat:
         with errors_at(path), file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)
         n_cut, n_stopped = sum(turn.stopped != "end" for turn in turns), len(self.turns) - len(turns)
-        self.say(f"saved {len(turns)} turn{'s' * (len(turns) > 1)} to {printable_line(path.absolute())}"
+        self.say(f"saved {len(turns)} turn{'s' * (len(turns) > 1)} to {printable_line(path)}"
                  + f", {n_cut} of them cut" * (n_cut > 0) + f", without {n_stopped} stopped" * (n_stopped > 0))
 
     def _complete(self, line: str) -> Iterable[str]:
