@@ -325,7 +325,9 @@ def play(name: str, flags: tuple[str, ...], rows: Table, leaving: list[str], cod
             found = session.do(keys)
             is_plain = bool({"NO_COLOR": "1", "TERM": "dumb"}.items() & how.get("environment", {}).items())
             is_dim = "\x1b[2m(cut" in session.raw
+            is_dumb = how.get("environment", {}).get("TERM") == "dumb"
             yield f"{name}: {situation}", check(found, expected) or is_dim * is_plain * "dim" or (
+                "\x1b" in session.raw and is_dumb) * "an escape" or (
                 ("(cut" in found) > (is_dim or is_plain)) * "not dim"
         for keys in leaving:
             os.write(session.screen, keys.encode())
