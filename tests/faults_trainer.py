@@ -38,10 +38,11 @@ def visit(phase: str) -> None:
 def stop_at_phases() -> None:
     import torch
 
+    from answering.batch import Rows
     from dataloader_instruct import InstructData
-    from training import loop, samples
+    from training import loop
 
-    micro_batch, generate, save = InstructData.micro_batch, samples.generate, torch.save
+    micro_batch, grow, save = InstructData.micro_batch, Rows.step, torch.save
 
     def visited(real: Callable, phase: str, inside: str) -> Callable:
         def function(*arguments: Any, **keywords: Any) -> Any:
@@ -56,10 +57,9 @@ def stop_at_phases() -> None:
             visit(now["in"])
         return micro_batch(*arguments)
 
-    def slow_answer(*arguments: Any, **keywords: Any) -> Any:
-        for token in generate(*arguments, **keywords):
-            yield token
-            visit("sampling")
+    def slow_answers(*arguments: Any) -> Any:
+        visit("sampling")
+        return grow(*arguments)
 
     def slow_save(*arguments: Any) -> None:
         save(*arguments)
@@ -67,7 +67,7 @@ def stop_at_phases() -> None:
 
     loop.train_step = visited(loop.train_step, "step", inside="accumulation")
     loop.evaluate = visited(loop.evaluate, "an evaluation begins", inside="evaluation")
-    InstructData.micro_batch, samples.generate, torch.save = counted, slow_answer, slow_save
+    InstructData.micro_batch, Rows.step, torch.save = counted, slow_answers, slow_save
 
 
 def feed_nan() -> None:

@@ -35,12 +35,9 @@ class RunLog:
                 with durable_file(path) as file:
                     file.writelines(kept)
             self.metrics = path.open("a", buffering=1)
-        self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's writing thread raises reaches _write as well, so it is not shown twice."""
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self.thread_hook(failure)
+        # what the disk refuses to TensorBoard's own thread reaches _write as well
+        threading.excepthook = lambda failure: (None if issubclass(failure.exc_type, OSError)
+                                                else threading.__excepthook__(failure))
 
     def _write(self, method: str, *arguments: object) -> None:
         """Call a method of TensorBoard's writer, or write a line of metrics."""
@@ -77,7 +74,6 @@ class RunLog:
         self._write("close")
         with suppress(OSError):
             self.metrics.close()
-        threading.excepthook = self.thread_hook
 
 
 def _stays(line: bytes, step: int, evaluated: Collection[int]) -> bool:

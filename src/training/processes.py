@@ -87,12 +87,12 @@ class Processes:
         found, different = self.gather([HOST, dict(facts)]), []
         several = len({host for host, _ in found}) > 1
         for name in facts:
-            where: dict[str, list[str]] = {}  # value -> the hosts, or on a single host the ranks, that have it
+            where: dict[str, dict[str, None]] = {}  # value -> the hosts, or on a single host the ranks, that have it
             for rank, (host, theirs) in enumerate(found):
-                where.setdefault(str(theirs.get(name)), []).append(host if several else f"rank {rank}")
-            values = [f"{value} on {' and '.join(dict.fromkeys(places))}" for value, places in where.items()]
-            if len(values) > 1:
-                different.append(f"{name} is {', '.join(values)}")
+                where.setdefault(str(theirs.get(name)), {})[host if several else f"rank {rank}"] = None
+            if len(where) > 1:
+                values = ", ".join(f"{value} on {' and '.join(places)}" for value, places in where.items())
+                different.append(f"{name} is {values}")
         if different:
             raise UserError(f"the processes were started differently: {'; '.join(different)}")
 
@@ -116,7 +116,7 @@ class Processes:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            text = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+            text = str(error).partition("\n")[0].partition(". ")[0]
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
                 raise UserError(f"out of memory on {self.device}: {advice}") from error
             if self.world_size > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
@@ -130,6 +130,15 @@ class Processes:
         if self.world_size > 1:
             _never_destroyed.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def less_memory(options: Namespace, go_on: str = "") -> str:
+    """The flags that need less memory; go_on comes before those with which the same run can go on."""
+    if options.mini_batch_size > 1:
+        return f"{go_on}--mini_batch_size {options.mini_batch_size // 2}; the results stay the same"
+    if options.gradient_checkpointing == "off":
+        return f"{go_on}--gradient_checkpointing; the results stay the same"
+    return "not even one example fits; a new run with a smaller --context_length leaves long ones out"
 
 
 def digest(value: object, crc: int = 0) -> int:
@@ -152,15 +161,6 @@ def comparable(options: Namespace) -> dict[str, object]:
             "the program in src/": digest(program), "torch": torch.__version__}
 
 
-def _meeting_place(url: str, timeout: timedelta) -> dict[str, Any]:
-    """Where processes find each other: a file, torchrun's environment, or the store of the launchers of several hosts,
-    in which each start of the run has a part of its own."""
-    if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", url):
-        store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-        return {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
-    return {"init_method": url}
-
-
 def join(device_name: str) -> Processes:
     """Find this process's rank and device from the launcher's environment, and join the process group if there is one.
 
@@ -177,7 +177,11 @@ def join(device_name: str) -> Processes:
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
+        how: dict[str, Any] = {"init_method": os.environ.get("INSTRUCT_STORE", "env://")}  # a file, on a single host
+        if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", how["init_method"]):
+            # the store of the launchers of several hosts, in which each start of the run has a part of its own
+            store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            how = {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
         dist.init_process_group("nccl" if device_name == "cuda" else "gloo", rank=rank, world_size=world_size,
-                                timeout=timeout, device_id=device if device_name == "cuda" else None,
-                                **_meeting_place(os.environ.get("INSTRUCT_STORE", "env://"), timeout))
+                                timeout=timeout, device_id=device if device_name == "cuda" else None, **how)
     return Processes(rank, world_size, device)
