@@ -93,7 +93,7 @@ class Launched:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def shows(self, text: str, seconds: float = 240) -> bool:
+    def shows(self, text: str, seconds: float = 120) -> bool:
         """Wait until this stands in the output."""
         end = time.monotonic() + seconds
         while text not in self.output() and self.process.poll() is None and time.monotonic() < end:
@@ -103,7 +103,7 @@ class Launched:
     def exits(self, *wanted: int) -> str:
         """A complaint unless it ends with one of these exit codes."""
         try:
-            code = self.process.wait(240)
+            code = self.process.wait(150)
         except subprocess.TimeoutExpired:
             code = -99
         return f"exit {code}: {self.output()[-400:]}" * (code not in wanted)
@@ -243,6 +243,18 @@ def a_host_comes_back(net: Cable, here: Lab, number: int) -> list[str]:
             "no end" * (newest(pair.folder) != STEPS)]
 
 
+def the_first_host_is_gone(net: Cable, here: Lab) -> list[str]:
+    """It does not come back: the other ends with one line that names it, within two minutes."""
+    pair = Pair(net, here, phase="step", at=6, seconds=2)
+    pair.both[0].shows("step 5/")
+    pair.both[0].kill()
+    begin = time.monotonic()
+    wrong, seconds = pair.both[1].exits(1), time.monotonic() - begin
+    lines = [line for line in pair.both[1].output().splitlines() if "error" in line]
+    return [wrong, f"it took {seconds:.0f} s" * (seconds > 120), pair.orphans(), f"said {lines}" * (
+        len(lines) != 1 or not lines[0].startswith("error: hostC, the first host of the run, is gone"))]
+
+
 def a_dead_link(net: Cable, here: Lab) -> list[str]:
     """The cable is pulled in a step: both say who is gone; once it is back the run goes on to the same bits."""
     pair = Pair(net, here, phase="step", at=6, seconds=2)
@@ -275,6 +287,7 @@ CASES: dict[str, Callable[[Cable, Lab], list[str]]] = {
     "the second host dies": partial(a_host_comes_back, number=1),
     "the first host dies": partial(a_host_comes_back, number=0),
     "a dead link": a_dead_link,
+    "the first host is gone": the_first_host_is_gone,
 }
 
 

@@ -126,6 +126,25 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
                      f"told {told} times" * (told != 1), run.orphans())
 
 
+@measurement("kill -9 before a start has begun")
+def dies_before_it_began(result: Result, here: Lab, processes: Sequence[int] = (1, 2)) -> None:
+    """A run that goes back to an older step is killed in its set-up: the next start goes back there, as was asked."""
+    for count in processes:
+        first = here.start(count)
+        wrong, back = first.exits(0), first.folder / "step_000012.pt"
+        run = Trainer(here, first.folder, count, ["--resume", str(back)], {"dies": 0, "launcher": 1})
+        result.check(f"{count} processes", wrong, run.exits(0), "not killed" * ("was killed (SIGKILL" not in run.output()),
+                     "not as asked" * (f"{back} at step 12" not in run.output()), run.differs(), run.orphans())
+
+
+@measurement("a process that hangs")
+def hangs(result: Result, here: Lab) -> None:
+    """The launcher says that no step ends (here after two seconds), and the run goes on when one does."""
+    run = here.start(1, "--checkpoint_freq", 100, phase="step", at=5, seconds=5, launcher=1, quiet=2)
+    result.check("one process", run.exits(0), run.differs(),
+                 "not said" * ("warning: no step has ended for" not in run.output()))
+
+
 @measurement("system calls of every save, traced")
 def write_order(result: Result, here: Lab) -> None:
     """Every save of a run, as strace sees it."""
@@ -134,7 +153,7 @@ def write_order(result: Result, here: Lab) -> None:
     logs = here.folder / "tb"
     flags = here.flags("--keep_last", 2, "--max_steps", 8, "--checkpoint_dir", folder, "--tensorboard_dir", logs)
     run = run_command("strace", "-f", "-y", "-o", trace, "-e", calls, sys.executable, SRC / "train_instruct.py", *flags,
-                      timeout=240, env={"OMP_NUM_THREADS": "1"})
+                      timeout=120, env={"OMP_NUM_THREADS": "1"})
     assert run.code == 0, run.stderr
     events = _events(trace.read_text(), str(folder))
     for step in range(1, 9):

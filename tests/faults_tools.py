@@ -101,8 +101,8 @@ class Lab:
 
 
 class Trainer:
-    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Two faults
-    concern the start: launcher, for one process too, and nohup."""
+    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Three faults
+    concern the start: launcher, for one process too; nohup; quiet, the seconds after which a hang is said."""
 
     def __init__(self, lab: Lab, folder: Path, processes: int, flags: list[str], fault: dict | None = None) -> None:
         folder.mkdir(exist_ok=True)
@@ -111,6 +111,8 @@ class Trainer:
         source = lab.faulty if fault else SRC
         self.direct = processes == 1 and not (fault or {}).get("launcher")
         script = [source / "train_instruct.py"] if self.direct else ["-m", "training.launch", processes]
+        if quiet := (fault or {}).get("quiet"):
+            script = ["-c", f"import cli, training.launch as l; l.QUIET = {quiet}; cli.run(l.main)", processes]
         command = [*["nohup"] * (fault or {}).get("nohup", 0), sys.executable, *script, *flags, "--checkpoint_dir",
                    folder, "--tensorboard_dir", folder / "tb"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source),
@@ -120,7 +122,7 @@ class Trainer:
             self.process = subprocess.Popen([str(part) for part in command], cwd=lab.folder, stdout=log, stderr=log,
                                             env=environment)
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 120) -> int:
         """The exit code; a process that does not end is killed and counts as -99."""
         try:
             return self.process.wait(timeout)
@@ -130,7 +132,7 @@ class Trainer:
             self.process.wait()
             return -99
 
-    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 240) -> None:
+    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 60) -> None:
         """Wait until the condition holds or the run ends."""
         end = time.monotonic() + seconds
         while not condition(self) and self.process.poll() is None and time.monotonic() <= end:

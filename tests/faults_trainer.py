@@ -4,12 +4,14 @@
 
 At its at-th visit of the phase a process writes MARKER.RANK and sleeps. {"nan": [5, 6], "rank": 1, "marker": ...}
 makes that rank's loss NaN in those steps, and every rank writes a hash of its weights to MARKER.RANK after each step.
-{"full": 5, "ranks": [0, 1]} makes the memory of these ranks run out in that step.
+{"full": 5, "ranks": [0, 1]} makes the memory of these ranks run out in that step. {"dies": 0} kills that rank of the
+first start before it has begun.
 """
 
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -112,7 +114,11 @@ def fill_memory() -> None:
 def prepared_block(block: Any = train_instruct.block_signals) -> None:
     """In place of block_signals: the trainer's own imports come after it, so it is the first moment to wrap them."""
     block()
-    (feed_nan if "nan" in FAULT else fill_memory if "full" in FAULT else stop_at_phases)()
+    if FAULT.get("dies") == int(RANK) and not os.path.exists(f"{FAULT['marker']}.{RANK}"):
+        Path(f"{FAULT['marker']}.{RANK}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "phase" in FAULT or "nan" in FAULT or "full" in FAULT:
+        (feed_nan if "nan" in FAULT else fill_memory if "full" in FAULT else stop_at_phases)()
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_the_demo_keeps_the_last_one_until_its_flags_are_right_and_passes_on_exi
 def test_the_demo_runs_from_end_to_end(project):
     """Two steps of it, in another folder: every script is called, and only demo/ appears."""
     before = {path.name for path in project.iterdir()}
-    code, stdout, stderr = launch(project, "demo", "--max_steps", "2")
+    code, stdout, stderr = launch(project, "demo", "--epochs", "0.1", "--warmup_steps=1")
     assert code == 0, stderr
     assert "  repeated  " in stdout and "./chat.sh demo" in stdout
     assert {path.name for path in project.iterdir()} == before | {"demo"}

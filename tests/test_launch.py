@@ -1,14 +1,16 @@
 """What the first host decides, case by case, and what the launcher understands. Real hosts: faults_hosts.py."""
 
 import os
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from errors import UserError
 from faults_hosts import two_hosts, why_not
 from training import hosts, launch
-from training.hosts import Leader, Plan, Report
+from training.hosts import Hosts, Leader, Plan, Report
 
 NO_HOSTS = why_not()
 BOTH = {"hostC 1": 1, "hostD 2": 2}
@@ -88,6 +90,16 @@ def test_hosts_join_leave_and_come_back(scene):
     assert (plan.goes, plan.saving) == (False, False) and plan.news.startswith("hostD is gone; the run goes on")
     assert two.plan("c").members == {"hostC 1": 1}
     assert two.plan("cd").saving
+
+
+def test_a_first_host_that_is_gone_ends_the_others(monkeypatch, tmp_path):
+    """But not at once: it may come back."""
+    monkeypatch.setattr(hosts, "Thread", Mock())
+    here, now = Hosts(("node1", 29500), Leader(2, 2, tmp_path, 3), Report(1)), time.monotonic()
+    here.plan = Plan(1, BOTH, goes=True)
+    found = {silence: (setattr(here, "heard", now - silence), here.decide(Report(1)))[1] for silence in (0, 60, 100)}
+    assert found[0].goes and (found[60].waiting, found[60].code) == ("node1:29500, where the hosts meet", None)
+    assert found[100].code == 1 and found[100].news.startswith("hostC, the first host of the run, is gone")
 
 
 def test_hosts_wait_for_each_other(scene):
