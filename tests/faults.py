@@ -17,8 +17,7 @@ os.environ.pop("LOCAL_RANK", None)
 
 from faults_disk import disk_full, soak  # noqa: E402
 from faults_hosts import ports, two_hosts  # noqa: E402
-from faults_kill import (  # noqa: E402
-    dies_before_it_began, hangs, kills, memory, rank_dies, rank_dies_early, write_order)
+from faults_kill import dies_before_it_began, hangs, kills, memory, rank_dies, rank_dies_early, write_order  # noqa: E402
 from faults_signals import hangup, one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
 
 FAULTS = {
