@@ -134,7 +134,7 @@ def dies_before_it_began(result: Result, here: Lab, processes: Sequence[int] = (
         wrong, back = first.exits(0), first.folder / "step_000012.pt"
         run = Trainer(here, first.folder, count, ["--resume", str(back)], {"dies": 0, "launcher": 1})
         result.check(f"{count} processes", wrong, run.exits(0), run.differs(), run.orphans(),
-                     *(f"no {text}" * (text not in run.output()) for text in ("was killed (SIGKILL)", f"{back} at step 12")))
+                     *(f"no {text}" * (text not in run.output()) for text in ("was killed (SIGKILL)", f"{back} at")))
 
 
 @measurement("a process that hangs")

@@ -10,7 +10,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +69,8 @@ def dry_run(argv: list[str] | None) -> int:
     options, table = parse_options(argv), Table()
     with table.check("device"):
         table.processes = join(options.device)
-    try:
+    with closing(table.processes):
         _look(argv, options, table)
-    finally:
-        table.processes.close()
     return table.show()
 
 
@@ -154,11 +152,10 @@ def _run(model: GPT, batch: MicroBatch) -> tuple[float, int, float]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_of(batch)
     loss.backward()
-    begin = time.perf_counter()  # the first one also started everything up
-    again = loss_of(batch)
-    again.backward()
-    mean = again.item() / max(1, len(batch.targets))
+    mean, begin = loss.item() / max(1, len(batch.targets)), time.perf_counter()  # the first one started everything up
+    loss_of(batch).backward()
     if loss.is_cuda:
         torch.cuda.synchronize()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return mean, sum(size for place, size in kept.items() if place not in parameters), time.perf_counter() - begin
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return mean, sum(kept.values()), time.perf_counter() - begin

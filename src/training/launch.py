@@ -19,7 +19,6 @@ import time
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
 
 from cli import Parser, printable_line, run, say
 from errors import DiedError, LostError, UserError, errors_at
@@ -112,13 +111,11 @@ class Trainers:
                 return code, ""
         if stop and (self.killed or ended):
             return 128 + stop, ""
-        names = {int(each): each.name for each in signal.Signals}
-        died = [f"process {rank} " + (f"was killed ({names.get(-code, -code)})" if code < 0 else "failed")
-                + ", often because memory ran out" * (code == -signal.SIGKILL)
-                for rank, code in ended.items() if code < 0 or code == 1]
-        if died:
-            return DiedError.exit_code, ", ".join(died)
-        return LostError.exit_code if self.killed or ended else 0, ""
+        names = {-number: f"was killed ({number.name})" for number in signal.Signals} | {1: "failed"}
+        names[-signal.SIGKILL] += ", often because memory ran out"
+        died = [f"process {rank} {names.get(code, f'was killed ({-code})')}" for rank, code in ended.items()
+                if code < 0 or code == 1]
+        return (DiedError.exit_code if died else LostError.exit_code if self.killed or ended else 0), ", ".join(died)
 
 
 class Launcher:
@@ -129,8 +126,8 @@ class Launcher:
         self.report, self.trainers = Report(processes), Trainers()
         self.begun = f"{folder}/begun"  # the trainers touch it when they begin, and at every step
         self.stop, self.stopped = 0, 0.0  # the signal that asked to stop, and when it came
-        self.waiting, self.notice = 0.0, 0.0  # since when this host has waited for others, and when to say so
-        self.quiet = QUIET  # seconds without a step before that is said, again
+        self.waiting = 0.0  # since when this host has waited for others
+        self.notice, self.quiet = NOTICE, QUIET  # seconds of waiting, and without a step, before that is said (again)
         self.news, self.asked = "", 0  # what was said of the plan, and the start that was asked to save and end
 
     def run(self) -> int:
@@ -179,7 +176,7 @@ class Launcher:
             store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
         else:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
-        self.trainers, self.waiting, self.quiet = Trainers(), 0.0, QUIET
+        self.trainers, self.waiting, self.notice, self.quiet = Trainers(), 0.0, NOTICE, QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
             environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size,
@@ -205,15 +202,13 @@ class Launcher:
 
     def _wait(self, what: str) -> None:
         """Nothing runs here: say what it waits for, but do not wait for ever."""
-        now = time.monotonic()
-        if not self.waiting:
-            self.waiting, self.notice = now, now + NOTICE
-        left = PATIENCE + self.waiting - now
-        if left <= 0:
+        self.waiting = self.waiting or time.monotonic()
+        waited = time.monotonic() - self.waiting
+        if waited >= PATIENCE:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
-        if now >= self.notice:
-            say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {left:.0f} s more"))
-            self.notice = now + min(60.0, now - self.waiting)
+        if waited >= self.notice:
+            self.notice = waited + min(60.0, waited)
+            say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
 
     def _show_end(self, plan: Plan, code: int) -> int:
         """Returns the exit code. Raises the error that ended the run, unless a trainer of this host has shown it."""
@@ -224,10 +219,5 @@ class Launcher:
         return code
 
 
-def _leave(code: int) -> NoReturn:
-    """Without the interpreter's own end, which the thread that talks to torch's store would not survive."""
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    run(main, _leave)
+    run(main, os._exit)  # the thread that talks to torch's store would not survive the interpreter's own end

@@ -54,9 +54,8 @@ class RunLog:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
             self._write("add_scalar", tag, value, step)
-        # JSON has no word for what is not finite
-        self._write("metrics", json.dumps({"step": step} | {
-            tag: value if math.isfinite(value) else None for tag, value in values.items()}))
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # as JSON has it
+        self._write("metrics", json.dumps({"step": step} | finite))
 
     def table(self, tag: str, step: int, rows: Sequence[Sequence[str]]) -> None:
         """Texts side by side; the first row is the heading."""

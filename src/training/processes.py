@@ -46,10 +46,9 @@ class Processes:
         return self._reduced(values, torch.int64, dist.ReduceOp.MAX)
 
     def _reduced(self, values: Sequence[float], dtype: torch.dtype, how: dist.ReduceOp.RedOpType) -> list[Any]:
-        if self.world_size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=dtype, device=self.device)
-        dist.all_reduce(tensor, how)
+        tensor = torch.tensor(values, dtype=dtype, device=self.device if self.world_size > 1 else None)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, how)
         return tensor.tolist()
 
     def gather(self, mine: object) -> list[Any]:
@@ -106,9 +105,9 @@ class Processes:
         expected, end = self.gather(mark())[0], time.monotonic() + 5
         with self.together():
             while mark() != expected:
+                time.sleep(0.25)
                 if time.monotonic() > end:
                     raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
-                time.sleep(0.25)
 
     @contextmanager
     def failures_explained(self, advice: str) -> Iterator[None]:
@@ -145,10 +144,9 @@ def digest(value: object, crc: int = 0) -> int:
     """A checksum of everything in nested tensors and plain values."""
     if isinstance(value, torch.Tensor):
         return zlib.crc32(value.detach().reshape(-1).view(torch.uint8).numpy().data, crc)
-    parts = value.items() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else None
-    if parts is None:
+    if not isinstance(value, (Mapping, list, tuple)):
         return zlib.crc32(repr(value).encode(), crc)
-    for part in parts:
+    for part in value.items() if isinstance(value, Mapping) else value:
         crc = digest(part, crc)
     return crc
 

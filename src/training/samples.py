@@ -28,16 +28,16 @@ def sample_answers(model: GPT, data: InstructData, is_stopped: Callable[[], bool
         start, end = trained_spans(data.example(number).loss_mask)[0]
         return end - start > TOKENS // 2
 
-    pairs: list[tuple[list[int], list[int]]] = []
+    prompts, expected, decode = list[list[int]](), list[list[int]](), tokenizer().decode
     for number in sorted(range(min(CANDIDATES, len(data))), key=is_long):
         document = data.example(number)
         tokens, (start, end) = document.tokens.tolist(), trained_spans(document.loss_mask)[0]
-        if start < model.config.context_length:  # else it has no room for an answer
-            pairs.append((tokens[:start], [token for token in tokens[start:end] if token != END_OF_TEXT]))
-    prompts, decode = [prompt for prompt, _ in pairs[:PROMPTS]], tokenizer().decode
+        if start < model.config.context_length and len(prompts) < PROMPTS:  # and so there is room for an answer
+            prompts.append(tokens[:start])
+            expected.append([token for token in tokens[start:end] if token != END_OF_TEXT])
     answers = dict(finished(model, prompts, TOKENS, stop_token=END_OF_TEXT, is_stopped=is_stopped))
-    samples = []
-    for number, (prompt, expected) in enumerate(pairs[:PROMPTS] if len(answers) == len(prompts) else []):
-        is_ended = len(answers[number]) < min(TOKENS, model.config.context_length - len(prompt))
-        samples.append(Sample(decode(prompt), decode(expected), decode(answers[number]), is_ended))
-    return samples
+    if len(answers) < len(prompts):
+        return []
+    return [Sample(decode(prompt), decode(wanted), decode(answers[number]),
+                   len(answers[number]) < min(TOKENS, model.config.context_length - len(prompt)))
+            for number, (prompt, wanted) in enumerate(zip(prompts, expected))]
