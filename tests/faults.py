@@ -2,8 +2,8 @@
 
     python tests/faults.py [NAME...]        all of it takes about an hour on two cores
 
-Prints a line for each fault: what was tried, how often, how many cases held. What did not hold goes to stderr at
-once. Exits with 1 if anything failed.
+Prints a line for each fault: what was tried, how often, how many cases were as they should be. What was not goes to
+stderr at once. Exits with 1 if anything failed.
 """
 
 import os

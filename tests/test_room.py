@@ -38,8 +38,8 @@ def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeyp
     assert train_instruct.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ") and "room" in line]
-    told = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
-    assert [told in line for line in warnings] == [True] * warns
+    said = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
+    assert [said in line for line in warnings] == [True] * warns
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
@@ -182,13 +182,13 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, mo
     monkeypatch.setattr(progress.log.writer, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
     for step in (1, 2):
         progress.evaluation(step, 1.0, [Sample("prompt", "expected", "answer", True)])
-    told: list[type] = []
-    monkeypatch.setattr(threading, "__excepthook__", lambda failure: told.append(failure.exc_type))
+    said: list[type] = []
+    monkeypatch.setattr(threading, "__excepthook__", lambda failure: said.append(failure.exc_type))
     for error in (OSError(28, "No space left on device"), ValueError("a bug")):  # as TensorBoard's own thread fails
         thread = threading.Thread(target=Mock(side_effect=error))
         thread.start()
         thread.join()
-    assert told == [ValueError]
+    assert said == [ValueError]
     progress.close()
     out = capsys.readouterr().out
     assert out.count("cannot write the log: No space left on device; the run goes on without it") == 1
