@@ -171,6 +171,8 @@ class Launcher:
         first, world_size = sum(plan.members[key] for key in before), sum(plan.members.values())
         # a start of this command that has begun has obeyed --resume; so has one that another host knows of
         is_restart = os.path.exists(self.begun) or (plan.start > 1 and not self.report.start)
+        if is_restart:
+            Path(self.begun).touch()
         store = f"file://{self.folder}/store{plan.start}"
         if self.hosts.endpoint:
             store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
