@@ -128,6 +128,7 @@ def test_wrong_flags_of_torchrun_are_one_line(flags):
 
 
 @pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS)
-@pytest.mark.parametrize("name", ["another --mini_batch_size", "Ctrl-C on the second"])
+@pytest.mark.parametrize("name", ["another --mini_batch_size", "Ctrl-C on the second",
+                                  "a second Ctrl-C on the second"])
 def test_two_hosts_in_short(name):
     assert two_hosts([name]).failures == []

@@ -165,8 +165,10 @@ class Hosts:
         """Let the others know; the first host, without which they cannot go on, stays a while until they have left."""
         if self.leader.plan.code is None:
             self.leader.end(code, f"{name_of(self.key)}, the first host, has left")
-        self._left = True
-        known, end = time.monotonic() + 0.5, time.monotonic() + (15 if self._store else 3)
+        end = time.monotonic() + 3
+        while self.endpoint and time.monotonic() < end and self.plan.goes and self.plan.start == self.report.start:
+            time.sleep(0.05)  # until the leader knows how the processes of this host ended
+        self._left, known, end = True, time.monotonic() + 0.5, time.monotonic() + (15 if self._store else 3)
         while self.endpoint and time.monotonic() < end and (self.heard < known or (self._store and self.leader.here)):
             time.sleep(0.05)
 
