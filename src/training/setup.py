@@ -22,7 +22,7 @@ from training.log import RunLog
 from training.memory import fit
 from training.options import ON_RESUME, parse_options, resumed_options, with_steps
 from training.precision import waits_for_disk
-from training.processes import Processes, comparable, digest, join
+from training.processes import Processes, comparable, digest, join, less_memory
 from training.progress import Progress, columns, say
 from training.saver import Saver
 from training.step import HIGHEST_SCALE, Learner
@@ -94,12 +94,7 @@ def open_run(argv: list[str] | None) -> Iterator[Run]:
             if processes.is_main:
                 mark_begun()
         _find_best(run)
-        half = run.options.mini_batch_size // 2
-        with processes.failures_explained(
-                f"go on with --resume auto --mini_batch_size {half}; the results stay the same" if half else
-                "go on with --resume auto --gradient_checkpointing; the results stay the same"
-                if run.options.gradient_checkpointing == "off" else
-                "not even one example fits; a new run with a smaller --context_length leaves long ones out"):
+        with processes.failures_explained(less_memory(run.options, "go on with --resume auto ")):
             yield run
 
 
@@ -151,7 +146,7 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
             stack.callback(run.progress.close)
             run.progress.about(prepared.manifest, data["train"].lengths)
             say(columns(facts(options, processes, model, data, stream, origin)))
-            for doubt in doubts(options, processes, model, data, stream).values():
+            for doubt in doubts(options, model, data, stream).values():
                 say(f"warning: {doubt}")
     return run
 
