@@ -108,8 +108,8 @@ def trl(folder: Path, setting: str, precision: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     common = {"output_dir": str(folder / setting), "max_length": CONTEXT, "max_steps": 10_000, "use_cpu": True,
-              "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "bf16": precision == "bf16",
-              "gradient_checkpointing": False}
+              "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+              "bf16": precision == "bf16", "gradient_checkpointing": False}
     settings = {"trl_default": {"per_device_train_batch_size": 8},
                 "trl_packed": {"per_device_train_batch_size": 1, "packing": True},
                 "trl_grouped": {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"}}
@@ -159,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         prepare(options.dataset, Path(temporary))
         print(f"\n{machine()}")
-        print("| peer | peer, response tokens/s | ours | response tokens/s | ours / peer (min to max) | peer GB | ours GB |")
+        print("| peer | response tokens/s | ours | response tokens/s | ours / peer (min to max) | peer GB | ours GB |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for peer in options.peers.split(","):
             us = PEERS[peer]

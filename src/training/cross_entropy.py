@@ -28,8 +28,8 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     scalar of weight's type, and the gradient of hidden, or None.
     """
     matrix = weight if copy is None else copy
-    rows = ROWS if copy is None else 2 * ROWS
-    piece_rows = rows if hidden.is_cuda else ROWS
+    rows = ROWS if copy is None else 4 * ROWS if hidden.is_cuda else 2 * ROWS
+    piece_rows = min(rows, 2 * ROWS if hidden.is_cuda else ROWS)
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
     scores = matrix.new_empty(n_rows, len(matrix))
     exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
