@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from errors import LostError, UserError
-from training.precision import device_named
+from training.precision import device_named, name_of
 from weights.durable import LOCK
 
 HOST = platform.node()
@@ -111,13 +111,17 @@ class Processes:
 
     @contextmanager
     def failures_explained(self, advice: str) -> Iterator[None]:
-        """Memory that ran out in here becomes a UserError with this advice, a lost process LostError."""
+        """Memory that ran out in here becomes a UserError with this advice, a GPU without kernels one that says what to
+        install, a lost process LostError."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             text = str(error).partition("\n")[0].partition(". ")[0]
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
                 raise UserError(f"out of memory on {self.device}: {advice}") from error
+            if "no kernel image" in text:
+                raise UserError(f"PyTorch {torch.__version__} has no kernels for {name_of(self.device)}: install a build "
+                                "for an older CUDA, such as 12.6, or add --device cpu") from error
             if self.world_size > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
                 time.sleep(1)  # the process that knows more is the first to say so
                 raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({text})") from error
