@@ -4,7 +4,7 @@ that calls the operator can so be tested, and compiled, where there is no GPU.""
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # noqa: F401  # defines the operators
+import torch.nn.attention.varlen  # defines the operators
 import torch.nn.functional as F
 from torch import Tensor
 
