@@ -24,7 +24,7 @@ class Compiled:
 
         self._model, self._say, self._transform = model, say, torch.compile(transform, fullgraph=True)
         self._works: bool | None = None  # not known before the first micro-batch
-        weight = model.transformer.h[0].attn.c_attn.weight
+        weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")
         if not takes_packed(weight.device, weight.dtype, model.config.head_size):
             self._go_without("it needs the packed attention of GPUs with bf16, in bf16 or fp16")
 
