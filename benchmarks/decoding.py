@@ -1,6 +1,6 @@
 """Decoding one stream against transformers, CTranslate2 and llama.cpp: GPT-2 124M, random weights, on the CPU.
 
-    python benchmarks/decoding.py [--rounds 5] [--peers transformers,ctranslate2_f32,...]
+    python benchmarks/decoding.py [--rounds 5] [--threads 1] [--peers transformers,ctranslate2_f32,...]
 
 A measurement is a prompt of 60 tokens, as the template and a question make, and 128 tokens after it, greedy or, where
 the name ends in _sampled, with chat's default settings; ours and the peer's take turns.
@@ -9,6 +9,7 @@ the name ends in _sampled, with chat's default settings; ours and the peer's tak
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from common import Worker, machine, peak_gb, rate, ratio, serve, take_turns
 from hf_tokenizer import as_hugging_face
 
 PROMPT, NEW = list(range(1000, 1060)), 128
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))  # of a worker
 PEERS = {"transformers": "ours_f32", "ctranslate2_f32": "ours_f32", "llama_f32": "ours_f32", "products": "ours_f32",
          "ctranslate2_int8": "ours_int8", "llama_q8_0": "ours_int8", "ours_f32": "ours_int8",
          "products_int8": "ours_int8", "llama_f32_sampled": "ours_f32_sampled",
@@ -50,16 +52,16 @@ def prepare(folder: Path) -> None:
 def ours(folder: Path, form: str, sampled: bool) -> Callable[[], object]:
     import torch
 
-    from answering.batch import generate_batch
-    from answering.decode_weights import for_decoding
+    from answering.batch import finished
+    from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
     from answering.generate import GREEDY, generate
     from answering.settings import Settings
     from weights.checkpoint import load, model_of
 
     model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
-    for_decoding(model, int8=form == "int8")
+    for_decoding(model, {"int8": OneRowInt8, "batch": FewRows}.get(form, OneRow))
     if form == "batch":
-        return lambda: generate_batch(model, [PROMPT[cut:] for cut in range(8)], NEW)
+        return lambda: list(finished(model, [PROMPT[cut:] for cut in range(8)], NEW))
     settings, generator = Settings() if sampled else GREEDY, torch.Generator().manual_seed(0)
     return lambda: list(generate(model, PROMPT, NEW, settings, generator=generator))
 
@@ -68,11 +70,11 @@ def products(folder: Path, form: str) -> Callable[[], object]:
     """The matrix products of the layers for the prompt and NEW tokens in ours' layouts; those of attention are not."""
     import torch
 
-    from answering.decode_weights import OneRow, Packed
+    from answering.decode_weights import OneRow, OneRowInt8
     from weights.checkpoint import load
 
     weights = load(folder / "ours.pt")["model"]
-    layer_of = OneRow if form == "int8" else Packed
+    layer_of = OneRowInt8 if form == "int8" else OneRow
     layers = [layer_of(tensor, weights.get(name.removesuffix("weight") + "bias"))
               for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name]
     inputs = {(rows, size): torch.randn(rows, size) for rows in (1, len(PROMPT)) for size in (768, 3072)}
@@ -102,21 +104,29 @@ def ctranslate2(folder: Path, name: str) -> Callable[[], object]:
     import ctranslate2
 
     kind = {"ctranslate2_f32": "float32", "ctranslate2_int8": "int8"}[name]
-    generator = ctranslate2.Generator(str(folder / name), compute_type=kind, intra_threads=2)
+    generator = ctranslate2.Generator(str(folder / name), compute_type=kind, intra_threads=THREADS)
     words = as_hugging_face().convert_ids_to_tokens(PROMPT)
     return lambda: generator.generate_batch([words], max_length=NEW, min_length=NEW, sampling_topk=1,
                                             include_prompt_in_result=False)
 
 
 def llama(folder: Path, name: str, sampled: bool) -> Callable[[], object]:
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_cpp
 
     from answering.settings import Settings
 
     settings = Settings()
     how = {"temp": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p, "min_p": 0.0}
+    defaults = llama_cpp.llama_model_default_params
 
-    model = Llama(str(folder / name), n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
+    def without_repacking() -> object:
+        """0.3.36 crashes when it repacks q8_0 for AMX."""
+        params = defaults()
+        params.use_extra_bufts = name != "llama_q8_0"
+        return params
+
+    llama_cpp.llama_model_default_params = without_repacking
+    model = Llama(str(folder / name), n_ctx=1024, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
 
     def work() -> None:
         model.reset()
@@ -147,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="1: seconds of the processor")
     parser.add_argument("--peers", default=",".join(PEERS))
     options = parser.parse_args()
     if options.worker:
@@ -159,7 +170,8 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|", flush=True)
         for peer in options.peers.split(","):
             us = PEERS[peer]
-            found = take_turns({name: Worker(__file__, name, temporary) for name in (us, peer)}, options.rounds)
+            found = take_turns({name: Worker(__file__, name, temporary, threads=options.threads)
+                                for name in (us, peer)}, options.rounds)
             middle, low, high = ratio(found[us], found[peer])
             print(f"| {peer} | {rate(found[peer]):.1f} | {us} | {rate(found[us]):.1f} | {middle:.2f} ({low:.2f} to "
                   f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found[us]):.1f} |", flush=True)

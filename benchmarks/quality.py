@@ -17,7 +17,7 @@ import common  # noqa: F401  (makes src/ importable)
 import torch
 import torch.nn.functional as F
 
-from answering.decode_weights import for_decoding
+from answering.decode_weights import OneRow, OneRowInt8, for_decoding
 from data.shards import open_prepared
 from dataloader_instruct import InstructData
 from model import GPT, KVCache
@@ -72,7 +72,7 @@ def main() -> None:
     models = {name: model_of(load(options.checkpoint), options.checkpoint, torch.device("cpu"))
               for name in ("fp32", "int8")}
     for name, model in models.items():
-        for_decoding(model, int8=name == "int8")
+        for_decoding(model, OneRowInt8 if name == "int8" else OneRow)
     config = models["fp32"].config
     data = InstructData(open_prepared(options.data_dir), "val", config.context_length, config.vocab_size)
     quality(models, data, options.examples)

@@ -1,8 +1,9 @@
-"""Training speed and memory against TRL, and against the bare matrix products: GPT-2 124M, fp32, on the CPU.
+"""Training speed and memory against TRL, and against the bare matrix products: GPT-2 124M on the CPU.
 
-    python benchmarks/training.py --dataset FILE [--rounds 5] [--peers products,trl_grouped,...]
+    python benchmarks/training.py --dataset FILE [--rounds 5] [--threads N] [--peers products,trl_grouped_bf16,...]
 
-Each round is one optimizer step of ours (2,048 tokens) and one of the peer's, in turn, on random weights.
+Each round is one optimizer step of ours (2,048 tokens) and one of the peer's, in turn, on random weights, in fp32, or
+both in bf16 where the name ends so. ours against ours_bf16 shows what --precision bf16 gains.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import Worker, machine, peak_gb, rate, ratio, report, serve, take_turns
+from common import Worker, clock, machine, peak_gb, rate, ratio, report, serve, take_turns
 from hf_tokenizer import as_hugging_face
 
 CONTEXT, MICRO_BATCH = 1024, 2
-PEERS = ("products", "trl_default", "trl_packed", "trl_grouped")
+PEERS = {"products": "ours", "trl_default": "ours", "trl_packed": "ours", "trl_grouped": "ours", "ours": "ours_bf16",
+         "products_bf16": "ours_bf16", "trl_packed_bf16": "ours_bf16", "trl_grouped_bf16": "ours_bf16"}
 
 
 def prepare(dataset: Path, folder: Path) -> None:
@@ -33,7 +35,7 @@ def prepare(dataset: Path, folder: Path) -> None:
     (folder / "pairs.json").write_text(json.dumps(pairs))
 
 
-def ours(folder: Path) -> None:
+def ours(folder: Path, precision: str) -> None:
     import torch
 
     from data.shards import open_prepared
@@ -43,7 +45,7 @@ def ours(folder: Path) -> None:
     from training.processes import Processes
     from training.step import Learner, learning_rate, train_step
 
-    options = parse_options(["--total_batch_size", str(MICRO_BATCH * CONTEXT)])
+    options = parse_options(["--total_batch_size", str(MICRO_BATCH * CONTEXT), "--precision", precision])
     model = GPT(GPTConfig())
     model.init_weights(0)
     data = InstructData(open_prepared(folder / "data"), "train", CONTEXT)
@@ -62,7 +64,7 @@ def ours(folder: Path) -> None:
     serve(work)
 
 
-def products(folder: Path) -> None:
+def products(folder: Path, precision: str) -> None:
     """The matrix products of ours' steps alone: the same shapes forward and backward, nothing else."""
     import torch
 
@@ -71,14 +73,15 @@ def products(folder: Path) -> None:
 
     data = InstructData(open_prepared(folder / "data"), "train", CONTEXT)
     stream = ExampleStream(data.lengths, 1337, MICRO_BATCH * CONTEXT)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
-    weights = {name: torch.randn(size[1], size[0]) for name, size in sizes.items()}
-    embedding = torch.randn(50257, 768)
+    weights = {name: torch.randn(size[1], size[0], dtype=dtype) for name, size in sizes.items()}
+    embedding = torch.randn(50257, 768, dtype=dtype)
     position = Position()
 
     def product(rows: int, weight: torch.Tensor) -> None:
         """x W', then dx = dy W and dW = dy' x."""
-        x, dy = torch.empty(rows, weight.shape[1]).fill_(0.1), torch.empty(rows, weight.shape[0]).fill_(0.1)
+        x, dy = (torch.full((rows, size), 0.1, dtype=dtype) for size in (weight.shape[1], weight.shape[0]))
         torch.mm(x, weight.t())
         torch.mm(dy, weight)
         torch.mm(dy.t(), x)
@@ -98,16 +101,14 @@ def products(folder: Path) -> None:
     serve(work)
 
 
-def trl(folder: Path, setting: str) -> None:
+def trl(folder: Path, setting: str, precision: str) -> None:
     """SFTTrainer, stopped after every optimizer step until the parent asks for the next one."""
-    import time
-
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     common = {"output_dir": str(folder / setting), "max_length": CONTEXT, "max_steps": 10_000, "use_cpu": True,
-              "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "bf16": False,
+              "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "bf16": precision == "bf16",
               "gradient_checkpointing": False}
     settings = {"trl_default": {"per_device_train_batch_size": 8},
                 "trl_packed": {"per_device_train_batch_size": 1, "packing": True},
@@ -126,10 +127,10 @@ def trl(folder: Path, setting: str) -> None:
         def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
             if not sys.stdin.readline():
                 os._exit(0)
-            self.before, self.begin = trainer.units, time.perf_counter()
+            self.before, self.begin = trainer.units, clock()()
 
         def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-            report(trainer.units - self.before, time.perf_counter() - self.begin)
+            report(trainer.units - self.before, clock()() - self.begin)
 
     trainer = Counting(model=model, args=SFTConfig(**common, **settings[setting]), processing_class=as_hugging_face(),
                        train_dataset=Dataset.from_list(json.loads((folder / "pairs.json").read_text())),
@@ -141,25 +142,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="1: measured in seconds of the processor")
     parser.add_argument("--dataset", type=Path, help="Alpaca-style JSON")
     parser.add_argument("--peers", default=",".join(PEERS))
     options = parser.parse_args()
     if options.worker:
-        name, folder = options.worker[0], Path(options.worker[1])
-        {"ours": ours, "products": products}.get(name, lambda folder: trl(folder, name))(folder)
+        name, folder = options.worker[0].removesuffix("_bf16"), Path(options.worker[1])
+        precision = "bf16" if options.worker[0].endswith("_bf16") else "fp32"
+        if name.startswith("trl"):
+            trl(folder, name, precision)
+        else:
+            {"ours": ours, "products": products}[name](folder, precision)
         return
     if options.dataset is None:
         parser.error("--dataset is needed")
     with tempfile.TemporaryDirectory() as temporary:
         prepare(options.dataset, Path(temporary))
         print(f"\n{machine()}")
-        print("| peer | peer, response tokens/s | ours | ours / peer (min to max) | peer GB | ours GB |")
-        print("|---|---|---|---|---|---|", flush=True)
+        print("| peer | peer, response tokens/s | ours | response tokens/s | ours / peer (min to max) | peer GB | ours GB |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         for peer in options.peers.split(","):
-            found = take_turns({name: Worker(__file__, name, temporary) for name in ("ours", peer)}, options.rounds)
-            middle, low, high = ratio(found["ours"], found[peer])
-            print(f"| {peer} | {rate(found[peer]):.1f} | {rate(found['ours']):.1f} | {middle:.2f} ({low:.2f} to "
-                  f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found['ours']):.1f} |", flush=True)
+            us = PEERS[peer]
+            found = take_turns({name: Worker(__file__, name, temporary, threads=options.threads)
+                                for name in (us, peer)}, options.rounds)
+            middle, low, high = ratio(found[us], found[peer])
+            print(f"| {peer} | {rate(found[peer]):.1f} | {us} | {rate(found[us]):.1f} | {middle:.2f} ({low:.2f} to "
+                  f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found[us]):.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,25 +58,23 @@ def find_checkpoint(path: Path | None) -> Path:
                     "demo (./start_instruct_training.sh demo, then ./chat.sh demo)")
 
 
-def open_model(path: Path, device_name: str, quantize: str | None) -> tuple["GPT", dict[str, Any]]:
-    """The model of a checkpoint, ready to answer, and the state that it came from. Raises CheckpointError when it is
-    damaged or was fine-tuned with another template, UserError for a device that cannot be used."""
+def model_for_answers(path: Path, device_name: str, quantize: str | None,
+                      together: bool = False) -> tuple["GPT", dict[str, Any]]:
+    """The model of a checkpoint, ready to answer one question at a time or several together, and the state that it came
+    from. Raises UserError for a device that cannot be used, and like open_model."""
     import torch
 
-    from answering.decode_weights import for_decoding
-    from answering.opened import verified_model
+    from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
+    from answering.opened import open_model
     from training.precision import device_named
-    from weights.pretrained import open_any
 
     device = torch.device(device_named(device_name))
     if quantize and device.type != "cpu":
         raise UserError(f"--quantize int8 is for CPUs, not for {device.type}; leave it out, or add --device cpu")
-    state = open_any(path)
-    if device.type == "cpu":  # read, not mapped: the file may be overwritten while its model is in use
-        state["model"] = {name: tensor.clone() for name, tensor in state["model"].items()}
-    model = verified_model(state, path, device)
+    model, state = open_model(path)
+    model.to(device)
     if device.type == "cpu":
-        for_decoding(model, int8=quantize is not None)
+        for_decoding(model, OneRowInt8 if quantize else FewRows if together else OneRow)
     return model, state
 
 
@@ -105,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     from answering.terminal import Chat
     from errors import errors_at
 
-    model, state = open_model(path, options.device, options.quantize)
+    model, state = model_for_answers(path, options.device, options.quantize, options.jsonl)
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     chat = Chat(model, str(path), settings, remembers=state["multi_turn"], as_json=options.json or options.jsonl)
     is_conversation = sys.stdin.isatty() and options.prompt is None and not options.jsonl

@@ -5,9 +5,9 @@ import errno
 import os
 import re
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import TextIOWrapper
 from typing import Any, NoReturn, TextIO
 
@@ -58,16 +58,31 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     return parse
 
 
-@contextmanager
-def unread_output(*more: int) -> Iterator[None]:
-    """What is printed in here may go unread: when the reader of a pipe or the terminal has left (or for one of more
-    error numbers) it goes nowhere from now on."""
+def write(text: str, stream: TextIO, *, may_be_lost: bool = False) -> None:
+    """Write and flush. Where that is impossible, all that comes later goes nowhere. When it was standard output, and
+    the text may not be lost, the program leaves, saying so, or raises BrokenPipeError when the reader has left."""
     try:
-        yield
+        stream.write(text)
+        stream.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO, *more):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout and not may_be_lost:
+            if isinstance(error, BrokenPipeError):
+                raise
+            write(f"error: standard output: {error.strerror}\n", sys.stderr)
+            raise SystemExit(UserError.exit_code) from error
+
+
+def fill(text: str, indent: int = 2) -> str:
+    """A line, on a terminal wrapped to its width, with an indent from the second on."""
+    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    return textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, break_long_words=False,
+                         break_on_hyphens=False) if 0 < width < len(text) else text
+
+
+def say(text: str) -> None:
+    """Print lines of a program that goes on whatever becomes of its output."""
+    write("\n".join(map(fill, printable(text).split("\n"))) + "\n", sys.stdout, may_be_lost=True)
 
 
 def _says_it() -> bool:
@@ -79,21 +94,6 @@ def _says_it() -> bool:
         return False
     except (KeyError, OSError):
         return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def write(text: str, stream: TextIO) -> None:
-    """Write and flush. Where that is impossible, what follows goes nowhere; when it was standard output, the program
-    leaves, saying so, or raises BrokenPipeError when the reader has left."""
-    try:
-        stream.write(text)
-        stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if stream is sys.stdout:
-            if isinstance(error, BrokenPipeError):
-                raise
-            write(f"error: standard output: {error.strerror}\n", sys.stderr)
-            raise SystemExit(UserError.exit_code) from error
 
 
 def _mend_streams() -> None:
@@ -110,9 +110,8 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
     code = 0
     _mend_streams()
     try:
-        with unread_output():
-            code = main()
-            sys.stdout.flush()
+        code = main()
+        sys.stdout.flush()
     except UserError as error:
         code = error.exit_code
         if _says_it():
@@ -121,7 +120,10 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
         code = left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO):  # nobody is there to read
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            traceback.print_exc()
+            code = 1
     leave(code)

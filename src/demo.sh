@@ -4,8 +4,10 @@
 # Everything goes to demo/, where data, checkpoints and runs are made anew; nothing else of yours is touched.
 # It stands here to be read; start_instruct_training.sh finds the environment and runs it.
 
+steps="--max_steps 320"
+[[ " $* " != *" --epochs"* ]] || steps=""
 training=(--data_dir demo/data --checkpoint_dir demo/checkpoints --tensorboard_dir demo/runs --from_scratch 4,4,128
-    --context_length 128 --total_batch_size 1024 --max_steps 320 --learning_rate 2e-3 --min_lr 2e-4 --warmup_steps 30
+    --context_length 128 --total_batch_size 1024 $steps --learning_rate 2e-3 --min_lr 2e-4 --warmup_steps 30
     --weight_decay 0.1 --eval_freq 100 --checkpoint_freq 100 --keep_last 1 --log_freq 20 --device cpu "$@")
 
 case " $* " in

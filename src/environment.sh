@@ -42,31 +42,31 @@ fill_command() {  # PYTHON FILES...: prints what would install them; environment
 
 choose_environment() {  # FILES...: sets $python, and $lacking: empty, or what is to be installed into .venv first
     local active="" how
-    told=""  # why the active environment is not used
+    why=""  # the active environment is not used
     for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} \
         .venv/bin/python python3; do
         lacking=$(lacks "$python" "$@")
         if [ -z "$lacking" ]; then
-            [ -z "$told" ] || echo "note: $told; using $python" >&2
+            [ -z "$why" ] || echo "note: $why; using $python" >&2
             return 0
-        elif [ "$python" != .venv/bin/python ] && [ "$python" != python3 ]; then
-            told=${told:-the active environment ${python%/bin/python} lacks $lacking}
-            [ ! -x "$python" ] || active=${active:-$python}
         fi
+        case "$python" in
+            .venv/*) [ ! -x "$python" ] || return 0 ;;
+            python3) ;;
+            *)
+                why=${why:-the active environment ${python%/bin/python} lacks $lacking}
+                [ ! -x "$python" ] || active=${active:-$python} ;;
+        esac
     done
-    if [ -x .venv/bin/python ]; then
-        python=.venv/bin/python
-        lacking=$(lacks "$python" "$@")
-    elif [ -n "$active" ]; then
-        how="to fill it: $(fill_command "$active" "$@")"
-        [ -z "$(lacks "$active")" ] || how="install a newer one"
-        fail "$told; $how; or deactivate it, and ./start_instruct_training.sh demo makes .venv"
-    fi
+    [ -n "$active" ] || return 0
+    how="to fill it: $(fill_command "$active" "$@")"
+    [ -z "$(lacks "$active")" ] || how="install a newer one"
+    fail "$why; $how; or deactivate it, and ./start_instruct_training.sh demo makes .venv"
 }
 
 use_environment() {  # sets $python, or fails with what to do
     choose_environment requirements.txt
-    [ -z "$lacking" ] || fail "no environment with the requirements (${told:+$told, }$python lacks $lacking); run" \
+    [ -z "$lacking" ] || fail "no environment with the requirements (${why:+$why, }$python lacks $lacking); run" \
         "./start_instruct_training.sh demo, or: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
 }
 
@@ -78,7 +78,7 @@ fill_environment() {  # FILES...: after choose_environment; makes .venv and inst
         "install python3-venv)"
     python=.venv/bin/python
     "$python" -m pip --version > /dev/null 2>&1 || fail ".venv has no pip; to fill it: $(fill_command "$python" "$@")"
-    [ -z "$told" ] || echo "note: $told; using .venv" >&2
+    [ -z "$why" ] || echo "note: $why; using .venv" >&2
     "$python" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || fail "pip could not" \
         "install $*"
 }

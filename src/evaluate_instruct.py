@@ -9,7 +9,7 @@ anything is computed.
 import json
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from errors import CheckpointError, UserError, errors_at
 
 if TYPE_CHECKING:
     from answering.scores import Case
-    from model import GPTConfig
 
 DEFAULT = (Path("checkpoints/best_model.pt"), Path("checkpoints_instruct/best_model.pt"))
 SCORES = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "ended": "{:.1%}", "tokens": "{:.1f}", "repeated": "{:.1%}",
@@ -52,30 +51,60 @@ def parse_options(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def open_checkpoint(path: Path) -> "tuple[dict[str, Any], GPTConfig]":
-    """A checkpoint or pre-trained model, verified. Raises UserError or CheckpointError when it is missing, damaged, of
-    another template, or of another tokenizer."""
+def report_of(options: Namespace) -> dict[str, Any]:
+    """What --json prints: the scores of each checkpoint, and each prompt as the models read it, the response that was
+    expected after it, and the answers."""
     import torch
+    from tqdm import tqdm
 
-    from answering.opened import verified_model
-    from weights.pretrained import open_any
+    from answering.opened import open_model
+    from answering.scores import evaluate
+    from instruct_format import tokenizer
+    from training.precision import device_named
 
-    state = open_any(path)
-    return state, verified_model(state, path, torch.device("cpu")).config
+    paths = options.checkpoints or [path for path in DEFAULT if path.exists()]
+    if not paths:
+        raise UserError(f"no {' or '.join(map(str, DEFAULT))}; name a checkpoint, or fine-tune first")
+    device, opened = torch.device(device_named(options.device)), [open_model(path) for path in paths]
+    cases, left_out = read_cases(options, min(model.config.context_length for model, _ in opened))
+    decode = tokenizer().decode
+    report: dict[str, Any] = {
+        "source": str(options.prompts or options.dataset or options.data_dir), "examples": len(cases),
+        "left_out": left_out, "max_new_tokens": options.max_new_tokens, "checkpoints": [],
+        "answers": [{"prompt": decode(case.prompt), "expected": decode(case.expected) if case.spans else None,
+                     "answers": []} for case in cases]}
+    for path in paths:
+        model, state = opened.pop(0)  # so that no more than one is in memory
+        bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when it is a terminal
+        with errors_at(path, CheckpointError, raised=CheckpointError):
+            scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
+        about = f"step {state['step']}" if state["template"] else "pre-trained"
+        report["checkpoints"].append({"checkpoint": str(path), "about": about, **scores._asdict()})
+        for case, (tokens, is_ended) in zip(report["answers"], answers):
+            case["answers"].append({"text": decode(tokens), "ended": is_ended})
+    return report
 
 
 def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], int]":
     """What is to be scored, and how many examples were left out because they are too long. Raises UserError where the
     source is missing or broken."""
     from answering.scores import Case
+    from data.shards import open_prepared
+    from dataloader_instruct import InstructData
     from instruct_format import trained_spans
 
     left_out = 0
     if options.prompts:
         cases = [Case(tokens, []) for tokens in _prompts(options.prompts, context_length)]
     else:
-        documents, left_out = (_dataset(options.dataset, context_length) if options.dataset else
-                               _prepared(options, context_length))
+        if options.dataset:
+            examples = _dataset(options.dataset)
+            documents = [each for each in examples if len(each[0]) <= context_length]
+            left_out = len(examples) - len(documents)
+        else:
+            data = InstructData(open_prepared(options.data_dir), options.split, context_length)
+            documents = [data.example(number) for number in _spread(len(data), options.examples or len(data))]
+            left_out = data.left_out
         cases = [Case(list(map(int, tokens)), spans) for tokens, mask in documents if (spans := trained_spans(mask))]
     if not cases:
         raise UserError(f"{options.prompts or options.dataset or options.data_dir}: nothing to evaluate that fits a "
@@ -93,18 +122,14 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.questions import questions_of
 
     with errors_at(path), path.open("rb") as file:
-        lines = list(questions_of(file.readline, "", as_objects=False))
-    for asked in lines:
-        try:
-            if asked.error:
-                raise UserError(asked.error)
-            yield encode_question(asked.question, context_length)
-        except UserError as error:
-            raise UserError(f"{path}: line {asked.line}: {error}") from error
+        for line, _, tokens in questions_of(file.readline, "", False, partial(encode_question, context_length)):
+            if isinstance(tokens, UserError):
+                raise UserError(f"{path}: line {line}: {tokens}")
+            yield tokens
 
 
-def _dataset(dataset: str, context_length: int) -> tuple[list[tuple[Any, Any]], int]:
-    """The documents that fit, and the number of the others."""
+def _dataset(dataset: str) -> list[tuple[Any, Any]]:
+    """Tokens and loss mask of each row."""
     from data.rows import BadRow, open_sources
     from data.shapes import Shapes
     from instruct_format import encode_conversation
@@ -115,71 +140,7 @@ def _dataset(dataset: str, context_length: int) -> tuple[list[tuple[Any, Any]], 
             raise UserError(f"{place}: {row}")
         if any(turn.output for turn in row.turns):
             documents.append(encode_conversation(row.turns))
-    short = [document for document in documents if len(document[0]) <= context_length]
-    return short, len(documents) - len(short)
-
-
-def _prepared(options: Namespace, context_length: int) -> tuple[list[tuple[Any, Any]], int]:
-    from data.shards import open_prepared
-    from dataloader_instruct import InstructData
-
-    data = InstructData(open_prepared(options.data_dir), options.split, context_length)
-    return [data.example(number) for number in _spread(len(data), options.examples or len(data))], data.left_out
-
-
-def evaluate(path: Path, state: dict[str, Any], cases: "Sequence[Case]", limit: int,
-             device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A checkpoint's scores, and its answers of at most limit tokens. Raises CheckpointError when its weights give no
-    finite numbers."""
-    import torch
-    from tqdm import tqdm
-
-    from answering.batch import finished
-    from answering.decode_weights import for_decoding
-    from answering.scores import response_losses, scores_of
-    from instruct_format import END_OF_TEXT, tokenizer
-    from weights.checkpoint import model_of
-
-    model = model_of(state, path, torch.device(device))
-    if device == "cpu":
-        for_decoding(model, int8=False)
-    limits = [min(limit, model.config.context_length - len(case.prompt)) for case in cases]
-    scored = [case for case in cases if case.spans]
-    bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when that is a terminal
-    try:
-        losses = list(bar(response_losses(model, scored), total=len(scored)))
-        found = dict(bar(finished(model, [case.prompt for case in cases], limits, stop_token=END_OF_TEXT),
-                         total=len(cases)))
-        answers = [found[index] for index in range(len(cases))]
-        ended = [len(answer) < most for answer, most in zip(answers, limits)]
-        scores = scores_of(cases, losses, answers, ended)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    about = f"step {state['step']}" if state["template"] else "pre-trained"
-    return ({"checkpoint": str(path), "about": about, **scores._asdict()},
-            [{"text": tokenizer().decode(answer), "ended": end} for answer, end in zip(answers, ended)])
-
-
-def report_of(options: Namespace) -> dict[str, Any]:
-    """What --json prints: the scores of each checkpoint, and each prompt as the models read it, the response that was
-    expected after it, and the answers."""
-    from training.precision import device_named
-
-    paths = options.checkpoints or [path for path in DEFAULT if path.exists()]
-    if not paths:
-        raise UserError(f"no {' or '.join(map(str, DEFAULT))}; name a checkpoint, or fine-tune first")
-    device, opened = device_named(options.device), [open_checkpoint(path) for path in paths]
-    cases, left_out = read_cases(options, min(config.context_length for _, config in opened))
-    found = [evaluate(path, state, cases, options.max_new_tokens, device) for path, (state, _) in zip(paths, opened)]
-    from instruct_format import tokenizer
-
-    texts = [[None if tokens is None else tokenizer().decode(tokens) for tokens in (case.prompt, case.expected)]
-             for case in cases]
-    return {"source": str(options.prompts or options.dataset or options.data_dir), "examples": len(cases),
-            "left_out": left_out, "max_new_tokens": options.max_new_tokens,
-            "checkpoints": [scores for scores, _ in found],
-            "answers": [{"prompt": prompt, "expected": expected, "answers": list(answers)}
-                        for (prompt, expected), *answers in zip(texts, *(answers for _, answers in found))]}
+    return documents
 
 
 def tables_of(report: dict[str, Any], show: int) -> tuple[list[str], list[list[str]], list[list[str]]]:

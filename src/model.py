@@ -7,8 +7,8 @@ matrix is the token embedding itself, so it has no parameter of its own. No loss
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +93,8 @@ def attend_packed(documents: Documents) -> Attend:
     return attend
 
 
-def again_in_backward(module: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """module(*inputs), of which only the inputs are kept for the backward pass."""
-    found = torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(found, Tensor)
-    return found
+# of what is called so, only the inputs are kept for the backward pass
+again_in_backward = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class KVCache:

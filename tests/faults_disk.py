@@ -40,14 +40,14 @@ def _complaints(here: Lab, folder: Path, limit: int, logs: Path) -> list[str]:
     flags = here.flags("--keep_last", 2, "--checkpoint_freq", 1, "--checkpoint_dir", folder, "--tensorboard_dir", logs)
     limited = ["prlimit", f"--fsize={limit}"] if limit else []
     run = run_command(*limited, sys.executable, SRC / "train_instruct.py", *flags, env={"OMP_NUM_THREADS": "1"})
-    errors, told = run.error_lines, run.stdout.splitlines()
+    errors, said = run.error_lines, run.stdout.splitlines()
     words = (f"error: {folder}/", "cannot write it: ", "bytes are needed", "are free")
-    saved = max((int(line[-9:-3]) for line in told if line.startswith("saved ")), default=0)
-    warned = any(line.startswith(f"warning: {folder}: 3 step files") for line in told)
+    saved = max((int(line[-9:-3]) for line in said if line.startswith("saved ")), default=0)
+    warned = any(line.startswith(f"warning: {folder}: 3 step files") for line in said)
     left = [path.name for path in folder.glob("*.tmp")]
     damaged = [path.name for path in folder.glob("*.pt") if not checkpoint.load(path)]
     return [f"exit {run.code}" * (run.code != 2),
-            f"told {errors}" * (len(errors) != 1 or not all(word in errors[0] for word in words)),
+            f"said {errors}" * (len(errors) != 1 or not all(word in errors[0] for word in words)),
             f"left {left}" * bool(left), f"damaged {damaged}" * bool(damaged),
             f"step {newest(folder)} after saving {saved}" * (newest(folder) < saved),
             "no warning" * (not limit and not warned)]

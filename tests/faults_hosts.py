@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conftest import SRC
-from faults_tools import FINAL, STEPS, Lab, Result, Trainer, measurement, newest, processes
-from helpers import random_examples, same_state, small_model, trajectory, write_data, write_pretrained
+from faults_tools import STEPS, Lab, Result, Trainer, measurement, newest
+from helpers import random_examples, small_model, write_data, write_pretrained
 
 HOSTS = ("hostC", "hostD")
 # sets the name of the host, then becomes the command
@@ -71,84 +69,44 @@ def why_not() -> str:
         return f"needs network namespaces, so root and iproute2: {getattr(error, 'stderr', b'') or error!r}"
 
 
-class Launched:
-    """The launcher on one host, its output in a file."""
+class Launched(Trainer):
+    """The launcher on one of two hosts."""
 
-    def __init__(self, net: Cable, number: int, folder: Path, flags: list[str], processes: int = 1, nnodes: str = "2",
-                 lab: Lab | None = None, fault: dict[str, Any] | None = None) -> None:
-        folder.parent.mkdir(exist_ok=True)
-        self.folder, self.log = folder, Path(f"{folder}.{HOSTS[number]}.{time.monotonic_ns()}")
-        command = ["ip", "netns", "exec", net.spaces[number], "unshare", "--uts", sys.executable, "-c", NAMED,
-                   HOSTS[number], sys.executable, "-m", "training.launch", str(processes), "--checkpoint_dir",
-                   str(folder), "--tensorboard_dir", f"{folder}.tb", *flags]
-        meeting = f"--nnodes={nnodes} --rdzv_backend=c10d --rdzv_endpoint=10.77.0.1:29500 --rdzv_id=instruct"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHRUN_FLAGS": meeting,
-                       "PYTHONPATH": str(lab.faulty if lab and fault else SRC),
-                       "FAULT": json.dumps({**(fault or {}), "marker": f"{folder}.marker"}),
-                       "GLOO_SOCKET_IFNAME": net.ends[number]}
-        self.begin = time.monotonic()
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def shows(self, text: str, seconds: float = 240) -> bool:
-        """Wait until this stands in the output."""
-        end = time.monotonic() + seconds
-        while text not in self.output() and self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
-        return text in self.output()
-
-    def exits(self, *wanted: int) -> str:
-        """A complaint unless it ends with one of these exit codes."""
-        try:
-            code = self.process.wait(240)
-        except subprocess.TimeoutExpired:
-            code = -99
-        return f"exit {code}: {self.output()[-400:]}" * (code not in wanted)
+    def __init__(self, net: Cable, number: int, lab: Lab, folder: Path, flags: list[str], processes: int = 1,
+                 nnodes: str = "2", fault: dict[str, Any] | None = None) -> None:
+        super().__init__(lab, folder, processes, flags, {**(fault or {}), "launcher": 1}, [
+            "ip", "netns", "exec", net.spaces[number], "unshare", "--uts", sys.executable, "-c", NAMED, HOSTS[number]],
+            TORCHRUN_FLAGS=f"--nnodes={nnodes} --rdzv_endpoint=10.77.0.1:29500", GLOO_SOCKET_IFNAME=net.ends[number])
+        self.processes = 2 * processes  # of the run
 
     def kill(self) -> None:
         """The host is gone: its launcher and all that it started."""
-        for pid in (self.process.pid, *trainers(self.process.pid)):
+        for pid in (self.process.pid, *self.ranks()):
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
-
-
-def trainers(launcher: int) -> list[int]:
-    return processes("stat", lambda stat: int(stat.rpartition(b")")[2].split()[1]) == launcher)
 
 
 class Pair:
     """The launchers of both hosts for one run."""
 
-    def __init__(self, net: Cable, here: Lab, *flags: object, processes: int = 1, nnodes: str = "2",
-                 more: tuple[object, ...] = (), folder: Path | None = None, hosts: tuple[int, ...] = (0, 1),
-                 **fault: Any) -> None:
-        self.here, self.processes = here, processes
-        self.folder = folder or here.new_folder()
-        self.flags = here.flags("--checkpoint_freq", 2, *flags)
-        self.how: dict[str, Any] = {"processes": processes, "nnodes": nnodes, "lab": here, "fault": fault}
-        self.net, self.more = net, [str(flag) for flag in more]
+    def __init__(self, net: Cable, here: Lab, *flags: object, more: tuple[object, ...] = (), folder: Path | None = None,
+                 hosts: tuple[int, ...] = (0, 1), processes: int = 1, nnodes: str = "2", **fault: Any) -> None:
+        self.net, self.here, self.folder = net, here, folder or here.new_folder()
+        self.flags, self.more = here.flags("--checkpoint_freq", 2, *flags), [str(flag) for flag in more]
+        self.how: dict[str, Any] = {"processes": processes, "nnodes": nnodes, "fault": fault}
         self.both = [self.start(number) for number in hosts]
 
     def start(self, number: int) -> Launched:
-        return Launched(self.net, number, self.folder, self.flags + self.more * number, **self.how)
+        return Launched(self.net, number, self.here, self.folder, self.flags + self.more * number, **self.how)
 
     def exits(self, code: int) -> list[str]:
         return [each.exits(code) for each in self.both]
 
     def differs(self) -> str:
-        if not (self.folder / FINAL).exists():
-            return "it has no end"
-        whole = self.here.whole(2 * self.processes)
-        return "another end" * (not same_state(trajectory(self.folder / FINAL), trajectory(whole)))
+        return self.both[0].differs()
 
     def orphans(self) -> str:
-        found = processes("cmdline", lambda command: f"{self.folder}\0".encode() in command)
-        for pid in found:
-            os.kill(pid, signal.SIGKILL)
-        return f"{len(found)} processes are left" * bool(found)
+        return self.both[0].orphans()
 
 
 def same_bits(net: Cable, here: Lab, processes: int) -> list[str]:
@@ -167,27 +125,27 @@ def started_differently(net: Cable, here: Lab, flag: str, value: object) -> list
     name = {"the data": "--data_dir", "the weights": "--pretrained_model"}.get(flag, flag)
     pair = Pair(net, here, more=(name, value))
     wrong = pair.exits(2)
-    told = [[line for line in each.output().splitlines() if "error" in line] for each in pair.both]
-    return [*wrong, *(f"told {lines}" for lines in told if len(lines) != 1 or not all(
+    said = [[line for line in each.output().splitlines() if "error" in line] for each in pair.both]
+    return [*wrong, *(f"said {lines}" for lines in said if len(lines) != 1 or not all(
         word in lines[0] for word in (f"started differently: {flag} is ", " on hostC, ", " on hostD")))]
 
 
 def one_is_wrong(net: Cable, here: Lab, flag: str, value: str, reason: str) -> list[str]:
-    """An error of one host is told there with its name; the other says which host stopped it."""
+    """An error of one host is said there with its name; the other says which host stopped it."""
     pair = Pair(net, here, more=(flag, here.folder / value))
     wrong = pair.exits(2)
     for each, begin in zip(pair.both, ("error: stopped by hostD: ", "error: hostD: ")):
         lines = [line for line in each.output().splitlines() if "error" in line]
-        wrong.append(f"told {lines}" * (len(lines) != 1 or not lines[0].startswith(begin) or reason not in lines[0]))
+        wrong.append(f"said {lines}" * (len(lines) != 1 or not lines[0].startswith(begin) or reason not in lines[0]))
     return wrong
 
 
 def waiting_is_told(net: Cable, here: Lab, number: int, what: str) -> list[str]:
     """A host alone says what it waits for; Ctrl-C leaves."""
-    alone = Launched(net, number, here.new_folder(), here.flags())
-    told, seconds = alone.shows(f"waiting for {what}"), time.monotonic() - alone.begin
+    alone = Launched(net, number, here, here.new_folder(), here.flags())
+    said, seconds = alone.shows(f"waiting for {what}"), time.monotonic() - alone.begin
     alone.process.send_signal(signal.SIGINT)
-    return ["said nothing" * (not told), f"after {seconds:.0f} s" * (seconds > 10), alone.exits(130)]
+    return ["said nothing" * (not said), f"after {seconds:.0f} s" * (seconds > 10), alone.exits(130)]
 
 
 def ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
@@ -216,9 +174,9 @@ def a_process_is_killed(net: Cable, here: Lab) -> list[str]:
     """kill -9 of a trainer of the second host: both say so, and the run goes on to the same bits."""
     pair = Pair(net, here, phase="step", at=6, seconds=2)
     pair.both[0].shows("step 5/")
-    os.kill(trainers(pair.both[1].process.pid)[0], signal.SIGKILL)
-    told = "hostD: process 1 was killed (SIGKILL), often because memory ran out"
-    return [*pair.exits(0), pair.differs(), *("not told" * (told not in each.output()) for each in pair.both)]
+    os.kill(pair.both[1].ranks()[0], signal.SIGKILL)
+    said = "hostD: process 1 was killed (SIGKILL), often because memory ran out"
+    return [*pair.exits(0), pair.differs(), *("not said" * (said not in each.output()) for each in pair.both)]
 
 
 def a_host_joins(net: Cable, here: Lab) -> list[str]:
@@ -226,9 +184,9 @@ def a_host_joins(net: Cable, here: Lab) -> list[str]:
     pair = Pair(net, here, nnodes="1:2", hosts=(0,), phase="step", at=6, seconds=15)
     pair.both[0].shows("step 5/")
     pair.both.append(pair.start(1))
-    wrong, told = pair.exits(0), pair.both[0].output()
-    return [*wrong, "not told" * ("hostD joins" not in told), "not resumed" * ("resumed from" not in told),
-            "not both" * ("cpu, 2 processes" not in told), "no end" * (newest(pair.folder) != STEPS)]
+    wrong, said = pair.exits(0), pair.both[0].output()
+    return [*wrong, "not said" * ("hostD joins" not in said), "not resumed" * ("resumed from" not in said),
+            "not both" * ("cpu, 2 processes" not in said), "no end" * (newest(pair.folder) != STEPS)]
 
 
 def a_host_comes_back(net: Cable, here: Lab, number: int) -> list[str]:
@@ -243,14 +201,26 @@ def a_host_comes_back(net: Cable, here: Lab, number: int) -> list[str]:
             "no end" * (newest(pair.folder) != STEPS)]
 
 
+def the_first_host_is_gone(net: Cable, here: Lab) -> list[str]:
+    """It does not come back: the other ends with one line that names it, within two minutes."""
+    pair = Pair(net, here, phase="step", at=6, seconds=2)
+    pair.both[0].shows("step 5/")
+    pair.both[0].kill()
+    begin = time.monotonic()
+    wrong, seconds = pair.both[1].exits(1), time.monotonic() - begin
+    lines = [line for line in pair.both[1].output().splitlines() if "error" in line]
+    return [wrong, f"it took {seconds:.0f} s" * (seconds > 120), pair.orphans(), f"said {lines}" * (
+        len(lines) != 1 or not lines[0].startswith("error: hostC, the first host of the run, is gone"))]
+
+
 def a_dead_link(net: Cable, here: Lab) -> list[str]:
     """The cable is pulled in a step: both say who is gone; once it is back the run goes on to the same bits."""
     pair = Pair(net, here, phase="step", at=6, seconds=2)
     pair.both[0].shows("step 5/")
     net.pull(1)
     begin, wrong = time.monotonic(), []
-    for each, told in zip(pair.both, ("hostD is gone", "waiting for 10.77.0.1:29500, where the hosts meet")):
-        wrong.append(f"{told}: not told" * (not each.shows(told, 120)))
+    for each, said in zip(pair.both, ("hostD is gone", "waiting for 10.77.0.1:29500, where the hosts meet")):
+        wrong.append(f"{said}: not said" * (not each.shows(said, 120)))
     wrong.append(f"it took {time.monotonic() - begin:.0f} s" * (time.monotonic() - begin > 60))
     net.pull(1, "up")
     return [*wrong, *pair.exits(0), pair.differs(), pair.orphans()]
@@ -275,6 +245,7 @@ CASES: dict[str, Callable[[Cable, Lab], list[str]]] = {
     "the second host dies": partial(a_host_comes_back, number=1),
     "the first host dies": partial(a_host_comes_back, number=0),
     "a dead link": a_dead_link,
+    "the first host is gone": the_first_host_is_gone,
 }
 
 

@@ -85,13 +85,13 @@ def rank_dies(result: Result, here: Lab, times: int, kills: int = 3) -> None:
             time.sleep(choose.random() * 0.05)
             if ranks := run.ranks():
                 os.kill(choose.choice(ranks), signal.SIGKILL)
-                killed, told = time.monotonic(), len(run.output())
-                run.wait_for(lambda run, told=told: "resumed from" in run.output()[told:])
+                killed, said = time.monotonic(), len(run.output())
+                run.wait_for(lambda run, said=said: "resumed from" in run.output()[said:])
                 seconds.append(f"{time.monotonic() - killed:.0f}")
         code, starts = run.wait(), len(run.lines("model "))
         reasons = {line.strip()[:200] for line in run.output().splitlines() if "Error: " in line}
-        told = run.output().count("was killed (SIGKILL), often because memory ran out")
-        result.check(f"run {number}", f"exit {code}: {reasons}" * (code != 0), f"told {told} times" * (told != kills),
+        said = run.output().count("was killed (SIGKILL), often because memory ran out")
+        result.check(f"run {number}", f"exit {code}: {reasons}" * (code != 0), f"said {said} times" * (said != kills),
                      f"{starts} starts" * (starts != kills + 1), run.differs(), run.orphans())
         notes.append(f"started again after {', '.join(seconds)} s")
     result.notes = "; ".join(notes)
@@ -105,9 +105,9 @@ def memory(result: Result, here: Lab, cases: Sequence[tuple[int, list[int]]] = M
     """torch.OutOfMemoryError in a step, on one process, one of two, both: one line, one start, and its advice helps."""
     for processes, ranks in cases:
         run = here.start(processes, "--checkpoint_freq", 2, full=6, ranks=ranks, launcher=1)
-        wrong, told = run.exits(2), [line for line in run.output().splitlines() if "rror" in line]
-        advice = re.search("out of memory on cpu: go on with (--resume auto --mini_batch_size 1);", "".join(told))
-        result.check(f"{processes} processes, ranks {ranks}", wrong, f"told {told}" * (len(told) != 1 or not advice),
+        wrong, said = run.exits(2), [line for line in run.output().splitlines() if "rror" in line]
+        advice = re.search("out of memory on cpu: go on with (--resume auto --mini_batch_size 1);", "".join(said))
+        result.check(f"{processes} processes, ranks {ranks}", wrong, f"said {said}" * (len(said) != 1 or not advice),
                      "several starts" * (len(run.lines("model ")) != 1), "more lines" * ("Many more" in run.output()),
                      run.orphans(), run.again(advice[1].split() if advice else []).exits(0),
                      "no end" * (newest(run.folder) != STEPS))
@@ -121,9 +121,28 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
         run.wait_for(Trainer.stopped)
         os.kill(run.ranks()[number % 2], signal.SIGKILL)
         wrong, starts = run.exits(1), len(run.lines("model "))
-        told = run.output().count("A process of the run died before the first checkpoint")
+        said = run.output().count("A process of the run died before the first checkpoint")
         result.check(f"rank {number % 2}", wrong, f"{starts} starts" * (starts != 1),
-                     f"told {told} times" * (told != 1), run.orphans())
+                     f"said {said} times" * (said != 1), run.orphans())
+
+
+@measurement("kill -9 before a start has begun")
+def dies_before_it_began(result: Result, here: Lab, processes: Sequence[int] = (1, 2)) -> None:
+    """A run that goes back to an older step is killed in its set-up: the next start goes back there, as was asked."""
+    for count in processes:
+        first = here.start(count)
+        wrong, back = first.exits(0), first.folder / "step_000012.pt"
+        run = Trainer(here, first.folder, count, ["--resume", str(back)], {"dies": 0, "launcher": 1})
+        result.check(f"{count} processes", wrong, run.exits(0), run.differs(), run.orphans(),
+                     *(f"no {text}" * (text not in run.output()) for text in ("was killed (SIGKILL)", f"{back} at")))
+
+
+@measurement("a process that hangs")
+def hangs(result: Result, here: Lab) -> None:
+    """The launcher says that no step ends (here after two seconds), and the run goes on when one does."""
+    run = here.start(1, "--checkpoint_freq", 100, phase="step", at=5, seconds=5, launcher=1, quiet=2)
+    result.check("one process", run.exits(0), run.differs(),
+                 "not said" * ("warning: no step has ended for" not in run.output()))
 
 
 @measurement("system calls of every save, traced")
@@ -134,7 +153,7 @@ def write_order(result: Result, here: Lab) -> None:
     logs = here.folder / "tb"
     flags = here.flags("--keep_last", 2, "--max_steps", 8, "--checkpoint_dir", folder, "--tensorboard_dir", logs)
     run = run_command("strace", "-f", "-y", "-o", trace, "-e", calls, sys.executable, SRC / "train_instruct.py", *flags,
-                      timeout=240, env={"OMP_NUM_THREADS": "1"})
+                      timeout=120, env={"OMP_NUM_THREADS": "1"})
     assert run.code == 0, run.stderr
     events = _events(trace.read_text(), str(folder))
     for step in range(1, 9):

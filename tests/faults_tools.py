@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -47,8 +47,8 @@ class Result:
             print(f"    {name}: {found}", file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
-        held = f"{self.count - len(self.failures)} of {self.count} held"
-        return f"{self.tried}: {held}" + f" ({self.notes})" * bool(self.notes)
+        right = f"{self.count - len(self.failures)} of {self.count} as they should be"
+        return f"{self.tried}: {right}" + f" ({self.notes})" * bool(self.notes)
 
 
 def measurement(tried: str, config: GPTConfig = SMALL) -> Callable[[Callable[..., None]], Callable[..., Result]]:
@@ -101,26 +101,31 @@ class Lab:
 
 
 class Trainer:
-    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Two faults
-    concern the start: launcher, for one process too, and nohup."""
+    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Three faults
+    concern the start: launcher, for one process too; nohup; quiet, the seconds after which a hang is said."""
 
-    def __init__(self, lab: Lab, folder: Path, processes: int, flags: list[str], fault: dict | None = None) -> None:
+    def __init__(self, lab: Lab, folder: Path, processes: int, flags: list[str], fault: dict | None = None,
+                 before: Sequence[str] = (), **variables: str) -> None:
+        """before: a command that starts it; variables: more of its environment."""
         folder.mkdir(exist_ok=True)
+        fault = fault or {}
         self.lab, self.folder, self.processes, self.flags = lab, folder, processes, flags
         self.log, self.marker = folder / f"output{len(list(folder.glob('output*')))}", f"{folder}.marker"
         source = lab.faulty if fault else SRC
-        self.direct = processes == 1 and not (fault or {}).get("launcher")
+        self.direct = processes == 1 and not fault.get("launcher")
         script = [source / "train_instruct.py"] if self.direct else ["-m", "training.launch", processes]
-        command = [*["nohup"] * (fault or {}).get("nohup", 0), sys.executable, *script, *flags, "--checkpoint_dir",
-                   folder, "--tensorboard_dir", folder / "tb"]
+        if quiet := fault.get("quiet"):
+            script = ["-c", f"import cli, training.launch as l; l.QUIET = {quiet}; cli.run(l.main)", processes]
+        command = [*before, *["nohup"] * fault.get("nohup", 0), sys.executable, *script, "--checkpoint_dir", folder,
+                   "--tensorboard_dir", folder / "tb", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source),
-                       "FAULT": json.dumps({**(fault or {}), "marker": self.marker})}
+                       "FAULT": json.dumps({**fault, "marker": self.marker}), **variables}
         self.begin = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([str(part) for part in command], cwd=lab.folder, stdout=log, stderr=log,
                                             env=environment)
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 120) -> int:
         """The exit code; a process that does not end is killed and counts as -99."""
         try:
             return self.process.wait(timeout)
@@ -130,11 +135,16 @@ class Trainer:
             self.process.wait()
             return -99
 
-    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 240) -> None:
+    def wait_for(self, condition: Callable[[Trainer], object], seconds: float = 60) -> None:
         """Wait until the condition holds or the run ends."""
         end = time.monotonic() + seconds
         while not condition(self) and self.process.poll() is None and time.monotonic() <= end:
             time.sleep(0.002)
+
+    def shows(self, text: str, seconds: float = 60) -> bool:
+        """Wait until this stands in the output."""
+        self.wait_for(lambda run: text in run.output(), seconds)
+        return text in self.output()
 
     def again(self, flags: list[str] = RESUME) -> Trainer:
         return Trainer(self.lab, self.folder, self.processes, flags)
@@ -146,7 +156,7 @@ class Trainer:
         return [line for line in self.output().splitlines() if line.startswith(start)]
 
     def step(self) -> int:
-        """The last step that it told of."""
+        """The last step that it named."""
         return max((int(number) for number in re.findall(rf"^step (\d+)/{STEPS} ", self.output(), re.M)), default=0)
 
     def saved(self) -> list[int]:

@@ -4,12 +4,14 @@
 
 At its at-th visit of the phase a process writes MARKER.RANK and sleeps. {"nan": [5, 6], "rank": 1, "marker": ...}
 makes that rank's loss NaN in those steps, and every rank writes a hash of its weights to MARKER.RANK after each step.
-{"full": 5, "ranks": [0, 1]} makes the memory of these ranks run out in that step.
+{"full": 5, "ranks": [0, 1]} makes the memory of these ranks run out in that step. {"dies": 0} kills that rank of the
+first start before it has begun.
 """
 
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -38,10 +40,11 @@ def visit(phase: str) -> None:
 def stop_at_phases() -> None:
     import torch
 
+    from answering.batch import Rows
     from dataloader_instruct import InstructData
-    from training import loop, samples
+    from training import loop
 
-    micro_batch, generate, save = InstructData.micro_batch, samples.generate, torch.save
+    micro_batch, grow, save = InstructData.micro_batch, Rows.step, torch.save
 
     def visited(real: Callable, phase: str, inside: str) -> Callable:
         def function(*arguments: Any, **keywords: Any) -> Any:
@@ -56,10 +59,9 @@ def stop_at_phases() -> None:
             visit(now["in"])
         return micro_batch(*arguments)
 
-    def slow_answer(*arguments: Any, **keywords: Any) -> Any:
-        for token in generate(*arguments, **keywords):
-            yield token
-            visit("sampling")
+    def slow_answers(*arguments: Any) -> Any:
+        visit("sampling")
+        return grow(*arguments)
 
     def slow_save(*arguments: Any) -> None:
         save(*arguments)
@@ -67,7 +69,7 @@ def stop_at_phases() -> None:
 
     loop.train_step = visited(loop.train_step, "step", inside="accumulation")
     loop.evaluate = visited(loop.evaluate, "an evaluation begins", inside="evaluation")
-    InstructData.micro_batch, samples.generate, torch.save = counted, slow_answer, slow_save
+    InstructData.micro_batch, Rows.step, torch.save = counted, slow_answers, slow_save
 
 
 def feed_nan() -> None:
@@ -112,7 +114,11 @@ def fill_memory() -> None:
 def prepared_block(block: Any = train_instruct.block_signals) -> None:
     """In place of block_signals: the trainer's own imports come after it, so it is the first moment to wrap them."""
     block()
-    (feed_nan if "nan" in FAULT else fill_memory if "full" in FAULT else stop_at_phases)()
+    if FAULT.get("dies") == int(RANK) and not os.path.exists(f"{FAULT['marker']}.{RANK}"):
+        Path(f"{FAULT['marker']}.{RANK}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "phase" in FAULT or "nan" in FAULT or "full" in FAULT:
+        (feed_nan if "nan" in FAULT else fill_memory if "full" in FAULT else stop_at_phases)()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Prepared data and pre-trained models of a small vocabulary, made in no time, for the tests of training."""
 
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -119,16 +119,14 @@ def open_data(folder: Path, context_length: int = 1024) -> dict[str, InstructDat
 
 def run_ranks(script: Path, world_size: int, *arguments: object) -> None:
     """Run a script on world_size gloo processes of this machine and wait for all of them to end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                   "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{ROOT / 'tests'}"}
     command = [sys.executable, str(script), *map(str, arguments)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
-                                  env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-                 for rank in range(world_size)]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "WORLD_SIZE": str(world_size), "INSTRUCT_STORE": f"file://{folder}/store",
+                       "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SRC}:{ROOT / 'tests'}"}
+        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                                      env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                     for rank in range(world_size)]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
 
 

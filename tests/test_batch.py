@@ -1,16 +1,18 @@
 """Prompts that are answered together get the tokens that each gets alone, whoever stands beside it."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import answering.batch
-from answering.batch import WIDTH, finished, generate_batch
-from answering.decode_weights import for_decoding
+from answering.batch import WIDTH, finished
+from answering.decode_weights import FewRows, for_decoding
 from answering.generate import generate
 from answering.settings import Settings
 from helpers import small_model
-from model import GPTConfig
+from model import GPT, GPTConfig
 from weights.pretrained import normalize_weights
 
 CONFIG = GPTConfig(48, 301, 2, 4, 64)
@@ -24,6 +26,11 @@ def unwritten_memory_is_not_a_number():
     torch.use_deterministic_algorithms(False)
 
 
+def together(model: GPT, *how: Any, **named: Any) -> list[list[int]]:
+    """The tokens after each prompt, in the order of the prompts."""
+    return [answer for _, answer in sorted(finished(model, *how, **named))]
+
+
 def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
     """Prompts of 1 to 47 tokens, the first one as long as a context of 48 allows."""
     generator = torch.Generator().manual_seed(seed)
@@ -32,20 +39,20 @@ def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("count", [1, WIDTH + 5])
-@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("form", ["plain", "few_rows"])
 def test_greedy_tokens_are_those_of_one_prompt_at_a_time(count, form):
     """Up to the full context, the limit, or the stop token, so that rows end at different times and others take their
     places. Plain in fp64, where sums that are rounded otherwise cannot change which token is the likeliest."""
     model, prompts = small_model(config=CONFIG), prompts_of(count)
-    if form == "packed":
-        for_decoding(model, int8=False)
+    if form == "few_rows":
+        for_decoding(model, FewRows)
     else:
         model.double()
     limits, stop = [1 + number % 40 for number in range(count)], list(generate(model, prompts[0], 1))[0]
     for limit, stop_token in ((100, None), (limits, None), (limits, stop), (1, stop)):
         each = [limit] * count if isinstance(limit, int) else limit
         alone = [list(generate(model, *one, stop_token=stop_token)) for one in zip(prompts, each)]
-        assert generate_batch(model, prompts, limit, stop_token=stop_token) == alone
+        assert together(model, prompts, limit, stop_token=stop_token) == alone
     assert any(len(prompt) + len(answer) < 48 for prompt, answer in zip(prompts, alone)) or count == 1
 
 
@@ -59,7 +66,7 @@ def test_greedy_tokens_are_those_of_transformers():
     model.load_state_dict({name: tensor.double() for name, tensor in
                            normalize_weights(reference.state_dict(), "transformers").items()})
     reference.load_state_dict({name: tensor.float() for name, tensor in reference.state_dict().items()})
-    for prompt, found in zip(prompts, generate_batch(model, prompts, 100)):
+    for prompt, found in zip(prompts, together(model, prompts, 100)):
         tokens = torch.tensor([prompt])
         theirs = reference.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=48 - len(prompt),
                                     do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -71,20 +78,20 @@ def test_sampled_tokens_depend_on_each_prompts_generator_alone():
     alone = [list(generate(model, prompt, 30, settings, generator=torch.Generator().manual_seed(number)))
              for number, prompt in enumerate(prompts)]
     generators = [torch.Generator().manual_seed(number) for number in range(20)]
-    assert generate_batch(model, prompts, 30, settings, generators=generators) == alone
+    assert together(model, prompts, 30, settings, generators=generators) == alone
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_answers_come_as_they_end_from_rows_that_are_filled_again(width, monkeypatch):
     model, prompts = small_model(config=CONFIG).double(), prompts_of(10)
     found = list(finished(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4], width=width))
-    assert dict(found) == dict(enumerate(generate_batch(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4])))
+    assert dict(found) == dict(enumerate(together(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4])))
     assert len(found) == 10
     row_bytes = 2 * 2 * 64 * 48 * 8  # keys and values of two layers for a full context, in fp64
     monkeypatch.setattr(answering.batch, "LARGEST_CACHE", width * row_bytes + 7)
     assert list(finished(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4])) == found  # as many as there is memory for
     monkeypatch.setattr(answering.batch, "LARGEST_CACHE", 1)
-    assert dict(finished(model, prompts[:2], 3)) == dict(enumerate(generate_batch(model, prompts[:2], 3)))
+    assert dict(finished(model, prompts[:2], 3)) == dict(enumerate(together(model, prompts[:2], 3)))
     if width == 1:
         assert [number for number, _ in found] == sorted(range(10), key=lambda n: -len(prompts[n]))
 
@@ -93,5 +100,5 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_computed():
     model = small_model(config=CONFIG)
     for prompt in ([], [0] * 48):
         with pytest.raises(ValueError, match=f"{len(prompt)} tokens does not fit a context of 48"):
-            generate_batch(model, [[1], prompt], 1)
-    assert generate_batch(model, [], 1) == []
+            together(model, [[1], prompt], 1)
+    assert together(model, [], 1) == []

@@ -15,6 +15,7 @@ import answering.answer
 import answering.batch
 import chat
 import cli
+from answering.answer import Answer
 from answering.settings import Settings
 from answering.terminal import Chat
 from conftest import ROOT, SRC, Outcome, run_command, write_checkpoint
@@ -163,11 +164,8 @@ def test_a_line_that_cannot_be_answered_costs_no_other(ask, flag, good, bad):
         assert (answer["instruction"] == "One?") == ("error" not in answer) == (line == good)
     text = ask("--max_new_tokens", "1", stdin=b"One?\ncaf\xe9\nTwo?\n")
     assert (text.code, text.stderr.count("error: line 2: not UTF-8: byte 0xe9 in column 4\n")) == (2, 1)
-
-
-def test_utf16_is_named(ask):
-    code, stdout, stderr = ask(stdin="One?\nTwo?\n".encode("utf-16"))
-    assert (code, stdout, stderr.count("error: line")) == (2, "", 3)
+    utf16 = ask(stdin="One?\nTwo?\n".encode("utf-16"))
+    assert (utf16.code, utf16.stdout, utf16.stderr.count("error: line")) == (2, "", 3)
     assert json.loads(ask("--prompt", "caf\udce9?", "--json").stdout)["tokens"] == 8
 
 
@@ -188,41 +186,46 @@ def test_an_answer_depends_on_its_own_seed_alone(ask):
     assert responses("--prompt", "Two?", "--json", "--seed", str(drawn["seed"])) == [drawn["response"]]
 
 
-def test_random_tokens_are_the_text_of_all_of_them(answers):
+@pytest.fixture
+def spoken(answers) -> Callable[[list[int]], tuple[list[str], str]]:
+    """The pieces of an answer of these tokens, and why it ended."""
+    def speak(tokens: list[int]) -> tuple[list[str], str]:
+        answers(tokens)
+        answer = Answer(small_model(), "Hi", "", Settings())
+        pieces = list(answer.pieces())
+        assert "".join(pieces) == answer.text
+        return pieces, answer.stopped
+
+    return speak
+
+
+def test_random_tokens_are_the_text_of_all_of_them(spoken):
     """500 sequences: the pieces together, and the response, are what decoding the whole gives."""
     chance = random.Random(0)
     for _ in range(500):
         tokens = [chance.randrange(END_OF_TEXT) for _ in range(chance.randrange(30))]
         text = tokenizer().decode(tokens)
-        answers(tokens)
-        answer = answering.answer.Answer(small_model(), "Hi", "", Settings())
-        assert "".join(answer.pieces()) == answer.text == text or "\n### " in text
+        assert "".join(spoken(tokens)[0]) == text or "\n### " in text
 
 
 @pytest.mark.parametrize("before, header, rest", [
     ("Yes.\n\n", "### Instruction:", "\nMore?\n\n### Response:\nNo."), ("Yes.\n", "### Input:", "\nx"),
     ("", "### Response:", "\nx"),
     ("a\n#\n##\n### Instructions\n### In\n\n\n", "### Instruction:", " x")])
-def test_a_header_of_the_template_ends_the_answer_and_never_shows(answers, before, header, rest):
-    answers(tokens_of(before + header + rest))
-    answer = answering.answer.Answer(small_model(), "Hi", "", Settings())
-    pieces = list(answer.pieces())
-    assert "".join(pieces) == answer.text == before.rstrip("\n") and answer.stopped == "end"
+def test_a_header_of_the_template_ends_the_answer_and_never_shows(spoken, before, header, rest):
+    pieces, stopped = spoken(tokens_of(before + header + rest))
+    assert ("".join(pieces), stopped) == (before.rstrip("\n"), "end")
     for kept in ("a ### Instruction: b", "### Instruct", "a\n\n", "a\n\n#", "\n\n### Inputs"):
-        answers(tokens_of(kept))
-        assert "".join(answering.answer.Answer(small_model(), "Hi", "", Settings()).pieces()) == kept
+        assert "".join(spoken(tokens_of(kept))[0]) == kept
 
 
-def test_characters_are_streamed_whole(answers):
+def test_characters_are_streamed_whole(spoken):
     """And one that never becomes whole is shown as such at the end."""
     texts = ["🚀", "👩\u200d💻", "naïve café", "漢字", "ไทย", "mixed ☃ and plain"]
     unfinished = [*tokens_of("never "), tokens_of("🚀")[0]]
     for tokens, text in [*((tokens_of(text), text) for text in texts), (unfinished, "never \ufffd")]:
-        answers(tokens)
-        answer = answering.answer.Answer(small_model(), "Hi", "", Settings())
-        pieces = list(answer.pieces())
-        assert "".join(pieces) == text == answer.text
-        assert len(pieces) == len(tokens) + 1  # as the tokens come, and the end
+        pieces, _ = spoken(tokens)
+        assert "".join(pieces) == text and len(pieces) == len(tokens) + 1  # as the tokens come, and the end
 
 
 @pytest.mark.parametrize("payload", EVIL, ids=ascii)
@@ -291,11 +294,28 @@ def test_the_best_checkpoint_is_taken_before_the_latest(tiny_checkpoint, tmp_pat
 def test_a_missing_or_damaged_checkpoint_is_one_line(ask, tiny_checkpoint, tmp_path):
     path, data = tmp_path / "a.pt", tiny_checkpoint.read_bytes()
     check_refused(ask, path, 2, "a.pt: no such checkpoint\n")
-    assert (folder := ask(checkpoint=tmp_path)).code == 2 and "config.json: no such file" in folder.stderr
     middle = len(data) // 2  # more damages: test_damage.py
     for damaged in (b"", data[:-1], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]):
         path.write_bytes(damaged)
         check_refused(ask, path, 3)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("prepared", "prepared data; name a checkpoint, such as checkpoints_instruct/best_model.pt"),
+    ("run", "a folder without a model; name a checkpoint, such as checkpoints_instruct/best_model.pt"),
+    ("demo", "a folder without a model; name a checkpoint, such as {}/checkpoints/best_model.pt"),
+    ("demo/checkpoints", "{} holds checkpoints; name one: {}/best_model.pt"),
+    ("questions.txt", "not a model; name a checkpoint; this is for: ./chat.sh CHECKPOINT < {}"),
+    ("rows.jsonl", "not a model; name a checkpoint; this is for: ./chat.sh CHECKPOINT --jsonl < {}"),
+    ("rows.csv", "not a model; name a checkpoint; this is for: python src/prepare_instruct_dataset.py --dataset {}")])
+def test_what_is_no_model_is_one_line_that_says_what_to_name(ask, tmp_path, name, message):
+    for file in ("prepared/dataset_info.json", "run/events.out", "demo/checkpoints/best_model.pt", "questions.txt",
+                 "rows.jsonl", "rows.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    code, stdout, stderr = ask(checkpoint=tmp_path / name)
+    message = message.replace("{}", str(tmp_path / name))
+    assert (code, stdout) == (2, "") and stderr in (f"error: {tmp_path / name}: {message}\n", f"error: {message}\n")
 
 
 def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130(ask, answers):
@@ -396,9 +416,9 @@ def test_the_checkpoint_may_be_overwritten_while_its_model_is_in_use(tmp_path, t
     """In place, so that a mapped file would end the program with SIGBUS."""
     path = tmp_path / "a.pt"
     path.write_bytes(tiny_checkpoint.read_bytes())
-    model, _ = chat.open_model(path, "cpu", None)
+    model, _ = chat.model_for_answers(path, "cpu", None)
     path.write_bytes(b"")
-    answer = answering.answer.Answer(model, "word " * 20, "", Settings(max_new_tokens=3))
+    answer = Answer(model, "word " * 20, "", Settings(max_new_tokens=3))
     assert len(list(answer.pieces())) == 4
 
 

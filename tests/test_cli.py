@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -81,19 +80,8 @@ def test_the_launcher_trains_resumes_and_passes_on_exit_codes(project):
     assert launch(project, 0).code == launch(project, 99999).code == 2 and launch(project, "--help").code == 0
 
 
-@pytest.mark.parametrize("command", ["chat.sh", "start_instruct_training.sh", "start_instruct_training.sh demo"])
-def test_a_launcher_without_an_environment_says_what_to_do(command, project):
-    """A Python that cannot import torch, and no .venv."""
-    (project / "bin").mkdir()
-    (project / "bin" / "python3").symlink_to(shutil.which("false"))
-    code, _, stderr = run_command(*f"{project}/{command}".split(), env={
-        "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "PATH": f"{project}/bin:{os.environ['PATH']}"})
-    assert (code, stderr.count("\n")) == (2, 1)
-    assert ("older than 3.10" if "demo" in command else "no environment with the requirements") in stderr
-
-
 def test_the_demo_data_hold_what_the_demo_promises():
-    """Per fact one wording is held out, and no question stands on both sides."""
+    """Per fact one wording is kept for the end, and no question stands on both sides."""
     rows = [json.loads(line) for line in (SRC / "demo_dataset.jsonl").read_text().splitlines()]
     train, val = ([row for row in rows if row["split"] == split] for split in ("train", "val"))
     assert len(rows) >= 600 and len(val) >= 100
@@ -122,7 +110,7 @@ def test_the_demo_keeps_the_last_one_until_its_flags_are_right_and_passes_on_exi
 def test_the_demo_runs_from_end_to_end(project):
     """Two steps of it, in another folder: every script is called, and only demo/ appears."""
     before = {path.name for path in project.iterdir()}
-    code, stdout, stderr = launch(project, "demo", "--max_steps", "2")
+    code, stdout, stderr = launch(project, "demo", "--epochs", "0.1", "--warmup_steps=1")
     assert code == 0, stderr
     assert "  repeated  " in stdout and "./chat.sh demo" in stdout
     assert {path.name for path in project.iterdir()} == before | {"demo"}

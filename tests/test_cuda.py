@@ -32,7 +32,7 @@ from helpers import (
 from model import GPT, Documents, GPTConfig, KVCache, attend_packed, takes_packed
 from training.memory import needed_bytes
 from training.processes import Processes
-from training.saver import copied
+from training.threads import copied
 from training.step import HIGHEST_SCALE, Learner, evaluate, most_tokens, train_step
 from weights import checkpoint
 
@@ -118,7 +118,7 @@ def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, on_the_cpu, preci
     of_losses, of_gradients = (1e-5, 1e-4) if precision == "fp32" else (1e-3, 0.02)
     assert (val_loss, loss) == pytest.approx(on_the_cpu[:2], rel=of_losses)
     assert relative(gradients, on_the_cpu[2]) < of_gradients
-    assert all(each.device == GPU and each.dtype == torch.float32 for each in learner.gradients.values())
+    assert all(each.grad.device == GPU and each.grad.dtype == torch.float32 for each in learner.model.parameters())
 
 
 def test_the_same_step_twice_is_nearly_the_same(data):

@@ -16,6 +16,7 @@ PYTHONS = {  # what each does with its arguments; all of them write these down f
     "conda": f'[ "$2" = pip ] || exec {sys.executable} -S "$@"',  # it has pip, and nothing else; installing "works"
     "uv": f'exec {sys.executable} -S "$@"',
     "3.9": f'exec {sys.executable} -c "import sys; sys.version_info = (3, 9, 1); exec(sys.stdin.read())"',
+    "broken": "exit 1",
     "no pip to install": f'[ "$3$4" != install--quiet ] || exit 1; [ "$2" = pip ] || exec {sys.executable} -S "$@"',
 }
 
@@ -53,31 +54,31 @@ COMMANDS = ["start_instruct_training.sh", "start_instruct_training.sh demo", "ch
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("kind, variable, told", [
+@pytest.mark.parametrize("kind, variable, said", [
     ("conda", "CONDA_PREFIX", NEEDED + "; to fill it: {0}/bin/python -m pip install -r requirements.txt; or"),
     ("uv", "VIRTUAL_ENV", NEEDED + "; to fill it: uv pip install --python {0}/bin/python -r requirements.txt; or"),
     ("3.9", "VIRTUAL_ENV", "Python 3.10 (it is 3.9); install a newer one; or deactivate it"),
 ])
-def test_an_active_environment_that_lacks_something_is_named_and_not_changed(project, command, kind, variable, told):
+def test_an_active_environment_that_lacks_something_is_named_and_not_changed(project, command, kind, variable, said):
     environment = make_python(project.parent / "environment", kind)
     code, stdout, stderr = launch(project, command, **{variable: str(environment)})
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert f"error: the active environment {environment} lacks {told.format(environment)}" in stderr
+    assert f"error: the active environment {environment} lacks {said.format(environment)}" in stderr
     assert "install" not in Path(f"{environment}.calls").read_text() and not (project / ".venv").exists()
 
 
-@pytest.mark.parametrize("kind, variable, told", [
+@pytest.mark.parametrize("kind, variable, said", [
     ("conda", "CONDA_PREFIX", f"lacks {NEEDED}; using .venv/bin/python"),
     (None, "VIRTUAL_ENV", "lacks a Python that starts; using .venv/bin/python"),
     ("complete", "VIRTUAL_ENV", None),
 ])
-def test_an_active_environment_is_used_if_it_has_what_is_needed_else_dot_venv(project, kind, variable, told):
+def test_an_active_environment_is_used_if_it_has_what_is_needed_else_dot_venv(project, kind, variable, said):
     """None: it is stale, there is nothing any more."""
     environment = make_python(project.parent / "environment", kind) if kind else project.parent / "gone"
     make_python(project / ".venv", "complete")
     code, stdout, stderr = launch(project, "chat.sh --help", **{variable: str(environment)})
     assert code == 0 and stdout.startswith("usage: chat.py")
-    assert stderr == (f"note: the active environment {environment} {told}\n" if told else "")
+    assert stderr == (f"note: the active environment {environment} {said}\n" if said else "")
 
 
 def test_what_is_installed_goes_into_dot_venv_alone(project):
@@ -89,22 +90,24 @@ def test_what_is_installed_goes_into_dot_venv_alone(project):
     assert "install" not in Path(f"{environment}.calls").read_text()
 
 
-@pytest.mark.parametrize("command, python3, venv, variables, told", [
+@pytest.mark.parametrize("command, python3, venv, variables, said", [
     (COMMANDS[0], "uv", None, {"VIRTUAL_ENV": "/x"}, "(the active environment /x lacks a Python that starts, python3"),
+    (COMMANDS[0], "broken", None, {}, "no environment with the requirements (python3 lacks a Python that starts)"),
+    (COMMANDS[1], "broken", None, {}, "error: python3 is missing or older than 3.10"),
     (COMMANDS[1], "3.9", None, {}, "error: python3 is missing or older than 3.10; install a newer Python"),
     (COMMANDS[1], "uv", "3.9", {}, "error: .venv/bin/python is missing or older than 3.10"),
     (COMMANDS[1], "uv", "uv", {}, "error: .venv has no pip; to fill it: uv pip install --python .venv/bin/python -r"),
     (COMMANDS[2], "uv", "uv", {}, f"error: no environment with the requirements (.venv/bin/python lacks {NEEDED})"),
     (COMMANDS[1] + " --max_step 3", "complete", None, {}, "error: unrecognized arguments: --max_step 3"),
 ])
-def test_where_there_is_no_environment_one_line_says_what_to_do(project, command, python3, venv, variables, told):
-    """A wrong flag of the demo is told before anything is installed."""
+def test_where_there_is_no_environment_one_line_says_what_to_do(project, command, python3, venv, variables, said):
+    """A wrong flag of the demo is said before anything is installed."""
     if venv:
         make_python(project / ".venv", venv)
     if python3 == "complete":  # but for torch
         (project / "requirements.txt").write_text("nowhere==1\n")
     code, stdout, stderr = launch(project, command, python3, **variables)
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and told in stderr
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and said in stderr
     assert (project / ".venv").exists() == bool(venv)
 
 
@@ -117,14 +120,14 @@ def test_an_old_torch_is_named(project):
     assert code == 2 and f"{environment} lacks torch 2.11 (it is 2.3.1)" in stderr
 
 
-@pytest.mark.parametrize("system, code, told", [("MINGW64_NT-10.0", 2, "error: this needs Linux; on Windows use WSL2"),
+@pytest.mark.parametrize("system, code, said", [("MINGW64_NT-10.0", 2, "error: this needs Linux; on Windows use WSL2"),
                                                 ("Darwin", 0, "note: nobody has tried this on macOS")])
-def test_another_system_is_told_what_works(project, system, code, told):
+def test_another_system_is_told_what_works(project, system, code, said):
     make_python(project / ".venv", "complete")
     uname = make_python(project.parent / "path", "uv", "uname") / "bin" / "uname"
     uname.write_text(f"#!/bin/sh\necho {system}\n")
     outcome = launch(project, "chat.sh --help")
-    assert outcome.code == code and outcome.stderr.startswith(told) and outcome.stderr.count("\n") == 1
+    assert outcome.code == code and outcome.stderr.startswith(said) and outcome.stderr.count("\n") == 1
 
 
 def test_python_on_windows_is_one_line():
@@ -134,15 +137,15 @@ def test_python_on_windows_is_one_line():
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-@pytest.mark.parametrize("cuda, told", [(None, "this is the build for CPUs"), ("13.0", "too old for CUDA 13.0")])
-def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, told):
+@pytest.mark.parametrize("cuda, said", [(None, "this is the build for CPUs"), ("13.0", "too old for CUDA 13.0")])
+def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, said):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(UserError, match=f"--device {name}: there is an NVIDIA GPU, .*{told}.*; --device cpu goes on"):
+    with pytest.raises(UserError, match=f"--device {name}: there is an NVIDIA GPU, .*{said}.*; --device cpu goes on"):
         device_named(name)
     assert device_named("cpu") == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user has hidden it

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import answering.batch
+import answering.scores
 import cli
 import evaluate_instruct
-import instruct_format
 from answering.generate import generate
 from answering.scores import repetition
 from conftest import run_script, write_checkpoint, write_jsonl
@@ -31,15 +30,19 @@ def evaluation(capsys, *flags: object) -> str:
     return out
 
 
+def documents() -> list[tuple[list[int], list[int]]]:
+    """Tokens and masks: nine of one turn, one of two."""
+    turns = [encode_example(f"Question {n}" + " and more" * n, "a text" * (n % 2), "An answer" * (n + 1))
+             for n in range(9)]
+    return [*turns, (turns[1][0] + turns[2][0], turns[1][1] + turns[2][1])]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Prepared data of one turn and of two, one of them longer than the context; a pre-trained model of transformers;
     a fine-tuned one."""
     folder = tmp_path_factory.mktemp("evaluation")
-    turns = [encode_example(f"Question {n}" + " and more" * n, "a text" * (n % 2), "An answer" * (n + 1))
-             for n in range(9)]
-    turns.append(tuple(first + second for first, second in zip(turns[1], turns[2])))
-    write_data(folder / "data", {"train": turns[:1], "val": [*turns, ([5] * 97, [0] * 90 + [1] * 7)]})
+    write_data(folder / "data", {"train": documents()[:1], "val": [*documents(), ([5] * 97, [0] * 90 + [1] * 7)]})
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_positions=96, n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "base")
     write_checkpoint(folder / "tuned.pt", model=small_model(3, CONFIG).state_dict(), model_config=vars(CONFIG))
@@ -59,23 +62,21 @@ def reference_loss(model: GPT2LMHeadModel, documents: list[tuple[list[int], list
 def test_the_loss_is_that_of_transformers_before_and_after_fine_tuning(folder, capsys):
     report = json.loads(evaluation(capsys, folder / "base", folder / "tuned.pt", "--data_dir", folder / "data",
                                    "--json", "--examples", 0, "--max_new_tokens", 2))
-    documents = [encode_example(f"Question {n}" + " and more" * n, "a text" * (n % 2), "An answer" * (n + 1))
-                 for n in range(9)]
-    documents.append(tuple(first + second for first, second in zip(documents[1], documents[2])))
+    one, two, last_one = documents()[1], documents()[2], documents()[-1]
     base = GPT2LMHeadModel.from_pretrained(folder / "base")
     tuned = GPT2LMHeadModel(base.config)
     tuned.load_state_dict({name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
                            else tensor for name, tensor in small_model(3, CONFIG).state_dict().items()}, strict=False)
     tuned.tie_weights()
-    assert report["examples"] == len(documents) == len(report["answers"]) and report["left_out"] == 1
+    assert report["examples"] == len(documents()) == len(report["answers"]) and report["left_out"] == 1
     assert [scores["about"] for scores in report["checkpoints"]] == ["pre-trained", "step 3"]
     for scores, reference in zip(report["checkpoints"], (base, tuned)):
-        loss = reference_loss(reference, documents)
+        loss = reference_loss(reference, documents())
         assert scores["loss"] == pytest.approx(loss, abs=1e-5)
         assert scores["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     first, *_, last = report["answers"]
     assert first["prompt"] == "### Instruction:\nQuestion 0\n\n### Response:\n" and first["expected"] == "An answer"
-    assert last["prompt"] == tokenizer().decode(documents[-1][0][:len(documents[1][0]) + documents[2][1].index(1)])
+    assert last["prompt"] == tokenizer().decode(last_one[0][:len(one[0]) + two[1].index(1)])
     assert last["expected"] == "An answer" * 3  # the last turn, after the first one and its expected answer
 
 
@@ -85,7 +86,7 @@ def test_the_shares_equal_a_direct_count(folder, capsys, monkeypatch, tmp_path, 
     (tmp_path / "questions.txt").write_bytes("\ufeffWhat?\r\n\r\nWho is it?\nEin Gruß\n".encode())
     model, prompts = small_model(3, CONFIG), [encode_prompt(text) for text in ("What?", "Who is it?", "Ein Gruß")]
     stop = list(generate(model, prompts[0], end + 1))[end]
-    monkeypatch.setattr(instruct_format, "END_OF_TEXT", stop)
+    monkeypatch.setattr(answering.scores, "END_OF_TEXT", stop)
     answers = [list(generate(model, prompt, 40, stop_token=stop)) for prompt in prompts]
     grams = [(number, *answer[place:place + 4]) for number, answer in enumerate(answers)
              for place in range(len(answer) - 3)]
@@ -116,7 +117,7 @@ def said(monkeypatch) -> list[str]:
                     + [0] * limit * text.endswith("!"))[:limit] for limit in limits]
         yield from reversed(list(enumerate(answers)))  # they end in any order
 
-    monkeypatch.setattr(answering.batch, "finished", finished)
+    monkeypatch.setattr(answering.scores, "finished", finished)
     return texts
 
 
@@ -144,17 +145,13 @@ def test_the_terminal_shows_scores_and_answers_side_by_side(said, capsys, tmp_pa
     assert evaluation(capsys, *flags).splitlines()[2] == "left out as longer than the context: 2"
 
 
-def test_three_checkpoints_fit_80_columns(said, capsys, tiny_checkpoint, tmp_path):
-    (tmp_path / "q.txt").write_text("What is it? " * 8 + "\n")
-    said += ["many words " * 20] * 3
-    out = evaluation(capsys, *[tiny_checkpoint] * 3, "--prompts", tmp_path / "q.txt", "--max_new_tokens", 30)
+def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said, capsys, tiny_checkpoint, tmp_path):
+    (tmp_path / "q.txt").write_text("".join(f"Question {n} {'What is it? ' * 8}\n" for n in range(10)))
+    flags = [*[tiny_checkpoint] * 3, "--prompts", tmp_path / "q.txt", "--max_new_tokens", 30, "--examples", 3]
+    said += ["many words " * 20] * 18
+    out = evaluation(capsys, *flags)
     assert all(len(line) < 80 for line in out.splitlines() if str(tiny_checkpoint) not in line)
-
-
-def test_examples_are_spread_over_all(said, capsys, tiny_checkpoint, tmp_path):
-    (tmp_path / "q.txt").write_text("".join(f"Question {n}\n" for n in range(10)))
-    said += ["a"] * 3
-    report = json.loads(evaluation(capsys, tiny_checkpoint, "--prompts", tmp_path / "q.txt", "--examples", 3, "--json"))
+    report = json.loads(evaluation(capsys, *flags, "--json"))
     assert [case["prompt"].split()[3] for case in report["answers"]] == ["0", "3", "6"]
 
 
@@ -198,7 +195,7 @@ def test_ctrl_c_ends_with_130(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering.batch, "finished", interrupted)
+    monkeypatch.setattr(answering.scores, "finished", interrupted)
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: evaluate_instruct.main([str(tiny_checkpoint), "--prompts", str(tmp_path / "q.txt")]))
     assert left.value.code == 130 and capsys.readouterr() == ("", "")

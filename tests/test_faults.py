@@ -16,7 +16,7 @@ from conftest import run_launcher
 from faults import FAULTS
 from faults_disk import disk_full, soak
 from faults_hosts import ports
-from faults_kill import MEMORY, kills, memory, rank_dies, rank_dies_early, write_order
+from faults_kill import MEMORY, dies_before_it_began, hangs, kills, memory, rank_dies, rank_dies_early, write_order
 from faults_signals import DIVERGENCES, hangup, one_rank_diverges, second_ctrl_c, signals
 from faults_tools import Lab, Result
 from weights.durable import lock_folder
@@ -31,6 +31,8 @@ SHORT = {
     "ports": ports,
     "kill": partial(kills, 1, in_saves=1, threads=1, undisturbed=1),
     "a rank dies": partial(rank_dies, 1, 1),
+    "a start dies before it has begun": partial(dies_before_it_began, (1,)),
+    "a process hangs": hangs,
     "a rank dies early": partial(rank_dies_early, 1),
     "NaN on one rank": partial(one_rank_diverges, DIVERGENCES[2:]),
     "soak": lambda shared: soak(2000),  # in a laboratory of its own: it has another model

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from answering.decode_weights import OneRow, Packed, for_decoding
+from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
 from answering.generate import GREEDY, choose, generate, likeliest
 from answering.settings import Settings
 from errors import CheckpointError
@@ -132,9 +132,10 @@ def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context():
             next(generate(model, prompt, 1))
 
 
-def test_decoding_gives_the_logits_of_linear_layers():
+@pytest.mark.parametrize("form", [OneRow, FewRows])
+def test_decoding_gives_the_logits_of_linear_layers(form):
     plain, decoding = small_model(), small_model()
-    for_decoding(decoding, int8=False)
+    for_decoding(decoding, form)
     tokens = torch.randint(0, plain.config.vocab_size, (200,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for pieces in ((200,), (1,) * 20, (50, 1, 1, 148)):
@@ -145,16 +146,18 @@ def test_decoding_gives_the_logits_of_linear_layers():
                 assert torch.allclose(one, other, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (16, 16), (97, 33), (385, 64), (2304, 768), (50257, 8)])
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (16, 16), (97, 33), (385, 64), (2304, 768), (50257, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_packed_layer_is_a_linear_layer_whatever_the_shape_and_the_rows(shape, dtype):
+def test_every_form_is_a_linear_layer_in_memory_of_its_own_whatever_the_shape_and_the_rows(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape[0], (9, shape[1])))
-    for given in (bias, None):
-        layer = Packed(weight, given)
-        expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
+    layers = [(form(weight, each), each) for form in (OneRow, FewRows) for each in (bias, None)]
+    expected = x.double() @ weight.double().t(), bias.double(), bias * 0.0
+    weight.zero_()
+    for layer, each in layers:
         for rows in (1, 1, 3, 9):  # the first call leaves the layer as it was
-            assert torch.allclose(layer(x[:rows]).double(), expected[:rows], atol=1e-4, rtol=1e-5)
+            found = layer(x[:rows]).double()
+            assert torch.allclose(found, expected[0][:rows] + expected[1 + (each is None)], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -164,7 +167,7 @@ def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(n_out, 64, generator=generator), 1000 * torch.randn(n_out, generator=generator)
-    layer = OneRow(weight, bias)
+    layer = OneRowInt8(weight, bias)
     width = layer.table.size(1) - 8  # a row ends with its step and its smallest value, in fp32
     filled = torch.cat([weight, weight.new_zeros(-n_out % width, 64)])
     steps = torch.cat([part.amax(0, keepdim=True).sub(part.amin(0)).div(255).expand(len(part), -1)
@@ -178,5 +181,5 @@ def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias
 
 
 def test_an_int8_model_answers():
-    for_decoding(model := small_model(), int8=True)
+    for_decoding(model := small_model(), OneRowInt8)
     assert len(list(generate(model, [1, 2, 3], 10))) == 10

@@ -16,7 +16,7 @@ SCRIPTS = ["prepare_instruct_dataset", "train_instruct", "chat", "convert_checkp
 PRINTERS = {*SCRIPTS, "data.report", "training.options", "training.launch", "training.progress", "answering.settings",
             "answering.terminal"}  # who may import cli: scripts, tables of flags, printers
 READING_PATH = ["instruct_format", "dataloader_instruct", "model", "training.options", "training.setup",
-                "training.loop", "training.step", "answering.generate", "answering.answer", "chat"]
+                "training.run", "training.loop", "training.step", "answering.generate", "answering.answer", "chat"]
 
 
 def name_of(path: Path) -> str:

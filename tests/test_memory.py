@@ -17,7 +17,7 @@ from model import GPT, GPTConfig
 from training import setup
 from training.memory import fit, needed_bytes
 from training.processes import Processes
-from training.saver import Saver
+from training.threads import Saver
 from weights import checkpoint
 
 GPU = torch.device("cuda:0")

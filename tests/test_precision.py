@@ -199,7 +199,7 @@ def test_the_scale_comes_back_and_rises_again(tmp_path, fp16, monkeypatch):
     assert same_state(*(trajectory(tmp_path / name / "step_000008.pt") for name in ("whole", "again")))
 
 
-@pytest.mark.parametrize("scale", [0.5, 2.0**17, 1024, "1024", float("nan")])
+@pytest.mark.parametrize("scale", [0.5, -2.0, 1024, "1024", float("nan")])
 def test_a_scale_that_no_run_has_is_refused(tmp_path, run_state, scale):
     path = tmp_path / "a" / "step_000001.pt"
     path.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other, and how it is told when one of them fails."""
+"""What the processes of a run say to each other, and how it is said when one of them fails."""
 
 from pathlib import Path
 from typing import Any
@@ -27,39 +27,39 @@ def one_of_two(others: list[Any]) -> Processes:
     return among
 
 
-@pytest.mark.parametrize("host, theirs, told", [
+@pytest.mark.parametrize("host, theirs, said", [
     ("hostD", {"--a": 1, "data": "x"}, ""),
     ("hostD", {"--a": 2, "data": "x"}, "--a is 1 on hostC, 2 on hostD"),
     ("hostD", {"--a": None, "data": "y"}, "--a is 1 on hostC, None on hostD; data is x on hostC, y on hostD"),
     ("hostD", {"data": "x"}, "--a is 1 on hostC, None on hostD"),
     ("hostC", {"--a": 2, "data": "x"}, "--a is 1 on rank 0, 2 on rank 1"),
 ])
-def test_what_differs_is_named_with_the_places(monkeypatch, host, theirs, told):
+def test_what_differs_is_named_with_the_places(monkeypatch, host, theirs, said):
     monkeypatch.setattr(processes, "HOST", "hostC")
     try:
         one_of_two([[host, theirs]]).compare({"--a": 1, "data": "x"})
-        assert not told
+        assert not said
     except UserError as error:
-        assert str(error) == f"the processes were started differently: {told}"
+        assert str(error) == f"the processes were started differently: {said}"
 
 
-@pytest.mark.parametrize("mine, other, told", [
+@pytest.mark.parametrize("mine, other, said", [
     (None, ["hostD", 2, "no data"], "stopped by hostD: no data"), (None, ["hostC", 2, "no data"], "no data"),
     (CheckpointError("damaged"), ["hostD", None, ""], "hostC: damaged"),
     (CheckpointError("damaged"), ["hostC", None, ""], "damaged"), (None, ["hostD", None, ""], ""),
 ])
-def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, told):
+def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, said):
     monkeypatch.setattr(processes, "HOST", "hostC")
     try:
         with one_of_two([other]).together():
             if mine:
                 raise mine
-        assert not told
+        assert not said
     except UserError as error:
-        assert (str(error), error.exit_code) == (told, 3 if mine else 2)
+        assert (str(error), error.exit_code) == (said, 3 if mine else 2)
 
 
-@pytest.mark.parametrize("error, becomes, told", [
+@pytest.mark.parametrize("error, becomes, said", [
     (torch.OutOfMemoryError("CUDA out of memory.\nMore."), UserError, "out of memory on cpu: do this"),
     (MemoryError(), UserError, "out of memory on cpu: do this"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 8 bytes"), UserError,
@@ -68,8 +68,8 @@ def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, told):
     (torch.distributed.DistBackendError("NCCL error"), LostError, "rank 0 has lost another"),
     (RuntimeError("shapes do not fit"), RuntimeError, "shapes do not fit"), (OSError("a disk"), OSError, "a disk"),
 ])
-def test_memory_and_lost_processes_are_explained_and_nothing_else(error, becomes, told):
-    with pytest.raises(becomes, match=told) as caught, one_of_two([]).failures_explained("do this"):
+def test_memory_and_lost_processes_are_explained_and_nothing_else(error, becomes, said):
+    with pytest.raises(becomes, match=said) as caught, one_of_two([]).failures_explained("do this"):
         raise error
     assert type(caught.value) is becomes
 

@@ -38,8 +38,8 @@ def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeyp
     assert train_instruct.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ") and "room" in line]
-    told = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
-    assert [told in line for line in warnings] == [True] * warns
+    said = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
+    assert [said in line for line in warnings] == [True] * warns
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
@@ -177,26 +177,18 @@ def test_runs_that_start_in_the_same_second_have_logs_of_their_own(tmp_path, mon
     assert len(list((tmp_path / "tb").iterdir())) == 2
 
 
-def test_only_tensorboards_own_thread_fails_in_silence(tmp_path, monkeypatch):
-    told: list[type] = []
-    monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(failure.exc_type))
-    hook = threading.excepthook
-    log = RunLog(tmp_path / "tb", 0, [], say)
-    writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary"})
-    for kind in (writer, threading.Thread):
-        thread = kind(target=lambda: 1 / 0)
-        thread.start()
-        thread.join()
-    assert told == [ZeroDivisionError]
-    log.close()
-    assert threading.excepthook is hook
-
-
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
     progress = Progress(options_of("--max_steps", 2), torch.device("cpu"), RunLog(tmp_path / "tb", 0, [], say), 0, None)
     monkeypatch.setattr(progress.log.writer, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
     for step in (1, 2):
         progress.evaluation(step, 1.0, [Sample("prompt", "expected", "answer", True)])
+    said: list[type] = []
+    monkeypatch.setattr(threading, "__excepthook__", lambda failure: said.append(failure.exc_type))
+    for error in (OSError(28, "No space left on device"), ValueError("a bug")):  # as TensorBoard's own thread fails
+        thread = threading.Thread(target=Mock(side_effect=error))
+        thread.start()
+        thread.join()
+    assert said == [ValueError]
     progress.close()
     out = capsys.readouterr().out
     assert out.count("cannot write the log: No space left on device; the run goes on without it") == 1

@@ -26,25 +26,16 @@ class Question(NamedTuple):
     input: str = ""
 
 
-class Turn(NamedTuple):
-    """A question and its answer."""
-
-    instruction: str
-    input: str
-    output: str
-    is_whole: bool = True  # not cut at a limit, nor stopped
-
-
 class Answer:
     """The answer to one question, complete once its pieces were all taken. Its seed alone, drawn unless the settings
     have one, decides what is sampled.
 
-    turns are those before the question, which the model is to know of. The oldest are left out where question and
-    answer need their room; n_turns says how many stayed. Raises UserError when the question does not fit alone.
+    turns are the answers before it, which the model is to know of. The oldest are left out where question and answer
+    need their room; n_turns says how many stayed. Raises UserError when the question does not fit alone.
     """
 
     def __init__(self, model: GPT, instruction: str, input: str, settings: Settings,
-                 turns: Sequence[Turn] = ()) -> None:
+                 turns: Sequence["Answer"] = ()) -> None:
         self.model, self.question, self.settings = model, Question(instruction, input), settings
         self.seed = secrets.randbits(32) if settings.seed is None else settings.seed
         self.text = ""
@@ -52,11 +43,11 @@ class Answer:
         self.known: list[int] | None = None  # all tokens, if they were found together with those of other answers
         self.seconds = self.first_seconds = 0.0
         self.stopped = "end"  # the model was done; or length, context (it is full), interrupt
-        self.prompt = encode_question(self.question, context_length := model.config.context_length)
+        self.prompt = encode_question(context_length := model.config.context_length, self.question)
         room = context_length - len(self.prompt) - min(settings.max_new_tokens, context_length // 4)
         self.n_turns = 0
         for turn in reversed(turns):
-            before = encode_example(*turn[:3])[0]
+            before = encode_example(*turn.question, turn.text)[0]
             room -= len(before)
             if room < 0:
                 break
@@ -105,7 +96,7 @@ class Answer:
                 "settings": settings, "checkpoint": checkpoint}
 
 
-def encode_question(question: Question, context_length: int) -> list[int]:
+def encode_question(context_length: int, question: Question) -> list[int]:
     """The prompt's tokens. Raises UserError when they leave no room for an answer."""
     if not question.instruction.strip():
         raise UserError("the question is empty")

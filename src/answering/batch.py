@@ -1,8 +1,4 @@
-"""Several prompts at once: each step decodes one token of every sequence, so the weights are read once for all.
-
-    finished        the answers, each as it ends: the tokens of generate() for each prompt alone
-    generate_batch  all of them, in the order of the prompts
-"""
+"""Several prompts at once: each step decodes one token of every sequence, so the weights are read once for all."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -106,10 +102,3 @@ def finished(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int |
                 active[row] = active[-1]
                 active.pop()
                 yield number, answer
-
-
-def generate_batch(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int],
-                   settings: Settings = GREEDY, stop_token: int | None = None,
-                   generators: Sequence[torch.Generator] | None = None) -> list[list[int]]:
-    """The tokens after each prompt, in the order of the prompts. See finished."""
-    return [answer for _, answer in sorted(finished(model, prompts, max_new_tokens, settings, stop_token, generators))]

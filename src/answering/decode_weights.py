@@ -1,6 +1,6 @@
 """The matrix products of decoding on a CPU, where one token reads every weight once and reading is all the time."""
 
-from functools import lru_cache
+import os
 
 import torch
 import torch.nn.functional as F
@@ -8,22 +8,37 @@ from torch import Tensor, nn
 
 from model import GPT
 
+# Before the first tensor: large pages, from which a CPU reads a tenth faster
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 WIDTH = 384  # outputs that are summed at a time: as many as the registers hold
 FEW_ROWS = 8  # the number that oneDNN arranges a matrix for; other numbers are about as fast
 
 
-class Packed(nn.Module):
-    """A linear layer whose matrix is kept in the order in which oneDNN reads it: for one row as fast as memory is read,
-    for eight about twice as fast as the matrix as it was (torch 2.13, 2 cores). In fp32 only; other types, and builds
-    without oneDNN, take the matrix as it is."""
+class OneRow(nn.Module):
+    """A linear layer for one row: its matrix is transposed, so that a product reads it in one piece, column after
+    column. Several rows are as fast as in a linear layer."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pack: bool = True) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.n_out, self.n_in = weight.shape
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.weight = weight.detach().t().clone(memory_format=torch.contiguous_format)
+        self.bias = None if bias is None else bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, n_in) -> (n, n_out)."""
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+class FewRows(nn.Module):
+    """A linear layer whose matrix is kept in the order in which oneDNN reads it: for eight rows about twice as fast as
+    the matrix as it was. In fp32 only; other types, and builds without oneDNN, take the matrix as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else bias.detach().clone()
         self.is_fast = torch.backends.mkldnn.is_available() and weight.dtype is torch.float32
-        if self.is_fast and pack:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight.default(self.weight, FEW_ROWS)
+        self.weight = (torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), FEW_ROWS) if self.is_fast else
+                       weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
@@ -32,14 +47,7 @@ class Packed(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-@lru_cache
-def _bags(n_parts: int, n_in: int) -> tuple[Tensor, Tensor]:
-    """Which rows of a table are summed: (n_parts * n_in,) all of them; (n_parts,) where each part begins."""
-    rows = torch.arange(n_parts * n_in, dtype=torch.int32)
-    return rows, rows[::n_in].contiguous()
-
-
-class OneRow(Packed):
+class OneRowInt8(nn.Module):
     """A linear layer with weights of 8 bits for one row: a sum of the matrix's columns, weighted by the input, which is
     what embedding_bag computes, as fast as memory is read. Several rows take the matrix, which stays where it was.
 
@@ -48,32 +56,39 @@ class OneRow(Packed):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias, pack=False)
+        super().__init__()
+        self.n_out, self.n_in = weight.shape
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         threads = torch.get_num_threads()
         n_parts = -(-self.n_out // (WIDTH * threads)) * threads
         width = -(-self.n_out // (n_parts * 16)) * 16  # whole vectors
         self.n_parts = -(-self.n_out // width)
         table = weight.new_zeros(self.n_parts, self.n_in, width)
-        for part, rows in zip(table, weight.detach().split(width)):
+        for part, rows in zip(table, self.weight.split(width)):
             part[:, :rows.size(0)] = rows.t()
         self.table = torch.ops.quantized.embedding_bag_byte_prepack(table.flatten(0, 1))
+        self.rows = torch.arange(self.n_parts * self.n_in, dtype=torch.int32)  # all are summed
+        self.begins = self.rows[::self.n_in].contiguous()  # of the parts
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
         if x.size(0) != 1:
-            return super().forward(x)
-        rows, begins = _bags(self.n_parts, self.n_in)
+            return F.linear(x, self.weight, self.bias)
         weights = torch.cat((x.view(-1),) * self.n_parts)
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
-            self.table, rows, begins, False, 0, False, weights, None, False)
+            self.table, self.rows, self.begins, False, 0, False, weights, None, False)
         found = sums.view(1, -1)[:, :self.n_out]
         return found if self.bias is None else found.add_(self.bias)
 
 
 @torch.no_grad()
-def for_decoding(model: GPT, int8: bool) -> None:
-    """Give the model's matrices this form, in place. It can be read with afterwards, not trained or saved."""
-    form = OneRow if int8 else Packed
+def for_decoding(model: GPT, form: type[OneRow | FewRows | OneRowInt8]) -> None:
+    """Give the model's matrices this form, in place. It can be read with afterwards, not trained or saved. Nothing of
+    it stays in the memory of the weights that it had, which may be a mapped file."""
+    for module in model.modules():
+        if form is OneRowInt8 or not isinstance(module, nn.Linear):  # else the form is a copy
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
     for block in model.transformer.h:
         for part, name in [(block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")]:
             linear = getattr(part, name)

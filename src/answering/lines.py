@@ -10,7 +10,7 @@ import termios
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 try:
     import readline
@@ -30,12 +30,14 @@ class Signals:
     while."""
 
     interrupted = waiting = False
-    typed = ""  # what stood at the prompt when Ctrl-C came
-    prompt = ""  # of the line that is waited for
+    typed = prompt = ""  # what stood at the prompt when Ctrl-C came; the prompt of the line that is waited for
 
     def __enter__(self) -> "Signals":
         handlers = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate, signal.SIGALRM: lambda *_: None}
-        if readline and sys.stdin.isatty():
+        # whether lines can be edited; where stdout is a file, input() would put the prompt into it
+        self.edits = readline is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        self.can_paste = os.environ.get("TERM", "dumb") != "dumb"
+        if self.edits:
             self.plain = termios.tcgetattr(sys.stdin)
             handlers[signal.SIGTSTP] = self._suspend
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -49,14 +51,12 @@ class Signals:
         """The result of read, a function written in C that waits for input. Between it and the list no Python runs, so
         that a Ctrl-C right after Enter cannot lose the line: it stops the answer, or the wait for the next line."""
         self.typed, results = "", list[Result]()
-        for stream in (sys.stdout, sys.stderr):  # else input() does, and forgets a Ctrl-C that comes meanwhile
-            with suppress(OSError, ValueError):
-                stream.flush()
         try:
+            self._flush_at_ctrl_c(False)
             self.waiting = True
             if self.interrupted:
                 raise KeyboardInterrupt
-            signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)  # wakes what sleeps through a signal that came just before
+            signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # wakes what sleeps through a signal that came just before
             results.extend(map(read, (argument,)))
         except KeyboardInterrupt:
             if not results:
@@ -64,7 +64,16 @@ class Signals:
         finally:
             self.waiting = False
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self._flush_at_ctrl_c(True)
         return results[0]
+
+    def _flush_at_ctrl_c(self, does: bool) -> None:
+        """Whether the terminal drops what nobody has read yet. While readline waits it must not: readline has seen that
+        there is a letter, and would wait for it for ever, deaf to the Ctrl-C."""
+        if self.edits:
+            mode: list[Any] = [*self.plain]
+            mode[3] |= 0 if does else termios.NOFLSH
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
@@ -78,7 +87,7 @@ class Signals:
 
     def _suspend(self, *_: object) -> None:
         """Python's readline does not do this: it leaves the terminal as it is, and forgets the prompt."""
-        editing, pasting = termios.tcgetattr(sys.stdin), self.waiting and os.environ.get("TERM", "dumb") != "dumb"
+        editing, pasting = termios.tcgetattr(sys.stdin), self.waiting and self.can_paste
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.plain)
         os.write(sys.stdout.fileno(), b"\x1b[?2004l" * pasting)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
@@ -91,8 +100,8 @@ class Signals:
 
 
 class Lines:
-    """Messages from a terminal: one line, a paste, or several lines between quotes. With the readline module they can
-    be edited and recalled, in later chats too if keep_history."""
+    """Messages from a terminal: one line, a paste, or several lines between quotes. Where they can be edited they can
+    be recalled too, in later chats if keep_history."""
 
     def __init__(self, signals: Signals, complete: Callable[[str], Iterable[str]], keep_history: bool,
                  warn: Callable[[str], None]) -> None:
@@ -100,14 +109,15 @@ class Lines:
         be kept."""
         self.signals, self.complete, self.keep_history, self.warn = signals, complete, keep_history, warn
         self.path = Path(os.path.realpath(os.path.expanduser(HISTORY)))
-        self.edits = readline is not None and sys.stdout.isatty()  # else input() would put the prompt into a file
-        if self.edits:
-            readline.parse_and_bind("set enable-bracketed-paste on")
+        if signals.edits:
+            readline.parse_and_bind(f"set enable-bracketed-paste {'on' if signals.can_paste else 'off'}")
             readline.parse_and_bind("tab: complete")
             readline.set_completer_delims(" ")
             readline.set_completer(self._completion)
             readline.set_auto_history(False)
-            self._keep(self._recall)
+            for entry in self._history():
+                with suppress(ValueError):  # no text: anything may stand in a file
+                    readline.add_history(entry)
 
     def read(self, prompt: str) -> str:
         """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C, UnicodeDecodeError."""
@@ -117,9 +127,9 @@ class Lines:
             if text.lstrip().startswith(command + QUOTES):
                 text = command + self._quoted(text.lstrip().removeprefix(command + QUOTES), is_command=bool(command))
                 break
-        if text.strip() and self.edits:
+        if text.strip() and self.signals.edits:
             readline.add_history(text)
-            self._keep(lambda: self._remember(text))
+            self._history(text)
         return text
 
     def _quoted(self, text: str, is_command: bool) -> str:
@@ -130,7 +140,7 @@ class Lines:
         return "/" * (text.startswith("/") and not is_command) + text
 
     def _line(self, prompt: str) -> str:
-        if not self.edits:
+        if not self.signals.edits:
             print(prompt, end="", file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
             prompt = ""
         elif select.select([sys.stdin], [], [], 0)[0] and not any(fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4))):
@@ -138,7 +148,7 @@ class Lines:
         self.signals.prompt = prompt
         try:
             line = self.signals.wait(input, prompt)
-        except OSError as error:  # the terminal is gone
+        except (OSError, termios.error) as error:  # the terminal is gone
             raise EOFError from error
         return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -146,35 +156,21 @@ class Lines:
         found = [f"{name} " for name in self.complete(readline.get_line_buffer()) if name.startswith(word)]
         return found[number] if number < len(found) else None
 
-    def _keep(self, work: Callable[[], None]) -> None:
-        """Work on the history's file, unless that failed before."""
+    def _history(self, *more: str) -> list[str]:
+        """The last messages of all chats: those of the file, where lines that hold none are passed over, and these,
+        which are added to it. It is replaced whole, after other chats may have added to it."""
+        entries = []
         try:
-            if self.keep_history:
-                work()
+            for line in self.path.read_bytes().splitlines() if self.keep_history and self.path.exists() else ():
+                with suppress(ValueError, RecursionError):
+                    entries.append(json.loads(line))
+            entries = [entry for entry in (*entries, *more) if isinstance(entry, str)][-LONGEST_HISTORY:]
+            if more and self.keep_history:
+                temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                    file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
+                temporary.replace(self.path)
         except OSError as error:
             self.keep_history = False
             self.warn(f"{self.path}: the history is not kept: {error.strerror}")
-
-    def _recall(self) -> None:
-        for entry in self._history():
-            with suppress(ValueError):  # no text: anything may stand in a file
-                readline.add_history(entry)
-
-    def _history(self) -> list[str]:
-        """The messages of earlier chats; lines of the file that hold none are passed over."""
-        entries = []
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
-            with suppress(ValueError, RecursionError):
-                entries.append(json.loads(line))
-        return [entry for entry in entries if isinstance(entry, str)][-LONGEST_HISTORY:]
-
-    def _remember(self, text: str) -> None:
-        """Add to the file, which is read again, for other chats may have added to it, and replaced whole."""
-        entries = [*self._history(), text][-LONGEST_HISTORY:]
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
-                file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return entries

@@ -4,21 +4,15 @@ import codecs
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TypeVar
 
 from answering.answer import Answer, Question
 from answering.batch import WIDTH, finished
-from answering.decode_weights import OneRow
+from answering.decode_weights import OneRowInt8
 from errors import UserError
 from instruct_format import END_OF_TEXT
 
-
-class Asked(NamedTuple):
-    """A line that is not blank: its question, or what is known of it and why it is none."""
-
-    line: int
-    question: Question
-    error: str = ""
+Made = TypeVar("Made")
 
 
 def text_of(data: bytes) -> str:
@@ -33,31 +27,20 @@ def text_of(data: bytes) -> str:
     return text
 
 
-def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool) -> Iterator[Asked]:
-    """The question of each line that is not blank; input goes with the first."""
-    number = 0
-    while line := read_line():
-        number += 1
+def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
+                 make: Callable[[Question], Made]) -> Iterator[tuple[int, Question, Made | UserError]]:
+    """Of each line that is not blank: its number, its question as far as it is known, and what make makes of that, or
+    why it cannot. input goes with the first."""
+    for number, line in enumerate(iter(read_line, b""), 1):
         if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
+        question = Question("" if as_objects else line.decode(errors="replace").strip(), input)
         try:
-            text = text_of(line)
-            yield Asked(number, _question_of(text) if as_objects else Question(text.strip(), input))
+            question = _question_of(text_of(line)) if as_objects else Question(text_of(line).strip(), input)
+            yield number, question, make(question)
         except UserError as error:
-            seen = "" if as_objects else line.decode(errors="replace").strip()
-            yield Asked(number, Question(seen, input), str(error))
+            yield number, question, error
         input = ""
-
-
-def answer_together(answers: Sequence[Answer], is_stopped: Callable[[], bool]) -> None:
-    """Find the tokens of several answers at once: the same ones, in less time. Some stay unknown when it is stopped."""
-    if not answers:
-        return
-    begin, model, settings = time.perf_counter(), answers[0].model, answers[0].settings
-    for number, tokens in finished(
-            model, [answer.prompt for answer in answers], settings.max_new_tokens, settings, END_OF_TEXT,
-            [answer.generator() for answer in answers], 1 if isinstance(model.output, OneRow) else WIDTH, is_stopped):
-        answers[number].known, answers[number].seconds = tokens, time.perf_counter() - begin
 
 
 def _question_of(text: str) -> Question:
@@ -75,3 +58,13 @@ def _question_of(text: str) -> Question:
         if not isinstance(value, str):
             raise UserError(f"{name!r} must be text")
     return question
+
+
+def answer_together(answers: Sequence[Answer], is_stopped: Callable[[], bool]) -> None:
+    """Find the tokens of several answers at once: the same ones, in less time. Some stay unknown when it is stopped."""
+    if answers:
+        begin, model, settings = time.perf_counter(), answers[0].model, answers[0].settings
+        width = 1 if isinstance(model.output, OneRowInt8) else WIDTH
+        for number, tokens in finished(model, [answer.prompt for answer in answers], settings.max_new_tokens, settings,
+                                       END_OF_TEXT, [answer.generator() for answer in answers], width, is_stopped):
+            answers[number].known, answers[number].seconds = tokens, time.perf_counter() - begin

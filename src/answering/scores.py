@@ -1,13 +1,16 @@
 """How good answers are: the loss of the expected ones, and counts over those that a model gives."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from answering.batch import finished
+from answering.decode_weights import FewRows, for_decoding
 from errors import CheckpointError
+from instruct_format import END_OF_TEXT
 from model import GPT, Documents
 
 N_GRAM = 4
@@ -24,9 +27,9 @@ class Case(NamedTuple):
         return self.tokens[:self.spans[-1][0]] if self.spans else self.tokens
 
     @property
-    def expected(self) -> list[int] | None:
+    def expected(self) -> list[int]:
         """The response that should come after the prompt, without its end."""
-        return self.tokens[self.spans[-1][0]:self.spans[-1][1] - 1] if self.spans else None
+        return self.tokens[self.spans[-1][0]:self.spans[-1][1] - 1]
 
 
 class Scores(NamedTuple):
@@ -60,16 +63,26 @@ def repetition(answers: Sequence[Sequence[int]]) -> float:
     return 1 - sum(len(set(each)) for each in grams) / max(1, sum(map(len, grams))) if any(grams) else 0.0
 
 
-def scores_of(cases: Sequence[Case], losses: Sequence[tuple[float, int]], answers: Sequence[Sequence[int]],
-              ended: Sequence[bool]) -> Scores:
-    """Sums and counts over all cases, each divided once. Raises CheckpointError when the loss is no finite number."""
+def evaluate(model: GPT, cases: Sequence[Case], limit: int, bar: Callable[..., Iterable[Any]]) -> tuple[
+        Scores, list[tuple[list[int], bool]]]:
+    """Scores of a model, and its greedy answers of at most limit tokens, each with whether it ended by itself. Sums and
+    counts over all cases are each divided once. bar(iterable, total=...) shows how far it is. Raises CheckpointError
+    when the loss is no finite number."""
+    if model.transformer.wte.weight.device.type == "cpu":
+        for_decoding(model, FewRows)
+    limits = [min(limit, model.config.context_length - len(case.prompt)) for case in cases]
+    scored = [case for case in cases if case.spans]
+    losses: list[tuple[float, int]] = list(bar(response_losses(model, scored), total=len(scored)))
+    found: dict[int, list[int]] = dict(bar(finished(model, [case.prompt for case in cases], limits,
+                                                    stop_token=END_OF_TEXT), total=len(cases)))
+    answers = [(found[index], len(found[index]) < most) for index, most in enumerate(limits)]
     loss = perplexity = exact = None
     if losses:
         loss = sum(each for each, _ in losses) / sum(count for _, count in losses)
         if not math.isfinite(loss):
             raise CheckpointError("its loss is not a finite number: the weights are damaged; use another checkpoint")
         perplexity = math.exp(min(loss, 700.0))
-        exact = sum(case.expected == list(answer) and end
-                    for case, answer, end in zip(cases, answers, ended)) / len(cases)
-    return Scores(loss, perplexity, sum(ended) / len(cases), sum(map(len, answers)) / len(cases), repetition(answers),
-                  exact)
+        exact = sum((case.expected, True) == answer for case, answer in zip(cases, answers)) / len(cases)
+    n_tokens = sum(len(tokens) for tokens, _ in answers)
+    return Scores(loss, perplexity, sum(ended for _, ended in answers) / len(cases), n_tokens / len(cases),
+                  repetition([tokens for tokens, _ in answers]), exact), answers

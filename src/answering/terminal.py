@@ -7,19 +7,19 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from answering.answer import Answer, Question, Turn
+from answering.answer import Answer, Question
 from answering.batch import WIDTH
 from answering.lines import Lines, Signals
-from answering.questions import Asked, answer_together, questions_of, text_of
+from answering.questions import answer_together, questions_of, text_of
 from answering.settings import TABLE, Settings, changed
 from cli import printable, printable_line, write
-from errors import CheckpointError, UserError, errors_at
+from errors import UserError, errors_at
 from model import GPT
 
 COMMANDS = {
@@ -49,8 +49,7 @@ class Chat:
         self.at_terminal = False
         self.input = ""  # for the next question
         self.last: Answer | None = None
-        self.turns: list[Turn] = []
-        self.before: list[Turn] = []  # the turns before the last question
+        self.turns: list[Answer] = []  # those with a text
         self.left_out = 0  # of the turns, because they no longer fit
 
     def answer_one(self, question: Question) -> int:
@@ -64,23 +63,21 @@ class Chat:
         UserError at the end if one was not answered."""
         n_lines = n_failed = 0
         with self.signals:
-            questions = questions_of(lambda: self.signals.wait(sys.stdin.buffer.readline, -1), input, as_objects)
-            for asked, answer in self._answers(questions, WIDTH if as_objects else 1):
-                n_lines += 1
-                try:
+            lines = questions_of(lambda: self.signals.wait(sys.stdin.buffer.readline, -1), input, as_objects,
+                                 lambda question: Answer(self.model, *question, self.settings))
+            while not self.signals.interrupted and (batch := list(islice(lines, WIDTH if as_objects else 1))):
+                if as_objects:
+                    answer_together([answer for *_, answer in batch if isinstance(answer, Answer)],
+                                    lambda: self.signals.interrupted)
+                for number, question, answer in batch:
+                    n_lines += 1
                     if isinstance(answer, UserError):
-                        raise answer
-                    self._write_answer(answer)
-                except CheckpointError:
-                    raise
-                except UserError as error:
-                    n_failed += 1
-                    if self.as_json:
-                        self._write_json({**asked.question._asdict(), "error": f"line {asked.line}: {error}"})
+                        n_failed += 1
+                        self._write_error(f"line {number}: {answer}", question)
+                    elif as_objects and answer.known is None:
+                        break  # after Ctrl-C
                     else:
-                        self.say(f"error: line {asked.line}: {printable_line(error)}")
-                if self.signals.interrupted and (isinstance(answer, UserError) or answer.known is None):
-                    return 130
+                        self._write_answer(answer)
         if self.signals.interrupted:
             return 130
         if input and not n_lines:
@@ -88,23 +85,6 @@ class Chat:
         if n_failed:
             raise UserError(f"{n_failed} of {n_lines} questions were not answered")
         return 0
-
-    def _answers(self, questions: Iterator[Asked], at_once: int) -> Iterator[tuple[Asked, Answer | UserError]]:
-        """Each question with its answer, whose pieces are yet to be taken, or why there is none."""
-        while not self.signals.interrupted and (asked := list(islice(questions, at_once))):
-            answers = [self._answer_to(each) for each in asked]
-            if at_once > 1:
-                answer_together([answer for answer in answers if isinstance(answer, Answer)],
-                                lambda: self.signals.interrupted)
-            yield from zip(asked, answers)
-
-    def _answer_to(self, asked: Asked) -> Answer | UserError:
-        try:
-            if asked.error:
-                raise UserError(asked.error)
-            return Answer(self.model, *asked.question, self.settings)
-        except UserError as error:
-            return error
 
     def converse(self, input: str, keep_history: bool) -> int:
         """Messages from the terminal until they end; input goes with the first question. Returns the exit code."""
@@ -137,7 +117,7 @@ class Chat:
         """A message of the conversation: a command or a question. Raises UserError."""
         if not text.startswith("/") or text.startswith("//"):
             if text.strip():
-                self._ask(Question(text.removeprefix("/"), self.input), self.turns)
+                self._ask(Question(text.removeprefix("/"), self.input))
                 self.input = ""
             return
         command, rest = (re.split(r"\s", text, maxsplit=1) + [""])[:2]
@@ -148,7 +128,8 @@ class Chat:
         elif command == "/regen":
             if self.last is None:
                 raise UserError("there is no question yet")
-            self._ask(self.last.question, self.before)
+            self.turns = [turn for turn in self.turns if turn is not self.last]
+            self._ask(self.last.question)
         elif command == "/save":
             self._save(rest.strip())
         elif command == "/clear":
@@ -160,17 +141,16 @@ class Chat:
             raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, *LEAVING])}; /help lists them, // "
                             "begins a question with a slash")
 
-    def _ask(self, question: Question, turns: list[Turn]) -> None:
-        """Answer, and remember it after these turns."""
-        answer = self.last = Answer(self.model, *question, self.settings, turns if self.remembers else ())
-        self.before = turns
-        left_out = len(turns) - answer.n_turns if self.remembers else 0
+    def _ask(self, question: Question) -> None:
+        """Answer, and remember it."""
+        answer = self.last = Answer(self.model, *question, self.settings, self.turns if self.remembers else ())
+        left_out = len(self.turns) - answer.n_turns if self.remembers else 0
         if left_out > self.left_out:
-            self._note(f"the context is full: the oldest {left_out} of {len(turns)} turns are left out")
+            self._note(f"the context is full: the oldest {left_out} of {len(self.turns)} turns are left out")
         self.left_out = left_out
         self._write_answer(answer)
         if answer.text.strip():
-            self.turns = [*turns, Turn(*question, answer.text, answer.stopped == "end")]
+            self.turns.append(answer)
 
     def _set(self, name: str = "", value: str = "") -> None:
         """Change a setting, or show all, or one."""
@@ -188,14 +168,15 @@ class Chat:
                      f"{last['prompt_tokens'] + last['tokens']} of {context}; seed {last['seed']}")
 
     def _save(self, name: str) -> None:
-        """The turns, each an example; as one conversation where the model knows of earlier ones."""
-        if not name or not self.turns:
-            raise UserError("/save needs the name of a file" if self.turns else "there is nothing to save yet")
-        rows: list[object] = [dict(zip(Turn._fields[:3], turn)) for turn in self.turns]
+        """The turns, each an example; as one conversation where the model knows of earlier ones. Those that Ctrl-C
+        stopped are left out."""
+        turns = [turn for turn in self.turns if turn.stopped != "interrupt"]
+        if not name or not turns:
+            raise UserError("/save needs the name of a file" if turns else "there is nothing to save yet")
+        rows: list[object] = [{**turn.question._asdict(), "output": turn.text} for turn in turns]
         if self.remembers:
-            texts = [text for turn in self.turns for text in ("\n\n".join(filter(None, turn[:2])), turn.output)]
-            rows = [{"messages": [{"role": ("user", "assistant")[number % 2], "content": text}
-                                  for number, text in enumerate(texts)]}]
+            rows = [{"messages": [{"role": role, "content": text} for turn in turns for role, text in (
+                ("user", "\n\n".join(filter(None, turn.question))), ("assistant", turn.text))]}]
         path = Path(os.path.expanduser(name))
         with errors_at(path, ValueError):
             if path.exists():
@@ -204,9 +185,9 @@ class Chat:
             file = path.open("x", encoding="ascii")
         with errors_at(path), file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)
-        n_cut = sum(not turn.is_whole for turn in self.turns)
-        self.say(f"saved {len(self.turns)} turn{'s' * (len(self.turns) > 1)} to {printable_line(path.absolute())}"
-                 + f", {n_cut} of them cut" * (n_cut > 0))
+        n_cut, n_stopped = sum(turn.stopped != "end" for turn in turns), len(self.turns) - len(turns)
+        self.say(f"saved {len(turns)} turn{'s' * (len(turns) > 1)} to {printable_line(path)}"
+                 + f", {n_cut} of them cut" * (n_cut > 0) + f", without {n_stopped} stopped" * (n_stopped > 0))
 
     def _complete(self, line: str) -> Iterable[str]:
         """What the last word of a line may be."""
@@ -238,6 +219,12 @@ class Chat:
                      "interrupt": "stopped"}
             if answer.stopped in notes:
                 self._note(notes[answer.stopped])
+
+    def _write_error(self, text: str, question: Question) -> None:
+        if self.as_json:
+            self._write_json({**question._asdict(), "error": text})
+        else:
+            self.say(f"error: {printable_line(text)}")
 
     def _write_json(self, fields: dict[str, object]) -> None:
         write(json.dumps(fields).replace("\x7f", "\\u007f") + "\n", sys.stdout)

@@ -9,8 +9,8 @@ import signal
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from training.checks import doubt_about_weights, doubts, existing, facts
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
 from training.memory import fit
 from training.options import parse_options, resumed_options, with_steps
-from training.processes import Processes, join
+from training.processes import Processes, join, less_memory
 from training.progress import columns, duration, say
 from training.step import Learner
 from weights.checkpoint import size_of
@@ -56,12 +56,12 @@ class Table:
 
     def show(self) -> int:
         """Returns the exit code."""
-        count = {kind: sum(status == kind for status, _ in self.rows.values()) for kind in ("failure", "warning")}
+        failed, doubtful = (sum(status == kind for status, _ in self.rows.values()) for kind in ("failure", "warning"))
         rows = {f"{status:<8} {name}": text for name, (status, text) in self.rows.items()}
-        verdict = (f"{count['failure']} of {len(rows)} checks failed" if count["failure"] else "the run can start"
-                   + f", with {count['warning']} warning{'s' * (count['warning'] > 1)}" * bool(count["warning"]))
+        verdict = (f"{failed} of {len(rows)} checks failed" if failed else "the run can start"
+                   + f", with {doubtful} warning{'s' * (doubtful > 1)}" * bool(doubtful))
         say(f"{columns(rows)}\n{verdict}; this was a dry run, nothing was written")
-        return UserError.exit_code if count["failure"] else 0
+        return UserError.exit_code if failed else 0
 
 
 def dry_run(argv: list[str] | None) -> int:
@@ -70,15 +70,13 @@ def dry_run(argv: list[str] | None) -> int:
     options, table = parse_options(argv), Table()
     with table.check("device"):
         table.processes = join(options.device)
-    try:
+    with closing(table.processes):
         _look(argv, options, table)
-    finally:
-        table.processes.close()
     return table.show()
 
 
 def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
-    folder, path, state, prepared, model, data = Path(options.checkpoint_dir), Path(), None, None, None, None
+    folder, path, state, model = Path(options.checkpoint_dir), Path(), None, None
     # each by itself, so that one failure hides no other
     with table.check("folders"):
         for each in (folder, Path(options.tensorboard_dir)):
@@ -91,19 +89,18 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         path, state = find_state(options, folder)
         options = resumed_options(argv, state["options"], folder, path) if state else options
         table.add("ok", "start", f"goes on from {path} at step {state['step']}" if state else "a new run")
-    with table.check("data"):
-        prepared = open_data(options, state)
     if table.rows["start"][0] == "ok":
         with table.check("model"):
             model, origin = model_of(options, state, path)
             check_sizes(options, model.config)
-    if prepared:
-        with table.check("data"):
-            sizes = Namespace(**{**vars(options), "context_length": options.context_length or 1024})
-            data = split_data(prepared, sizes, model.config.vocab_size if model else VOCAB_SIZE)
+            table.add("ok", "model", origin)
+    with table.check("data"):
+        prepared = open_data(options, state)
+        options.context_length = options.context_length or 1024  # without a model
+        data = split_data(prepared, options, model.config.vocab_size if model else VOCAB_SIZE)
+        table.add("ok", "data", "")
     # together, if all is there
-    if not (model and data and prepared) or any(status == "failure" for name, (status, _) in table.rows.items()
-                                                if name in ("data", "model", "device")):
+    if not model or any(table.rows[name][0] == "failure" for name in ("data", "model", "device") if name in table.rows):
         return table.add("warning", "the rest", "not checked, as it needs what failed above")
     table.add("ok", "fingerprint", f"{prepared.manifest['fingerprint'][:12]}, of {prepared.manifest['source']}")
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
@@ -112,9 +109,9 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     options = Namespace(**{**vars(options), "mini_batch_size": fit(options, model, table.processes)[0]})
     for name, text in facts(options, table.processes, model, data, stream, origin).items():
         table.add("ok", name, text)
-    for name, text in doubts(options, table.processes, model, data, stream).items():
+    for name, text in doubts(options, model, data, stream).items():
         table.add("warning", name, text)
-    with table.check("memory"):
+    with table.check("memory"), table.processes.failures_explained(less_memory(options)):
         _costs(options, model, data["train"], stream, table)
 
 
@@ -122,18 +119,13 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     """The first loss, the memory and the time of the run, from a micro-batch on this device."""
     device, most_tokens = table.processes.device, options.mini_batch_size * options.context_length
     is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
-    smaller = f"--mini_batch_size {options.mini_batch_size // 2}; the results stay the same"
-    smaller = smaller if options.mini_batch_size > 1 else "--gradient_checkpointing, or a smaller --context_length"
-    batch = data.micro_batch(longest(data.lengths, most_tokens if is_cuda else min(most_tokens, CPU_TOKENS)))
-    try:
-        model.transformer.recompute = fit(options, model, table.processes)[1]
-        learner = Learner(model.to(device), options, table.processes)
-        loss, kept, seconds = _run(learner, batch.to(device))
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise UserError(f"not enough for a micro-batch of {len(batch.tokens):,} tokens on {device}: {smaller}"
-                        ) from error
+    # the longest examples that fit; at least the shortest
+    room = most_tokens if is_cuda else min(most_tokens, CPU_TOKENS)
+    longest = [number for number in np.argsort(-data.lengths, kind="stable").tolist() if data.lengths[number] <= room]
+    count = int((np.cumsum(data.lengths[longest]) <= room).sum())
+    batch = data.micro_batch(longest[:count] or [int(data.lengths.argmin())])
+    model.transformer.recompute = fit(options, model, table.processes)[1]
+    loss, kept, seconds = _run(Learner(model.to(device), options, table.processes), batch.to(device))
     doubt = "" if options.from_scratch else doubt_about_weights(loss)
     table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
     # weights, gradients, two moments, and what the backward pass needs
@@ -142,11 +134,12 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     if is_cuda:
         needed = torch.cuda.max_memory_allocated(device) + 2 * weights
         there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    table.add("warning" if needed > there else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of "
-              f"{most_tokens:,} tokens, {there / 1e9:.1f} GB are there" + f": {smaller}" * (needed > there))
+    more = f": {less_memory(options)}" * (needed > there)
+    table.add("warning" if more else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of {most_tokens:,}"
+              f" tokens, {there / 1e9:.1f} GB are there{more}")
     a_step = seconds * int(data.lengths.sum()) / len(batch.tokens) / stream.steps_per_epoch
     a_step /= table.processes.world_size if is_cuda else 1
-    table.add("ok", "time", f"about {duration(a_step)} a step, {duration(a_step * options.max_steps)} in all")
+    table.add("ok", "time", f"about {a_step:,.2f} s a step, {duration(a_step * options.max_steps)} in all")
 
 
 def _run(learner: Learner, batch: MicroBatch) -> tuple[float, int, float]:
@@ -164,15 +157,7 @@ def _run(learner: Learner, batch: MicroBatch) -> tuple[float, int, float]:
     mean = learner.add_gradients(batch, 0.0).item() / max(1, len(batch.targets))
     if batch.tokens.is_cuda:
         torch.cuda.synchronize()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.computing.parameters()}
-    return mean, sum(size for place, size in kept.items() if place not in parameters), time.perf_counter() - begin
-
-
-def longest(lengths: np.ndarray, most_tokens: int) -> Sequence[int]:
-    """The longest examples that together have at most most_tokens tokens; at least the shortest one."""
-    chosen, tokens = [], 0
-    for example in np.argsort(-lengths, kind="stable").tolist():
-        if tokens + int(lengths[example]) <= most_tokens:
-            chosen.append(example)
-            tokens += int(lengths[example])
-    return chosen or [int(lengths.argmin())]
+    seconds = time.perf_counter() - begin
+    for parameter in learner.computing.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return mean, sum(kept.values()), seconds

@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 from typing import NoReturn
 
@@ -25,9 +27,11 @@ def is_restart() -> bool:
 
 
 def mark_begun() -> None:
-    """From now on a start of the launcher goes on from the newest checkpoint, whatever it was started with."""
+    """The run has begun, or goes on: from now on a start of the launcher goes on from the newest checkpoint, whatever
+    it was started with. The launcher sees when that was last."""
     if path := os.environ.get("INSTRUCT_BEGUN"):
-        open(path, "w").close()
+        with suppress(OSError):  # somebody has emptied the folder for temporary files
+            Path(path).touch()
 
 
 def leave(code: int) -> NoReturn:

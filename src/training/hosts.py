@@ -1,12 +1,13 @@
 """Which hosts take part in a run, and what they do next.
 
-Each host has a launcher (launch.py), which reports what its processes do. One of them, the first host, leads: it makes
-a plan from all reports, and every launcher does what the plan says. On one machine that is a call and nothing else.
-Several exchange reports and plan, a few times a second, through a store (torch's TCPStore) in the first launcher. Both
-are JSON: nothing that comes from the network is ever unpickled.
+The launcher of each host (launch.py) says in a Report what its processes do. The leader, in the launcher of the first
+host, turns all reports into one Plan, and every launcher does what the plan says. On one machine that is a call and
+nothing else. Several exchange reports and plan, a few times a second, through a store (torch's TCPStore) in the first
+launcher. Both are JSON: nothing that comes from the network is ever unpickled.
 """
 
 import json
+import platform
 import socket
 import time
 import uuid
@@ -20,20 +21,18 @@ from typing import Any
 from errors import DiedError, LostError
 
 LAST_CALL = 5.0  # seconds to wait for more hosts than are needed
-GONE = 30.0  # seconds without a word after which a host is gone
+GONE, FIRST_GONE = 30.0, 100.0  # seconds without a word after which a host is gone; the first, which may come back
 
 
 @dataclass
 class Report:
     """What a host says of itself."""
 
-    host: str
     processes: int
     start: int = 0  # the number of the start of the run that it took part in last
-    running: bool = False  # whether its processes still run
-    code: int = 0  # how they ended
-    why: str = ""  # what is told of that
-    left: bool = False  # whether its launcher ends
+    code: int | None = 0  # how its processes ended; None while they run
+    why: str = ""
+    time: float = 0.0  # changes with every word
 
 
 @dataclass
@@ -44,9 +43,14 @@ class Plan:
     members: dict[str, int] = field(default_factory=dict)  # the hosts, by their keys, and their numbers of processes
     goes: bool = False  # whether this start is to run; if not, its processes end,
     saving: bool = False  # after a save, where that is possible
-    told: str = ""  # what happened, for the user
+    news: str = ""  # what happened, for the user
     waiting: str = ""  # what for
     code: int | None = None  # the exit code, when the run is over
+
+
+def name_of(key: str) -> str:
+    """A host's name, from its key: hostC from "hostC 1f0e..."."""
+    return key.partition(" ")[0]
 
 
 class Leader:
@@ -56,8 +60,7 @@ class Leader:
         self.least, self.most, self.latest, self.most_restarts = least, most, latest, most_restarts
         self.plan = Plan()
         self.restarts, self.saved = 0, self._saved()  # in a row, without a new checkpoint between them
-        self.names: dict[str, str] = {}  # of all hosts that ever were here, by their keys
-        self.here, self.arrived = set[str](), 0.0  # which are, and since when just these
+        self.here, self.arrived = set[str](), 0.0  # the hosts, and since when just these are here
 
     def _saved(self) -> float:
         with suppress(OSError):
@@ -65,107 +68,118 @@ class Leader:
         return 0.0
 
     def decide(self, reports: Mapping[str, Report]) -> Plan:
-        """The plan, from the reports of all hosts that are here, by key."""
-        if self.plan.code is None:
-            if self.here != reports.keys():
-                self.here, self.arrived = set(reports), time.monotonic()
-            self.names |= {key: report.host for key, report in reports.items()}
-            if self.plan.goes:
-                self._watch(reports)
-            elif running := [report.host for report in reports.values() if report.running]:
-                self.plan.waiting = f"the processes of {', '.join(running)} to end"
-                self.plan.saving &= self.plan.members.keys() <= reports.keys()  # one that is gone takes part in no save
-            else:
-                self._begin({key: report for key, report in reports.items() if not report.left})
+        """The plan, from the reports of all hosts that are here, by key; the first host comes first."""
+        if self.here != reports.keys():
+            self.here, self.arrived = set(reports), time.monotonic()
+        if self.plan.goes:
+            self._watch(reports)
+        elif self.plan.code is None and (running := [name_of(key) for key in reports if reports[key].code is None]):
+            self.plan.waiting = f"the processes of {', '.join(running)} to end"
+            self.plan.saving &= self.plan.members.keys() <= reports.keys()  # one that is gone takes part in no save
+        elif self.plan.code is None:
+            self._begin(reports)
         return self.plan
+
+    def _begin(self, reports: Mapping[str, Report]) -> None:
+        """Start the run when enough hosts are here."""
+        if len(reports) >= self.most or (len(reports) >= self.least and time.monotonic() - self.arrived >= LAST_CALL):
+            members = {key: report.processes for key, report in list(reports.items())[:self.most]}
+            start = 1 + max([self.plan.start, *(report.start for report in reports.values())])
+            self.plan = Plan(start, members, goes=True, news=self.plan.news)
+        else:
+            here = ", ".join(map(name_of, reports))
+            self.plan.waiting = f"{max(1, self.least - len(reports))} more of {self.most} hosts (here: {here})"
 
     def _watch(self, reports: Mapping[str, Report]) -> None:
         """While a start goes: has it ended, does it go on, does another host join?"""
-        plan = self.plan
-        ended = [report for key, report in reports.items()
-                 if key in plan.members and report.start == plan.start and not report.running]
-        final = [report for report in ended if report.code not in (0, DiedError.exit_code, LostError.exit_code)]
-        died = [f"{report.host}: {report.why}" for report in ended if report.code == DiedError.exit_code]
-        gone = [self.names[key] for key in plan.members if key not in reports]
+        plan, codes, died = self.plan, dict[str, int](), list[str]()
+        for key, report in reports.items():
+            if key in plan.members and report.start == plan.start and report.code is not None:
+                codes[name_of(key)] = report.code
+                died += [f"{name_of(key)}: {report.why}"] * (report.code == DiedError.exit_code)
+        final = [host for host, code in codes.items() if code not in (0, DiedError.exit_code, LostError.exit_code)]
+        gone = [f"{name_of(key)} is gone" for key in plan.members if key not in reports]
+        joined = [name_of(key) for key in reports if key not in plan.members]
         if final:
-            self.end(final[0].code, f"{final[0].host} has stopped the run")
-        elif len(ended) == len(plan.members) and not any(report.code for report in ended):
+            self.end(codes[final[0]], f"{final[0]} has stopped the run")
+        elif gone or any(codes.values()):
+            self._again("; ".join(died or gone or ["the connection between the processes is lost"]), bool(died))
+        elif len(codes) == len(plan.members):
             self.end(0)
-        elif died or gone or any(report.code for report in ended):
-            told = died or [f"{name} is gone" for name in gone] or ["the connection between the processes is lost"]
-            self._again("; ".join(told), bool(died))
-        elif len(plan.members) < self.most and (joined := [key for key in reports if key not in plan.members]):
-            self.plan = replace(plan, goes=False, saving=True,
-                                told=f"{self.names[joined[0]]} joins: the run saves and goes on with it "
-                                     f"(start {plan.start + 1})")
+        elif joined and len(plan.members) < self.most:
+            self._stop(f"{joined[0]} joins: the run saves and goes on with it", saving=True)
 
-    def _again(self, told: str, died: bool) -> None:
+    def _again(self, news: str, died: bool) -> None:
         """Start once more from the newest checkpoint, unless that would only repeat what happened."""
         saved = self._saved()
         self.restarts = self.restarts + 1 if saved == self.saved else 1
         self.saved = saved
         if died and not saved:
-            self.end(DiedError.exit_code, f"{told}. A process of the run died before the first checkpoint was saved; "
+            self.end(DiedError.exit_code, f"{news}. A process of the run died before the first checkpoint was saved; "
                      "starting again by itself would only repeat that, so see above why, and run the command again")
         elif self.restarts > self.most_restarts:
-            self.end(DiedError.exit_code, f"{told}. The run was started again {self.most_restarts} times without "
+            self.end(DiedError.exit_code, f"{news}. The run was started again {self.most_restarts} times without "
                      "getting to a new checkpoint; see above why")
         else:
-            self.plan = replace(self.plan, goes=False, told=f"{told}; the run goes on from its newest checkpoint "
-                                f"(start {self.plan.start + 1})")
+            self._stop(f"{news}; the run goes on from its newest checkpoint")
 
-    def _begin(self, reports: Mapping[str, Report]) -> None:
-        if len(reports) >= self.most or (len(reports) >= self.least and time.monotonic() - self.arrived >= LAST_CALL):
-            members = {key: report.processes for key, report in list(reports.items())[:self.most]}
-            start = 1 + max([self.plan.start, *(report.start for report in reports.values())])
-            self.plan = Plan(start, members, goes=True, told=self.plan.told)
-        else:
-            here = ", ".join(report.host for report in reports.values())
-            self.plan.waiting = f"{max(1, self.least - len(reports))} more of {self.most} hosts (here: {here})"
+    def _stop(self, news: str, saving: bool = False) -> None:
+        """This start is to end, so that another one can begin."""
+        news += f" (start {self.plan.start + 1})"
+        self.plan = replace(self.plan, goes=False, saving=saving, news=news)
 
-    def end(self, code: int, told: str = "") -> None:
+    def end(self, code: int, news: str = "") -> None:
         """The run is over."""
-        self.plan = replace(self.plan, goes=False, code=code, told=told)
+        self.plan = replace(self.plan, goes=False, code=code, news=news)
 
 
 class Hosts:
-    """This host's connection to the store. A thread of its own talks to it, so that a dead link stops nothing. A single
-    host has neither."""
+    """This host among those of the run. A thread of its own talks to the store, so that a dead link stops nothing. A
+    single host has neither."""
 
     def __init__(self, endpoint: tuple[str, int] | None, leader: Leader, report: Report) -> None:
         self.endpoint, self.leader, self.report = endpoint, leader, report
-        self.key = uuid.uuid4().hex
-        self.plan, self.heard, self.alone = Plan(), 0.0, False
+        self.key = f"{platform.node()} {uuid.uuid4().hex}"
+        self.plan, self.heard = Plan(), 0.0  # the plan, and when it was heard last
         self._store: Any = None  # the server, in the first launcher
         self._seen: dict[str, tuple[bytes, float]] = {}  # the hosts' reports, and since when they are the same
+        self._left = False
         if endpoint:
             Thread(target=self._talk, args=endpoint, daemon=True).start()
 
-    def decide(self, report: Report) -> Plan | None:
-        """The plan, or None while the first host is not to be reached."""
+    def decide(self, report: Report) -> Plan:
+        """What this host does next; the report is its own."""
         self.report = report
         if not self.endpoint:
             return self.leader.decide({self.key: report})
-        return self.plan if self.heard and time.monotonic() - self.heard < GONE else None
+        silence = time.monotonic() - self.heard
+        if self.heard and silence < GONE:
+            return self.plan
+        if self.heard and silence >= FIRST_GONE:
+            first = name_of(next(iter(self.plan.members), self.endpoint[0]))
+            return Plan(code=DiedError.exit_code, news=f"{first}, the first host of the run, is gone and has not come "
+                        "back; run the command again, there first")
+        return Plan(waiting="{}:{}, where the hosts meet".format(*self.endpoint))
 
     def leave(self, code: int) -> None:
-        """Tell the others; the first host, without which they cannot go on, stays until they have left, for a while."""
-        self.report = replace(self.report, left=True)
+        """Let the others know; the first host, without which they cannot go on, stays a while until they have left."""
         if self.leader.plan.code is None:
-            self.leader.end(code, f"{self.report.host}, the first host, has left")
-        end = time.monotonic() + (15 if self._store else 3)
-        told = time.monotonic() + 0.5
-        while self.endpoint and time.monotonic() < end and (self.heard < told or (self._store and not self.alone)):
+            self.leader.end(code, f"{name_of(self.key)}, the first host, has left")
+        end = time.monotonic() + 3
+        while self.endpoint and time.monotonic() < end and self.plan.goes and self.plan.start == self.report.start:
+            time.sleep(0.05)  # until the leader knows how the processes of this host ended
+        self._left, known, end = True, time.monotonic() + 0.5, time.monotonic() + (15 if self._store else 3)
+        while self.endpoint and time.monotonic() < end and (self.heard < known or (self._store and self.leader.here)):
             time.sleep(0.05)
 
     def _talk(self, host: str, port: int) -> None:
         while True:
             with suppress(OSError, RuntimeError, TypeError, ValueError):  # the store is not there, or not ours
                 store = self._connect(host, port)
-                store.set(f"host{store.add('hosts', 1)}", self.key)
+                store.append("hosts", f"{self.key}\n")
                 while True:
-                    report = json.dumps({**asdict(self.report), "time": time.monotonic()})
-                    store.set(self.key, report)
+                    report = asdict(replace(self.report, time=time.monotonic()))
+                    store.set(self.key, "" if self._left else json.dumps(report))
                     if self._store:
                         self._lead(store)
                     self.plan, self.heard = Plan(**json.loads(store.get("plan"))), time.monotonic()
@@ -185,18 +199,12 @@ class Hosts:
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
 
     def _lead(self, store: Any) -> None:
-        """Read all reports that changed a short while ago, this host's first, and write the plan."""
+        """Read all reports, and write the plan from those that changed a short while ago, this host's first."""
         now = time.monotonic()
-        for number in range(1, store.add("hosts", 0) + 1):
-            if store.check([f"host{number}"]) and store.check([key := store.get(f"host{number}").decode()]):
-                report = store.get(key)
-                if self._seen.get(key, (b"", 0.0))[0] != report:
-                    self._seen[key] = (report, now)
-        reports = {}
-        for key in sorted(self._seen, key=lambda key: key != self.key):
-            fields = json.loads(self._seen[key][0])
-            del fields["time"]
-            if now - self._seen[key][1] < GONE:
-                reports[key] = Report(**fields)
-        self.alone = all(report.left for report in reports.values())
+        for key in store.get("hosts").decode().splitlines():
+            if store.check([key]) and self._seen.get(key, (b"", 0.0))[0] != (text := store.get(key)):
+                self._seen[key] = (text, now)
+        reports = {key: Report(**json.loads(self._seen[key][0]))
+                   for key in sorted(self._seen, key=lambda key: key != self.key)
+                   if self._seen[key][0] and now - self._seen[key][1] < GONE}
         store.set("plan", json.dumps(asdict(self.leader.decide(reports))))

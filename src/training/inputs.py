@@ -40,8 +40,7 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
     if options.resume == "latest" or (is_here and (options.resume == "auto" or is_restart())):
         return checkpoint.newest_valid(folder, say)
     is_file = options.resume not in (None, "auto", "latest")
-    path = Path(options.resume if is_file else "")
-    state = checkpoint.load_run(path) if is_file else None
+    path, state = (Path(options.resume), checkpoint.load_run(Path(options.resume))) if is_file else (Path(), None)
     if state is None or not path.parent.samefile(folder):
         checkpoint.require_no_run(folder)
     return path, state

@@ -8,9 +8,8 @@ time they need to save; a second one ends them. On several machines run this on 
 TORCHRUN_FLAGS; see hosts.py. On one machine nothing listens beyond loopback, and a single process needs no connection.
 """
 
-import errno
+import math
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -20,18 +19,17 @@ import time
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
 
-from cli import Parser, printable_line, run, unread_output
+from cli import Parser, printable_line, run, say
 from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, block_signals
-from training.hosts import Hosts, Leader, Plan, Report
+from training.hosts import Hosts, Leader, Plan, Report, name_of
 from training.options import parse_options
 from weights.durable import lock_folder
 
 GRACE = 5.0  # seconds to end in, for processes that another one has left alone
-NOTICE = 8.0  # seconds between lines that say what is being waited for
-PATIENCE = 600.0  # seconds to wait for other hosts
+NOTICE, PATIENCE = 8.0, 600.0  # seconds to wait for other hosts before that is said, and in all
+QUIET = 600.0  # seconds without a step before that is said
 TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 
 
@@ -42,49 +40,95 @@ def main() -> int:
         raise UserError(f"the first argument is the number of processes, 1 to {most_processes} on this machine")
     processes, flags = int(sys.argv[1]), sys.argv[2:]
     options = parse_options(flags)
-    checkpoint_dir = Path(options.checkpoint_dir)
+    folder = Path(options.checkpoint_dir)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     least, most, endpoint, restarts = _machines(os.environ.get("TORCHRUN_FLAGS", ""))
-    leader, report = Leader(least, most, checkpoint_dir / "latest.pt", restarts), Report(platform.node(), processes)
-    if most == 1 and not options.dry_run:  # on several machines, another launcher's trainer may hold it for this run
-        with lock_folder(checkpoint_dir):
-            pass  # refused before any process is started if a run goes on there
-    else:
+    if endpoint:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of addresses that have no name
-    with tempfile.TemporaryDirectory() as folder:
-        hosts = Hosts(endpoint if most > 1 else None, leader, report)
-        return Launcher(report, flags, folder, hosts).run()
+    elif not options.dry_run:
+        with lock_folder(folder):
+            pass  # refused before any process is started if a run goes on there
+    with tempfile.TemporaryDirectory() as temporary:
+        hosts = Hosts(endpoint, Leader(least, most, folder / "latest.pt", restarts), Report(processes))
+        return Launcher(processes, flags, temporary, hosts).run()
 
 
-def _machines(text: str) -> tuple[int, int, tuple[str, int], int]:
-    """From torchrun's flags: the least and the most machines, where they meet, and how often a run is started again."""
+def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
+    """From torchrun's flags: the least and the most machines, where several meet, and how often a run is started again.
+    """
     parser = Parser()
-    for name, default in {"nnodes": "1", "rdzv_endpoint": "", "rdzv_conf": "", "rdzv_backend": "", "rdzv_id": "",
-                          "node_rank": "", "local_addr": "", "max_restarts": "3", "master_addr": "127.0.0.1",
-                          "master_port": "29500"}.items():
+    for name, default in (("nnodes", "1"), ("rdzv_endpoint", ""), ("max_restarts", "3"), ("rdzv_backend", ""),
+                          ("rdzv_id", ""), ("node_rank", "")):  # the last three of them change nothing
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default=default)
-    parser.add_argument("--standalone", action="store_true")
     with errors_at("TORCHRUN_FLAGS", ValueError):
         flags = parser.parse_args(shlex.split(text))
-        least, _, most = flags.nnodes.partition(":")
-        host, _, port = (flags.rdzv_endpoint or f"{flags.master_addr}:{flags.master_port}").partition(":")
-        if not 1 <= int(least) <= int(most or least):
+        least, most = (int(number) for number in f"{flags.nnodes}:{flags.nnodes}".split(":")[:2])
+        host, _, port = flags.rdzv_endpoint.partition(":")
+        endpoint = (host, int(port or 29500))
+        if not 1 <= least <= most:
             raise ValueError("--nnodes takes a number of machines such as 2, or the least and the most such as 1:4")
-        return int(least), int(most or least), (host, int(port or 29500)), int(flags.max_restarts)
+        if most > 1 and not host:
+            raise ValueError("several machines need a place to meet, such as --rdzv_endpoint=node1:29500")
+        return least, most, endpoint if most > 1 else None, int(flags.max_restarts)
+
+
+class Trainers:
+    """The training processes of this host in one start of the run."""
+
+    def __init__(self) -> None:
+        self.by_rank: dict[int, subprocess.Popen[bytes]] = {}
+        self.killed: set[int] = set()  # the ranks that were ended from here
+        self.end = math.inf  # when those that still run are killed
+
+    def send(self, number: int) -> None:
+        for trainer in self.by_rank.values():
+            if trainer.poll() is None:
+                trainer.send_signal(number)
+
+    def kill(self) -> None:
+        self.killed |= {rank for rank, trainer in self.by_rank.items() if trainer.poll() is None}
+        self.send(signal.SIGKILL)
+        for trainer in self.by_rank.values():
+            trainer.wait()
+
+    def end_soon(self) -> None:
+        """They have some seconds to end by themselves."""
+        self.end = min(self.end, time.monotonic() + GRACE)
+
+    def outcome(self, stop: int) -> tuple[int, str] | None:
+        """How they ended, as one exit code and a reason: what a trainer decided comes first, then a death. None while
+        one of them runs. stop is the signal that asked them to stop, or 0."""
+        codes = {rank: trainer.poll() for rank, trainer in self.by_rank.items()}
+        if any(code not in (None, 0, 128 + stop) for code in codes.values()):
+            self.end_soon()  # the others are left alone
+        if None in codes.values():
+            if time.monotonic() >= self.end:
+                self.kill()
+            return None
+        ended = {rank: code for rank, code in codes.items() if code and rank not in self.killed}
+        for code in ended.values():
+            if code > 1 and code not in (LostError.exit_code, 128 + AGAIN):
+                return code, ""
+        if stop and (self.killed or ended):
+            return 128 + stop, ""
+        names = {-number: f"was killed ({number.name})" for number in signal.Signals} | {1: "failed"}
+        names[-signal.SIGKILL] += ", often because memory ran out"
+        died = [f"process {rank} {names.get(code, f'was killed ({-code})')}" for rank, code in ended.items()
+                if code < 0 or code == 1]
+        return (DiedError.exit_code if died else LostError.exit_code if self.killed or ended else 0), ", ".join(died)
 
 
 class Launcher:
-    """The processes of this host, through all starts of the run."""
+    """What this host does in a run, from its first start to its end."""
 
-    def __init__(self, report: Report, flags: list[str], folder: str, hosts: Hosts) -> None:
-        self.report, self.flags, self.folder, self.hosts = report, flags, folder, hosts
-        self.endpoint = "{}:{}".format(*hosts.endpoint) if hosts.endpoint else ""
-        self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
-        self.killed: set[int] = set()  # the ranks that were ended from here
-        self.ending = 0.0  # since when the trainers are to end: one has ended badly, or the plan says so
+    def __init__(self, processes: int, flags: list[str], folder: str, hosts: Hosts) -> None:
+        self.flags, self.folder, self.hosts = flags, folder, hosts
+        self.report, self.trainers = Report(processes), Trainers()
+        self.begun = f"{folder}/begun"  # the trainers touch it when they begin, and at every step
         self.stop, self.stopped = 0, 0.0  # the signal that asked to stop, and when it came
-        self.waiting, self.notice = 0.0, 0.0  # since when this host has waited for others, and when to say so
-        self.told, self.asked = "", 0  # what was said of the plan, and the start that was asked to save and end
+        self.waiting = 0.0  # since when this host has waited for others
+        self.notice, self.quiet = NOTICE, QUIET  # seconds of waiting, and without a step, before that is said (again)
+        self.news, self.asked = "", 0  # what was said of the plan, and the start that was asked to save and end
 
     def run(self) -> int:
         """Do what the plan says until the run is over. Returns or raises its exit code."""
@@ -93,25 +137,23 @@ class Launcher:
             while True:
                 if received := signal.sigtimedwait(WATCHED_SIGNALS, 0.1):
                     self._pass_on(received.si_signo)
-                self._look()
-                plan = self.hosts.decide(replace(self.report))
-                if plan and plan.code is None and plan.told not in ("", self.told):
-                    _say(f"warning: {plan.told}")
-                    self.told = plan.told
-                if self.report.running:
-                    self._end_unless(plan)
-                elif plan and plan.code is not None:
-                    code = plan.code
-                    return self._code_of(plan)
-                elif self.stop:
-                    code = 128 + self.stop
-                    return code
-                elif plan and plan.goes and self.hosts.key in plan.members and plan.start > self.report.start:
+                if self.report.code is None and (outcome := self.trainers.outcome(self.stop)):
+                    self.report = replace(self.report, code=outcome[0], why=outcome[1])
+                plan = self.hosts.decide(self.report)
+                if plan.code is None and plan.news not in ("", self.news):
+                    self.news = plan.news
+                    say(printable_line(f"warning: {plan.news}"))
+                if self.report.code is None:
+                    self._watch(plan)
+                elif plan.code is not None or self.stop:
+                    code = 128 + self.stop if plan.code is None else plan.code
+                    return self._show_end(plan, code)
+                elif plan.goes and self.hosts.key in plan.members and plan.start > self.report.start:
                     self._start(plan)
                 else:
-                    self._wait(plan)
+                    self._wait(plan.waiting or "a place among the hosts of the run")
         finally:
-            self._kill()
+            self.trainers.kill()
             self.hosts.leave(code)
 
     def _pass_on(self, number: int) -> None:
@@ -119,115 +161,65 @@ class Launcher:
         if number == AGAIN:
             return
         if number != signal.SIGUSR1 and self.stop and time.monotonic() - self.stopped >= 1.0:
-            self._kill()
+            self.trainers.kill()
         elif number != signal.SIGUSR1 and not self.stop:
             self.stop, self.stopped = number, time.monotonic()
-        self._send(number)
-
-    def _send(self, number: int) -> None:
-        for trainer in self.trainers.values():
-            if trainer.poll() is None:
-                trainer.send_signal(number)
-
-    def _kill(self) -> None:
-        self.killed |= {rank for rank, trainer in self.trainers.items() if trainer.poll() is None}
-        self._send(signal.SIGKILL)
-        for trainer in self.trainers.values():
-            trainer.wait()
-
-    def _look(self) -> None:
-        """See how the trainers are; one that ended badly leaves the others some seconds to end by themselves."""
-        if not self.report.running:
-            return
-        if self.ending and time.monotonic() - self.ending >= GRACE:
-            self._kill()
-        codes = [trainer.poll() for trainer in self.trainers.values()]
-        if any(code not in (None, 0, 128 + self.stop) for code in codes):
-            self.ending = self.ending or time.monotonic()
-        if None not in codes:
-            self.report.code, self.report.why = self._outcome()
-            self.report.running = False
-
-    def _outcome(self) -> tuple[int, str]:
-        """How the processes of this host ended, as one code: what a trainer decided comes first, then a death."""
-        codes = {rank: trainer.returncode for rank, trainer in self.trainers.items() if rank not in self.killed}
-        for code in codes.values():
-            if code > 1 and code not in (LostError.exit_code, 128 + AGAIN):
-                return code, ""
-        if self.stop and (self.killed or any(codes.values())):
-            return 128 + self.stop, ""
-        names = {int(each): each.name for each in signal.Signals}
-        died = [f"process {rank} " + (f"was killed ({names.get(-code, -code)})" if code < 0 else "failed")
-                + ", often because memory ran out" * (code == -signal.SIGKILL)
-                for rank, code in codes.items() if code < 0 or code == 1]
-        if died:
-            return DiedError.exit_code, ", ".join(died)
-        return LostError.exit_code if self.killed or any(codes.values()) else 0, ""
-
-    def _end_unless(self, plan: Plan | None) -> None:
-        """Have the trainers end unless the plan is that they go on."""
-        if self.ending or (plan and plan.goes and plan.start == self.report.start):
-            return
-        if not plan or plan.start != self.report.start or not plan.saving:
-            self.ending = time.monotonic()
-        elif self.asked != plan.start:
-            self.asked = plan.start
-            self._send(AGAIN)
-
-    def _code_of(self, plan: Plan) -> int:
-        """The run's exit code. Raises the error that ended it, unless a trainer of this host has shown it already."""
-        code = plan.code or 0
-        if not plan.told or (code == self.report.code != DiedError.exit_code):
-            return code
-        error = UserError(plan.told)
-        error.exit_code = code
-        raise error
+        self.trainers.send(number)
 
     def _start(self, plan: Plan) -> None:
-        keys = list(takewhile(lambda key: key != self.hosts.key, plan.members))
-        first, world_size = sum(plan.members[key] for key in keys), sum(plan.members.values())
-        # a start of this command that got to its first step has obeyed --resume; so has one that another host knows of
-        begun, is_known = f"{self.folder}/begun", plan.start > 1 and not self.report.start
-        is_restart = is_known or os.path.exists(begun)
-        store = f"tcp://{self.endpoint}/{plan.start}" if self.endpoint else f"file://{self.folder}/store{plan.start}"
-        shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": self.report.processes, "INSTRUCT_STORE": store,
-                  "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": begun,
-                  "INSTRUCT_IS_RESTART": int(is_restart)}
-        if not self.endpoint:
-            for library in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-        self.trainers, self.killed, self.ending, self.waiting = {}, set(), 0.0, 0.0
-        self.report.start, self.report.running = plan.start, True
+        before = takewhile(lambda key: key != self.hosts.key, plan.members)
+        first, world_size = sum(plan.members[key] for key in before), sum(plan.members.values())
+        # a start of this command that has begun has obeyed --resume; so has one that another host knows of
+        is_restart = os.path.exists(self.begun) or (plan.start > 1 and not self.report.start)
+        if is_restart:
+            Path(self.begun).touch()
+        store = f"file://{self.folder}/store{plan.start}"
+        if self.hosts.endpoint:
+            store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
+        else:
+            os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
+        self.trainers, self.waiting, self.notice, self.quiet = Trainers(), 0.0, NOTICE, QUIET
+        self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
-            environment = {**shared, "RANK": first + local_rank, "LOCAL_RANK": local_rank}
-            self.trainers[first + local_rank] = subprocess.Popen(
+            environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size,
+                           "LOCAL_WORLD_SIZE": self.report.processes, "INSTRUCT_STORE": store,
+                           "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun,
+                           "INSTRUCT_IS_RESTART": int(is_restart)}
+            self.trainers.by_rank[first + local_rank] = subprocess.Popen(
                 [sys.executable, str(TRAINER), *self.flags],
                 env={**os.environ, **{name: str(value) for name, value in environment.items()}})
 
-    def _wait(self, plan: Plan | None) -> None:
+    def _watch(self, plan: Plan) -> None:
+        """The trainers run: have them end unless the plan is that they go on, and say when nothing happens."""
+        if plan.start != self.report.start or not (plan.goes or plan.saving):
+            self.trainers.end_soon()
+        elif plan.saving and self.asked != plan.start:
+            self.asked = plan.start
+            self.trainers.send(AGAIN)
+        seconds = time.time() - os.stat(self.begun).st_mtime if os.path.exists(self.begun) else 0.0
+        if seconds >= self.quiet:
+            self.quiet = 2 * seconds
+            say(f"warning: no step has ended for {seconds / 60:.0f} minutes; if a process hangs, Ctrl-C twice ends the "
+                "run, and latest goes on from its newest checkpoint")
+
+    def _wait(self, what: str) -> None:
         """Nothing runs here: say what it waits for, but do not wait for ever."""
-        now = time.monotonic()
-        if not self.waiting:
-            self.waiting, self.notice = now, now + NOTICE
-        what, left = f"{self.endpoint}, where the hosts meet", PATIENCE + self.waiting - now
-        if plan:
-            what = plan.waiting or "a place among the hosts of the run"
-        if left <= 0:
+        self.waiting = self.waiting or time.monotonic()
+        waited = time.monotonic() - self.waiting
+        if waited >= PATIENCE:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
-        if now >= self.notice:
-            _say(f"{self.report.host}: waiting for {what}, {left:.0f} s more")
-            self.notice = now + min(60.0, now - self.waiting)
+        if waited >= self.notice:
+            self.notice = waited + min(60.0, waited)
+            say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
 
-
-def _say(text: str) -> None:
-    with unread_output(errno.ENOSPC, errno.EDQUOT):
-        print(printable_line(text), flush=True)
-
-
-def _leave(code: int) -> NoReturn:
-    """Without the interpreter's own end, which the thread that talks to torch's store would not survive."""
-    os._exit(code)
+    def _show_end(self, plan: Plan, code: int) -> int:
+        """Returns the exit code. Raises the error that ended the run, unless a trainer of this host has shown it."""
+        if plan.code and plan.news and (code != self.report.code or code == DiedError.exit_code):
+            error = UserError(plan.news)
+            error.exit_code = code
+            raise error
+        return code
 
 
 if __name__ == "__main__":
-    run(main, _leave)
+    run(main, os._exit)  # the thread that talks to torch's store would not survive the interpreter's own end

@@ -35,12 +35,9 @@ class RunLog:
                 with durable_file(path) as file:
                     file.writelines(kept)
             self.metrics = path.open("a", buffering=1)
-        self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's writing thread raises reaches _write as well, so it is not shown twice."""
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self.thread_hook(failure)
+        # what the disk refuses to TensorBoard's own thread reaches _write as well
+        threading.excepthook = lambda failure: (None if issubclass(failure.exc_type, OSError)
+                                                else threading.__excepthook__(failure))
 
     def _write(self, method: str, *arguments: object) -> None:
         """Call a method of TensorBoard's writer, or write a line of metrics."""
@@ -57,9 +54,8 @@ class RunLog:
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
             self._write("add_scalar", tag, value, step)
-        # JSON has no word for what is not finite
-        self._write("metrics", json.dumps({"step": step} | {
-            tag: value if math.isfinite(value) else None for tag, value in values.items()}))
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # as JSON has it
+        self._write("metrics", json.dumps({"step": step} | finite))
 
     def table(self, tag: str, step: int, rows: Sequence[Sequence[str]]) -> None:
         """Texts side by side; the first row is the heading."""
@@ -77,7 +73,6 @@ class RunLog:
         self._write("close")
         with suppress(OSError):
             self.metrics.close()
-        threading.excepthook = self.thread_hook
 
 
 def _stays(line: bytes, step: int, evaluated: Collection[int]) -> bool:

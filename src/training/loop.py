@@ -1,23 +1,13 @@
 """The loop of a run: once in a while evaluate, once in a while save, then a step."""
 
 import time
-from collections.abc import Mapping
 from signal import SIGINT, Signals
-from typing import Any
 
 from errors import DivergedError
 from training.progress import say
+from training.run import Run
 from training.samples import sample_answers
-from training.setup import Run
-from training.step import (
-    HIGHEST_SCALE,
-    SCALE_STEPS,
-    StepResult,
-    evaluate,
-    learning_rate,
-    most_tokens,
-    train_step,
-)
+from training.step import SCALE_STEPS, StepResult, evaluate, learning_rate, most_tokens, train_step
 from training.summary import summary
 from weights.checkpoint import BEST, save, save_step, step_file
 
@@ -71,7 +61,7 @@ def _step(run: Run) -> None:
     result = train_step(run.learner, train_data, plan, learning_rate(run.step, options))
     run.step, run.position, run.is_saved = run.step + 1, after, False
     if run.step % SCALE_STEPS == 0:
-        run.learner.set_loss_scale(min(HIGHEST_SCALE, 2 * run.learner.loss_scale))
+        run.learner.set_loss_scale(2 * run.learner.loss_scale)
     _check_finite(run, result, examples)
     if run.progress:
         epoch = after.epoch + after.index / len(train_data)
@@ -117,16 +107,10 @@ def _save(run: Run) -> None:
     """Save the run's state, on the main process."""
     run.signals.save = 0
     run.saved, run.is_saved = step_file(run.folder, run.step), True
-    saved, keep_last = run.saved, run.options.keep_last
-
-    def write(state: Mapping[str, Any]) -> None:
-        save_step(run.folder, state, keep_last, say)
-        say(f"saved {saved}")
-
     with run.processes.together():
         if run.progress:
             run.progress.log.flush()
-            run.saver.write(write, run.state())
+            run.saver.write(lambda state: save_step(run.folder, state, run.options.keep_last, say), run.state())
 
 
 def _save_best(run: Run) -> None:

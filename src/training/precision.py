@@ -60,6 +60,14 @@ def type_name(dtype: torch.dtype) -> str:
     return next((name for name, known in _TYPES.items() if known is dtype), str(dtype))
 
 
+def name_of(device: torch.device) -> str:
+    """cpu, or a GPU with its name and memory."""
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name}, {found.total_memory / 1e9:.0f} GB"
+
+
 def waits_for_disk(device: torch.device) -> bool:
     """Whether a save would leave an expensive device idle, so that a copy is written while it goes on."""
     return device.type == "cuda"

@@ -46,10 +46,9 @@ class Processes:
         return self._reduced(values, torch.int64, dist.ReduceOp.MAX)
 
     def _reduced(self, values: Sequence[float], dtype: torch.dtype, how: dist.ReduceOp.RedOpType) -> list[Any]:
-        if self.world_size == 1:
-            return list(values)
         tensor = torch.tensor(values, dtype=dtype)  # of the CPU: no rank waits for its GPU here
-        dist.all_reduce(tensor, how)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, how)
         return tensor.tolist()
 
     def gather(self, mine: object) -> list[Any]:
@@ -87,12 +86,12 @@ class Processes:
         found, different = self.gather([HOST, dict(facts)]), []
         several = len({host for host, _ in found}) > 1
         for name in facts:
-            where: dict[str, list[str]] = {}  # value -> the hosts, or on a single host the ranks, that have it
+            where: dict[str, dict[str, None]] = {}  # value -> the hosts, or on a single host the ranks, that have it
             for rank, (host, theirs) in enumerate(found):
-                where.setdefault(str(theirs.get(name)), []).append(host if several else f"rank {rank}")
-            values = [f"{value} on {' and '.join(dict.fromkeys(places))}" for value, places in where.items()]
-            if len(values) > 1:
-                different.append(f"{name} is {', '.join(values)}")
+                where.setdefault(str(theirs.get(name)), {})[host if several else f"rank {rank}"] = None
+            if len(where) > 1:
+                values = ", ".join(f"{value} on {' and '.join(places)}" for value, places in where.items())
+                different.append(f"{name} is {values}")
         if different:
             raise UserError(f"the processes were started differently: {'; '.join(different)}")
 
@@ -106,9 +105,9 @@ class Processes:
         expected, end = self.gather(mark())[0], time.monotonic() + 5
         with self.together():
             while mark() != expected:
+                time.sleep(0.25)
                 if time.monotonic() > end:
                     raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
-                time.sleep(0.25)
 
     @contextmanager
     def failures_explained(self, advice: str) -> Iterator[None]:
@@ -116,7 +115,7 @@ class Processes:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            text = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+            text = str(error).partition("\n")[0].partition(". ")[0]
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
                 raise UserError(f"out of memory on {self.device}: {advice}") from error
             if self.world_size > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
@@ -132,14 +131,22 @@ class Processes:
             dist.destroy_process_group()
 
 
+def less_memory(options: Namespace, go_on: str = "") -> str:
+    """The flags that need less memory; go_on comes before those with which the same run can go on."""
+    if options.mini_batch_size > 1:
+        return f"{go_on}--mini_batch_size {options.mini_batch_size // 2}; the results stay the same"
+    if options.gradient_checkpointing == "off":
+        return f"{go_on}--gradient_checkpointing; the results stay the same"
+    return "not even one example fits; a new run with a smaller --context_length leaves long ones out"
+
+
 def digest(value: object, crc: int = 0) -> int:
     """A checksum of everything in nested tensors and plain values."""
     if isinstance(value, torch.Tensor):
         return zlib.crc32(value.detach().reshape(-1).view(torch.uint8).numpy().data, crc)
-    parts = value.items() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else None
-    if parts is None:
+    if not isinstance(value, (Mapping, list, tuple)):
         return zlib.crc32(repr(value).encode(), crc)
-    for part in parts:
+    for part in value.items() if isinstance(value, Mapping) else value:
         crc = digest(part, crc)
     return crc
 
@@ -150,15 +157,6 @@ def comparable(options: Namespace) -> dict[str, object]:
     program = [(path.name, path.read_bytes()) for path in sorted(Path(__file__).parent.parent.rglob("*.py"))]
     return {**{f"--{name}": value for name, value in vars(options).items() if name not in own},
             "the program in src/": digest(program), "torch": torch.__version__}
-
-
-def _meeting_place(url: str, timeout: timedelta) -> dict[str, Any]:
-    """Where processes find each other: a file, torchrun's environment, or the store of the launchers of several hosts,
-    in which each start of the run has a part of its own."""
-    if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", url):
-        store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-        return {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
-    return {"init_method": url}
 
 
 def join(device_name: str) -> Processes:
@@ -177,8 +175,12 @@ def join(device_name: str) -> Processes:
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
+        how: dict[str, Any] = {"init_method": os.environ.get("INSTRUCT_STORE", "env://")}  # a file, on a single host
+        if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", how["init_method"]):
+            # the store of the launchers of several hosts, in which each start of the run has a part of its own
+            store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            how = {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size,
-                                timeout=timeout, device_id=device if device_name == "cuda" else None,
-                                **_meeting_place(os.environ.get("INSTRUCT_STORE", "env://"), timeout))
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout,
+                                device_id=device if device_name == "cuda" else None, **how)
     return Processes(rank, world_size, device)

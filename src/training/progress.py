@@ -1,25 +1,26 @@
 """What a training run shows: lines and a progress bar on the terminal, numbers and texts in the log."""
 
-import errno
 import math
 import os
 import platform
 import resource
 import shlex
 import sys
-import textwrap
 from argparse import Namespace
 from collections.abc import Mapping
 from datetime import timedelta
+from operator import add
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import printable, printable_line, unread_output
+import cli
+from cli import printable, printable_line
 from dataloader_instruct import Plan
 from training.checks import MOST_EPOCHS, USUAL_EPOCHS, doubt_about_weights
+from training.ending import mark_begun
 from training.log import RunLog
 from training.options import ON_RESUME
 from training.samples import Sample
@@ -30,21 +31,16 @@ NARROWEST_BAR = 5  # columns
 
 
 def say(text: str) -> None:
-    """Print a line on the main process, without breaking a progress bar."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    with unread_output(errno.ENOSPC, errno.EDQUOT):  # a full disk under the log of a run ends no run
-        tqdm.write(printable(text), file=sys.stdout)
-        sys.stdout.flush()
+    """Print lines on the main process, without breaking a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        with tqdm.external_write_mode(sys.stdout):
+            cli.say(text)
 
 
 def columns(rows: Mapping[str, str]) -> str:
-    """Names and texts side by side; on a terminal the texts are wrapped to its width."""
+    """Names and texts side by side."""
     indent = max(map(len, rows)) + 2
-    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
-    width = max(width, indent + 20) if width else sys.maxsize
-    return "\n".join(textwrap.fill(f"{name:<{indent}}{printable_line(text)}", width, subsequent_indent=" " * indent,
-                                   break_long_words=False, break_on_hyphens=False) for name, text in rows.items())
+    return "\n".join(cli.fill(f"{name:<{indent}}{printable_line(text)}", indent) for name, text in rows.items())
 
 
 def duration(seconds: float) -> str:
@@ -59,8 +55,7 @@ class Progress:
         self.options, self.device, self.log = options, device, log
         self.bar = tqdm(total=options.max_steps, initial=step, disable=None, dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
-        self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0  # since the last line
-        self.all_seconds, self.all_steps = 0.0, 0  # since the start
+        self.since_line, self.since_start = [0.0] * 4, [0.0] * 4  # seconds, tokens, response_tokens, steps
         self.is_time_said = False
         self.parts = {"loss": "-", "val": "-" if val_loss is None else f"{val_loss:.4f}", "tok/s": ""}
 
@@ -77,9 +72,10 @@ class Progress:
 
     def step(self, step: int, result: StepResult, plan: Plan, epoch: float, seconds: float) -> None:
         """Show optimizer step number step (the first is 1), which took this long."""
-        self.seconds, self.tokens, self.steps = self.seconds + seconds, self.tokens + plan.tokens, self.steps + 1
-        self.response_tokens += plan.response_tokens
-        self.all_seconds, self.all_steps = self.all_seconds + seconds, self.all_steps + 1
+        mark_begun()
+        figures = (seconds, plan.tokens, plan.response_tokens, 1)
+        self.since_line, self.since_start = (list(map(add, since, figures))
+                                             for since in (self.since_line, self.since_start))
         self.log.numbers(step, {
             "train/loss": result.loss, "train/learning_rate": result.learning_rate,
             "train/gradient_norm": result.gradient_norm, "train/epoch": epoch,
@@ -90,37 +86,37 @@ class Progress:
         self.bar.update()
         self._show_parts()
         if self.bar.disable and (step % self.options.log_freq == 0 or step == self.options.max_steps):
-            left = duration((self.options.max_steps - step) * self.seconds / self.steps)
+            seconds, tokens, response_tokens, steps = self.since_line
             say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.parts['val']} "
                 f"lr {result.learning_rate:.3e} gradient_norm {result.gradient_norm:.3f} tokens/s "
-                f"{self.tokens / self.seconds:,.0f} response_tokens/s {self.response_tokens / self.seconds:,.0f} "
-                f"epoch {epoch:.3f} ETA {left}")
-            self.seconds, self.tokens, self.response_tokens, self.steps = 0.0, 0, 0, 0
+                f"{tokens / seconds:,.0f} response_tokens/s {response_tokens / seconds:,.0f} "
+                f"epoch {epoch:.3f} ETA {duration((self.options.max_steps - step) * seconds / steps)}")
+            self.since_line = [0.0] * 4
 
     def _say_time(self, step: int, epoch: float) -> None:
         """Say once how long all steps take, from the first ones."""
-        left = self.options.max_steps - step
-        if self.is_time_said or not left or (self.all_seconds < FIRST_SECONDS and self.all_steps < FIRST_STEPS):
+        left, (seconds, _, _, steps) = self.options.max_steps - step, self.since_start
+        if self.is_time_said or not left or (seconds < FIRST_SECONDS and steps < FIRST_STEPS):
             return
-        self.is_time_said = True
-        a_step, epochs = self.all_seconds / self.all_steps, self.options.max_steps * epoch / step
-        usual = f"; {USUAL_EPOCHS} epochs would take {duration(USUAL_EPOCHS * a_step * step / epoch)}"
-        say(f"at the pace of the first {self.all_steps} step{'s' * (self.all_steps > 1)}, the {left:,} that are left "
-            f"take {duration(left * a_step)}" + usual * (epochs > MOST_EPOCHS and not self.options.from_scratch))
+        self.is_time_said, epochs = True, self.options.max_steps * epoch / step
+        first = "the first step" if steps == 1 else f"the first {steps:.0f} steps"
+        usual = f"; {USUAL_EPOCHS} epochs would take {duration(USUAL_EPOCHS * seconds / steps * step / epoch)}"
+        say(f"at the pace of {first}, the {left:,} that are left take {duration(left * seconds / steps)}"
+            + usual * (epochs > MOST_EPOCHS and not self.options.from_scratch))
 
     def _show_parts(self) -> None:
         """Beside the bar: what fits on the terminal's line."""
         if self.bar.disable:
             return
         width = os.get_terminal_size(self.bar.fp.fileno()).columns or 80
-        room = width - len(f"{self.bar.total}/{self.bar.total}  00:00:00 left") - NARROWEST_BAR
-        text = ""
+        room, text = width - len(f"{self.bar.total}/{self.bar.total}  00:00:00 left") - NARROWEST_BAR, ""
         for name, value in self.parts.items():
             longer = f"{text}, {value} {name}" if name == "tok/s" else f"{text}, {name} {value}"
             text = longer if len(longer) <= room else text
         self.bar.set_postfix_str(text.removeprefix(", "))
 
     def evaluation(self, step: int, loss: float, samples: list[Sample]) -> None:
+        mark_begun()
         self.parts["val"] = f"{loss:.4f}"
         numbers = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
         if samples:
@@ -131,8 +127,7 @@ class Progress:
             self.log.table("val/answers", step, [heading, *(tuple(map(printable, row)) for row in rows)])
         self.log.numbers(step, numbers)
         say(f"step {step}: val loss {loss:.4f}, perplexity {numbers['val/perplexity']:.2f}")
-        doubt = "" if step or self.options.from_scratch else doubt_about_weights(loss)
-        if doubt:
+        if doubt := "" if step or self.options.from_scratch else doubt_about_weights(loss):
             say(f"warning: {doubt}")
         self._show_parts()
 

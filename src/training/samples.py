@@ -1,15 +1,14 @@
 """Answers of the model in training to a few val prompts, the same ones at every evaluation."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
-from answering.generate import generate
+from answering.batch import finished
 from dataloader_instruct import InstructData
 from instruct_format import END_OF_TEXT, tokenizer, trained_spans
 from model import GPT
 
-PROMPTS, TOKENS = 4, 64  # how many prompts, and the longest answer
+PROMPTS, TOKENS = 8, 64  # how many prompts, and the longest answer
 CANDIDATES = 100
 
 
@@ -23,23 +22,22 @@ class Sample(NamedTuple):
 
 
 def sample_answers(model: GPT, data: InstructData, is_stopped: Callable[[], bool]) -> list[Sample]:
-    """The model's answers to the first prompts whose expected answer is short enough to be reached (then to others)."""
+    """The model's answers to the first prompts whose expected answer is short enough to be reached (then to others).
+    None when it is stopped before all are there."""
     def is_long(number: int) -> bool:
         start, end = trained_spans(data.example(number).loss_mask)[0]
         return end - start > TOKENS // 2
 
-    samples: list[Sample] = []
-    decode = tokenizer().decode
-    for number in sorted(range(min(CANDIDATES, len(data))), key=is_long)[:PROMPTS]:
+    prompts, expected, decode = list[list[int]](), list[list[int]](), tokenizer().decode
+    for number in sorted(range(min(CANDIDATES, len(data))), key=is_long):
         document = data.example(number)
         tokens, (start, end) = document.tokens.tolist(), trained_spans(document.loss_mask)[0]
-        answer: list[int] = []
-        with suppress(ValueError):  # a prompt as long as the context has no room for an answer
-            for token in generate(model, tokens[:start], TOKENS, stop_token=END_OF_TEXT):
-                answer.append(token)
-                if is_stopped():
-                    return samples
-        is_ended = len(answer) < min(TOKENS, model.config.context_length - start)
-        expected = [token for token in tokens[start:end] if token != END_OF_TEXT]
-        samples.append(Sample(decode(tokens[:start]), decode(expected), decode(answer), is_ended))
-    return samples
+        if start < model.config.context_length and len(prompts) < PROMPTS:  # and so there is room for an answer
+            prompts.append(tokens[:start])
+            expected.append([token for token in tokens[start:end] if token != END_OF_TEXT])
+    answers = dict(finished(model, prompts, TOKENS, stop_token=END_OF_TEXT, is_stopped=is_stopped))
+    if len(answers) < len(prompts):
+        return []
+    return [Sample(decode(prompt), decode(wanted), decode(answers[number]),
+                   len(answers[number]) < min(TOKENS, model.config.context_length - len(prompt)))
+            for number, (prompt, wanted) in enumerate(zip(prompts, expected))]

@@ -9,7 +9,6 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +19,19 @@ from dataloader_instruct import InstructData, MicroBatch, Plan
 from model import GPT
 from training.compiled import Compiled
 from training.cross_entropy import output_loss
+from training.gradients import Gradients
 from training.precision import LowPrecision, product_type
 from training.processes import Processes
+from training.threads import ahead
 
 HIGHEST_SCALE = 2.0**16  # of the loss in fp16, whose small gradients would be 0 without it
-GROUP = 12  # gradients are added so many at a time: those of a layer
 SCALE_STEPS = 1000  # after so many steps a scale that was lowered is doubled
 
 
 class Learner:
     """A model and what trains it, on this rank of several.
 
-    The weights and their gradients are in fp32; with a smaller product_type the layers multiply copies. A parameter's
-    gradient is summed over the ranks as soon as the last micro-batch has added to it, while the rest is computed.
+    The weights, their gradients and the optimizer are in fp32; with a smaller product_type the layers multiply copies.
     """
 
     def __init__(self, model: GPT, options: Namespace, processes: Processes,
@@ -50,68 +49,29 @@ class Learner:
         vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=processes.device.type in ("cuda", "cpu"))
-        self.gradients: dict[nn.Parameter, Tensor] = {}  # of the step, as far as it is
-        self._found: list[tuple[nn.Parameter, Tensor]] = []  # gradients of a micro-batch that are not added yet
-        self._is_last, self._sums = False, list[dist.Work]()
-        copies = {id(parameter): copy for parameter, copy in self.low.copies} if self.low else {}
-        for parameter in model.parameters():
-            copies.get(id(parameter), parameter).register_post_accumulate_grad_hook(self._collector(parameter))
+        self.gradients = Gradients(model, self.low.copies if self.low else (), processes.world_size)
 
     def set_loss_scale(self, scale: float) -> None:
-        """What fp16 multiplies the loss by. Raises ValueError for one that no run has."""
-        if type(scale) is not float or not 1 <= scale <= HIGHEST_SCALE:
+        """What fp16 multiplies the loss by, at most HIGHEST_SCALE. Raises ValueError for one that no run has."""
+        if type(scale) is not float or not scale >= 1:
             raise ValueError(f"a loss scale of {scale}")
-        self.loss_scale = scale if self.product_type is torch.float16 else 1.0
-
-    def _collector(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        def collect(copy: Tensor) -> None:
-            assert copy.grad is not None
-            self._found.append((parameter, copy.grad))
-            copy.grad = None
-            if len(self._found) == GROUP:
-                self._add_found()
-
-        return collect
-
-    @torch.no_grad()
-    def _add_found(self) -> None:
-        """Add what a micro-batch found to the step's gradients, many at once; sum what is complete over the ranks."""
-        found, self._found = dict(self._found), []
-        small = [parameter for parameter, gradient in found.items() if gradient.dtype != parameter.dtype]
-        if small:
-            wide = [torch.empty_like(parameter) for parameter in small]
-            torch._foreach_copy_(wide, [found[parameter] for parameter in small])
-            found.update(zip(small, wide))
-        known = [parameter for parameter in found if parameter in self.gradients]
-        if known:
-            torch._foreach_add_([self.gradients[parameter] for parameter in known],
-                                [found[parameter] for parameter in known])
-        self.gradients = {**found, **self.gradients}
-        if self._is_last and self.processes.world_size > 1:
-            self._sums += [dist.all_reduce(self.gradients[parameter], async_op=True) for parameter in found]
+        self.loss_scale = min(HIGHEST_SCALE, scale) if self.product_type is torch.float16 else 1.0
 
     def batches(self, data: InstructData, plan: Plan) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a plan, on its device. The next is put together while one is computed."""
         mine = plan.micro_batches[self.processes.rank::self.processes.world_size]
-        with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(data.micro_batch, mine[0], self.n_tokens)
-            for number in range(1, len(mine) + 1):
-                batch = coming.result()
-                if number < len(mine):
-                    coming = thread.submit(data.micro_batch, mine[number], self.n_tokens)
-                yield batch.to(self.processes.device)
+        for batch in ahead(lambda examples: data.micro_batch(examples, self.n_tokens), mine):
+            yield batch.to(self.processes.device)
 
     def add_gradients(self, batch: MicroBatch, scale: float) -> Tensor:
         """Add the gradients of scale * the summed cross entropy at a micro-batch's response positions to those of the
         weights. Returns that sum, without scale."""
         weight = self.model.transformer.wte.weight
-        if weight not in self.gradients:
-            self.gradients[weight] = torch.zeros_like(weight)
         hidden = self.hidden_of(batch.tokens, batch.documents, batch.rows)
         loss, gradient = output_loss(hidden.detach(), weight, batch.targets, self.output,
                                      self.gradients[weight], scale)
         hidden.backward(gradient)  # of no rows too: then every parameter gets its gradient of 0
-        self._add_found()
+        self.gradients.add()
         return loss
 
     @torch.no_grad()
@@ -123,28 +83,23 @@ class Learner:
     def gradients_of(self, data: InstructData, plan: Plan) -> tuple[float, float, float]:
         """Leave the gradients of a step in the weights, over all ranks. Returns loss, gradient norm and seconds that
         this rank waited for its micro-batches."""
-        self.optimizer.zero_grad()
-        self.gradients.clear()
+        self.gradients.begin()
         n_local, waited, begin = len(plan.micro_batches) // self.processes.world_size, 0.0, time.perf_counter()
         losses: list[Tensor] = []
         for number, batch in enumerate(self.batches(data, plan), 1):
             waited += time.perf_counter() - begin
-            self._is_last = number == n_local
+            self.gradients.is_last = number == n_local
             losses.append(self.add_gradients(batch, self.loss_scale / plan.response_tokens))
             begin = time.perf_counter()
         total = torch.stack(losses).sum()
         if self.processes.world_size > 1:
             dist.all_reduce(total)
-        for work in self._sums:
-            work.wait()
-        self._sums.clear()
-        if self.loss_scale != 1:
-            torch._foreach_mul_(list(self.gradients.values()), 1 / self.loss_scale)
-        for parameter, found in self.gradients.items():
-            parameter.grad = found
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
+        gradients = self.gradients.finish(self.loss_scale)
+        norm = nn.utils.get_total_norm(gradients)
         # the step's one wait for a GPU
         loss, gradient_norm = torch.stack([total / plan.response_tokens, norm]).tolist()
+        if gradient_norm > self.options.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.options.grad_clip, norm)
         return loss, gradient_norm, waited
 
 

@@ -3,7 +3,7 @@
 import shlex
 
 from training.progress import columns, duration
-from training.setup import Run
+from training.run import Run
 from weights.checkpoint import BEST, LATEST
 
 FAR = 0.8  # a best step before this part of the run was far from its end

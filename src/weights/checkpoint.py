@@ -166,7 +166,7 @@ def step_of(path: Path) -> int:
 def save_step(folder: Path, state: Mapping[str, Any], keep_last: int,
               say: Callable[[str], None] = lambda text: None) -> None:
     """Save the run's state as step_NNNNNN.pt, point latest.pt at it, and only then remove older step files, so that
-    keep_last stay. Files of higher steps stay too."""
+    keep_last stay. Files of higher steps stay too. say that it is saved, and what is set aside for it."""
     path = step_file(folder, state["step"])
     save(path, state, say)
     point_latest(path, state, say)
@@ -175,6 +175,7 @@ def save_step(folder: Path, state: Mapping[str, Any], keep_last: int,
         for old in files[files.index(path) + keep_last:]:
             old.unlink(missing_ok=True)
         sync_folder(folder)
+    say(f"saved {path}")
 
 
 def point_latest(path: Path, state: Mapping[str, Any], say: Callable[[str], None] = lambda text: None) -> None:

@@ -120,7 +120,7 @@ def _check_zip(path: Path) -> None:
             places = sorted((entry.header_offset, entry.file_size) for entry in entries)
             for place, size in [*places, (archive.start_dir, 0)]:
                 if place not in expected:
-                    raise CheckpointError(f"{path}: damaged (its entries do not stand one after another)")
+                    raise CheckpointError(f"{path}: damaged (its entries are not one after another)")
                 file.seek(place + 26)
                 end = place + 30 + sum(struct.unpack("<HH", file.read(4))) + size  # header, name, padding, content
                 expected = (end + 16, end + 24) if size else (end,)  # the data descriptor of PyTorch's writer

@@ -1,11 +1,25 @@
-"""When a checkpoint is written: at once, or, where a GPU would wait for the disk, while the next steps are computed."""
+"""What is done while a step is computed: the next micro-batch is put together, and on a GPU a checkpoint is written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
+    """make of each item, one ahead of what is taken."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = [thread.submit(make, item) for item in items[:1]]
+        for following in [*items[1:], None]:
+            made = coming.pop().result()
+            if following is not None:
+                coming.append(thread.submit(make, following))
+            yield made
 
 
 class Saver:

@@ -1,0 +1,80 @@
+"""The gradients of a step: summed over its micro-batches and over the ranks, in the type of the weights."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import GPT
+
+GROUP = 12  # they are added so many at a time, which are those of a layer
+
+
+class Gradients:
+    """What the backward passes find goes here, not to .grad, where finish() puts the whole step's.
+
+    A rank's sum of a parameter goes to the other ranks as soon as is_last is set and a backward pass has added to it,
+    while the rest of that pass is computed. copies are (a parameter of the model, the one in its place in the passes).
+    """
+
+    def __init__(self, model: GPT, copies: Iterable[tuple[nn.Parameter, nn.Parameter]], world_size: int) -> None:
+        self.is_last = False  # whether this is the last micro-batch of the step
+        self._model, self._world_size = model, world_size
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._found: list[tuple[nn.Parameter, Tensor]] = []  # by this pass, and not added yet
+        self._sent = list[dist.Work]()
+        in_place = {id(parameter): copy for parameter, copy in copies}
+        for parameter in model.parameters():
+            in_place.get(id(parameter), parameter).register_post_accumulate_grad_hook(self._collector(parameter))
+
+    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
+        """The sum of a parameter until now, which may be added to before the backward pass."""
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.zeros_like(parameter)
+        return self._sums[parameter]
+
+    def begin(self) -> None:
+        """Forget those of the step before."""
+        self._sums.clear()
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def finish(self, scale: float) -> list[Tensor]:
+        """Wait for the other ranks, divide by scale, and leave the gradients in .grad. Returns them too."""
+        for work in self._sent:
+            work.wait()
+        self._sent.clear()
+        gradients = list(self._sums.values())
+        if scale != 1:
+            torch._foreach_mul_(gradients, 1 / scale)
+        for parameter, gradient in self._sums.items():
+            parameter.grad = gradient
+        return gradients
+
+    def _collector(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def collect(computed: Tensor) -> None:
+            assert computed.grad is not None
+            self._found.append((parameter, computed.grad))
+            computed.grad = None
+            if len(self._found) == GROUP:
+                self.add()
+
+        return collect
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add what was found and not added yet; for the end of a backward pass."""
+        found, self._found = dict(self._found), []
+        small = [parameter for parameter, gradient in found.items() if gradient.dtype != parameter.dtype]
+        if small:
+            wide = [torch.empty_like(parameter) for parameter in small]
+            torch._foreach_copy_(wide, [found[parameter] for parameter in small])
+            found.update(zip(small, wide))
+        known = [parameter for parameter in found if parameter in self._sums]
+        if known:
+            torch._foreach_add_([self._sums[parameter] for parameter in known],
+                                [found[parameter] for parameter in known])
+        self._sums = {**found, **self._sums}
+        if self.is_last and self._world_size > 1:
+            self._sent += [dist.all_reduce(self._sums[parameter], async_op=True) for parameter in found]

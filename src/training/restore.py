@@ -1,0 +1,59 @@
+"""A run put back where a checkpoint left it."""
+
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloader_instruct import Position
+from errors import CheckpointError, UserError, errors_at
+from training.run import Run
+from training.step import HIGHEST_SCALE
+from weights import checkpoint
+
+
+def restore(run: Run, state: dict[str, Any], path: Path) -> None:
+    """Put the run where the checkpoint left it."""
+    optimizer = run.learner.optimizer
+    with errors_at(f"{path}: not a complete state of a run", LookupError, TypeError, ValueError, AttributeError,
+                   RuntimeError, raised=CheckpointError):
+        groups = optimizer.state_dict()["param_groups"]  # ours: a checkpoint adds the moments alone
+        if [group["params"] for group in state["optimizer"]["param_groups"]] != [group["params"] for group in groups]:
+            raise ValueError("its parameters are grouped otherwise")
+        moments = deepcopy(state["optimizer"]["state"])  # the file's memory is for reading
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        _check_moments(optimizer, may_be_absent=state["step"] == state["skipped"])
+        if state["position"][1] > len(run.data["train"]):
+            raise ValueError(f"position {state['position'][1]} of {len(run.data['train'])} examples")
+        run.learner.set_loss_scale(state.get("loss_scale", HIGHEST_SCALE))
+    run.position = Position(*state["position"])
+    run.step, run.skipped, run.name, run.saved = state["step"], state["skipped"], state["name"], path
+    run.val_losses = [list(entry) for entry in state["val_losses"]]
+
+
+def find_best(run: Run) -> None:
+    """Find the lowest val loss, of the run or of best_model.pt, which may come from a branch that was left, and whether
+    a kill between a save and best_model.pt has left that to be written: the state of that step has its weights."""
+    path, file_loss, is_damaged = run.folder / checkpoint.BEST, math.inf, False
+    if run.processes.is_main and path.exists():
+        try:
+            losses = checkpoint.load(path)["val_losses"]
+            file_loss = min((loss for step, loss in losses if step), default=math.inf)
+        except UserError:
+            is_damaged = True
+    file_loss, damaged = run.processes.sum([file_loss, is_damaged] if run.processes.is_main else [0.0, 0.0])
+    best_step, best_loss = run.best() or (-1, math.inf)
+    run.has_best = best_step != run.step or best_loss >= file_loss
+    run.best_loss = math.inf if damaged and run.has_best else min(best_loss, file_loss)
+
+
+def _check_moments(optimizer: torch.optim.AdamW, may_be_absent: bool) -> None:
+    """Raise ValueError unless each parameter has moments of its shape: fused AdamW does not look, and would read and
+    write beyond them."""
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        moments = optimizer.state.get(parameter, {})
+        shapes = [getattr(moments.get(name), "shape", None) for name in ("step", "exp_avg", "exp_avg_sq")]
+        if (moments or not may_be_absent) and shapes != [torch.Size(), parameter.shape, parameter.shape]:
+            raise ValueError("the optimizer's moments do not fit the parameters")
