@@ -32,8 +32,8 @@ from helpers import (
 from model import GPT, Documents, GPTConfig, KVCache, attend_packed, takes_packed
 from training.memory import needed_bytes
 from training.processes import Processes
-from training.threads import copied
 from training.step import HIGHEST_SCALE, Learner, evaluate, most_tokens, train_step
+from training.threads import copied
 from weights import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
