@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model import GPT, Documents, attend_packed
+from model import GPT, Documents, attend_packed, takes_packed
 
 
 class Compiled:
@@ -24,6 +24,9 @@ class Compiled:
 
         self._model, self._say, self._transform = model, say, torch.compile(transform, fullgraph=True)
         self._works: bool | None = None  # not known before the first micro-batch
+        weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")
+        if not takes_packed(weight.device, weight.dtype, model.config.head_size):
+            self._go_without("it needs the packed attention of GPUs with bf16, in bf16 or fp16")
 
     def __call__(self, tokens: Tensor, documents: Documents, rows: Tensor) -> Tensor:
         if self._works is False:
@@ -37,7 +40,10 @@ class Compiled:
         except Exception as error:
             if self._works:
                 raise
-            self._works = False
-            self._say(f"warning: --compile does not work here, going on without: {str(error).strip().splitlines()[0]}")
+            self._go_without(str(getattr(error, "inner_exception", error)))
             return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
         return hidden.index_select(0, rows)
+
+    def _go_without(self, reason: str) -> None:
+        self._works = False
+        self._say(f"warning: --compile does not work here, going on without: {reason.strip().partition(chr(10))[0]}")

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataloader_instruct import ExampleStream, InstructData, Position
 from instruct_format import TEMPLATE
 from training.ending import Signals
 from training.options import ON_RESUME
 from training.processes import Processes
 from training.progress import Progress
-from training.step import Learner
+from training.step import HIGHEST_SCALE, Learner
 from training.threads import Saver
 
 
@@ -53,9 +55,10 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         options = {name: getattr(self.options, name) for name in ON_RESUME}
+        is_scaled = self.learner.product_type is torch.float16  # else it is 1, with which no run in fp16 should begin
         return {"step": self.step, "position": [self.position.epoch, self.position.index], "skipped": self.skipped,
                 "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,
                 "multi_turn": self.manifest.get("multi_turn", False), "data_source": self.manifest["source"],
                 "data_fingerprint": self.manifest["fingerprint"], "model_config": vars(self.learner.model.config),
-                "loss_scale": self.learner.loss_scale, "model": self.learner.model.state_dict(),
-                "optimizer": self.learner.optimizer.state_dict()}
+                "loss_scale": self.learner.loss_scale if is_scaled else HIGHEST_SCALE,
+                "model": self.learner.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}

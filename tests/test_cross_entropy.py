@@ -1,0 +1,108 @@
+"""The cross entropy of the output layer and its gradients, against PyTorch's over the whole table of scores."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.cross_entropy import ROWS, output_loss, padded
+
+VOCAB, WIDTH, SCALE = 1009, 32, 0.125  # a prime: no multiple of 64, so that copies have padding
+SMALL_TYPES = [torch.bfloat16, torch.float16]
+
+
+def case(n_rows: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, output matrix, targets."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n_rows, WIDTH, generator=generator, dtype=torch.float64)
+    weight = 0.3 * torch.randn(VOCAB, WIDTH, generator=generator, dtype=torch.float64)
+    return hidden.to(dtype), weight.to(dtype), torch.randint(VOCAB, (n_rows,), generator=generator)
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[float, Tensor, Tensor]:
+    """In float64: the loss, and the gradients of scale times it."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    (scale * loss).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.item(), hidden.grad, weight.grad
+
+
+def relative(found: Tensor | None, expected: Tensor) -> float:
+    assert found is not None
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype, of_loss, of_gradients", [(torch.float64, 1e-12, 1e-12), (torch.float32, 2.4e-7, 1e-6)])
+@pytest.mark.parametrize("n_rows", [1, ROWS, ROWS + 1, 3 * ROWS + 7])
+def test_loss_and_gradients_equal_pytorchs(n_rows, dtype, of_loss, of_gradients):
+    """However many chunks there are. The matrix's gradient is added to what is there."""
+    hidden, weight, targets = case(n_rows, dtype)
+    before = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    gradient = before.clone()
+    loss, of_hidden = output_loss(hidden, weight, targets, gradient=gradient, scale=SCALE)
+    expected, of_hidden0, of_weight0 = reference(hidden, weight, targets, SCALE)
+    assert loss.dtype == dtype and loss.item() == pytest.approx(expected, rel=of_loss)
+    assert relative(of_hidden, of_hidden0) < of_gradients
+    assert relative(gradient, before.double() + of_weight0) < of_gradients
+    assert output_loss(hidden, weight, targets)[0] == loss  # nor does evaluation differ
+    assert output_loss(hidden, weight, targets)[1] is None
+
+
+@pytest.mark.parametrize("dtype", SMALL_TYPES)
+@pytest.mark.parametrize("n_rows", [1, 2 * ROWS, 2 * ROWS + 1, 5 * ROWS + 7])
+def test_the_loss_of_small_types_is_summed_in_fp32(n_rows, dtype):
+    """Against the same products in float64: the scores are what is rounded to 8 or 11 bits (0.2 % or 0.02 % of the
+    loss of a single row, of which hundreds cancel), and sums are not. Gradients come out in the type of the products,
+    at most 2^-8 or 2^-11 from the true ones."""
+    hidden, weight, targets = case(n_rows, torch.float32)
+    copy, gradient = padded(weight, dtype), torch.zeros_like(weight)
+    loss, of_hidden = output_loss(hidden, weight, targets, copy, gradient, SCALE)
+    scores = (hidden.to(dtype) @ copy.t())[:, :VOCAB].double()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(F.cross_entropy(scores, targets, reduction="sum").item(), rel=2.4e-7)
+    expected, of_hidden0, of_weight0 = reference(hidden.to(dtype), copy[:VOCAB], targets, SCALE)
+    if n_rows >= ROWS:
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    assert relative(of_hidden, of_hidden0) < rounding and relative(gradient, of_weight0) < rounding
+    assert of_hidden.dtype == gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", SMALL_TYPES)
+def test_padding_gets_no_probability(dtype):
+    """Its scores would be 0, where those of all real tokens are about -100."""
+    _, weight, targets = case(ROWS, torch.float32)
+    hidden, weight = torch.ones(ROWS, WIDTH), 0.1 * weight - 100 / WIDTH
+    copy, gradient = padded(weight, dtype), torch.zeros_like(weight)
+    assert copy.shape == (1024, WIDTH) and not copy[VOCAB:].any() and torch.equal(copy[:VOCAB], weight.to(dtype))
+    loss, _ = output_loss(hidden, weight, targets, copy, gradient, SCALE)
+    expected, _, of_weight0 = reference(hidden, copy[:VOCAB], targets, SCALE)
+    # 0.0009 measured; with the padding it would be 15 times as much
+    assert loss.item() == pytest.approx(expected, rel=0.005)
+    assert float(gradient.sum()) == pytest.approx(0.0, abs=0.02 * float(gradient.abs().sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SMALL_TYPES])
+def test_very_large_scores_do_not_overflow(dtype):
+    """exp of the scores themselves would be infinite from 89 on."""
+    hidden, weight, targets = case(ROWS, torch.float32)
+    hidden *= 1000  # scores up to about 9,000
+    gradient = torch.zeros_like(weight)
+    copy = None if dtype == torch.float32 else padded(weight, dtype)
+    loss, of_hidden = output_loss(hidden, weight, targets, copy, gradient, SCALE)
+    matrix = weight if copy is None else copy[:VOCAB]
+    expected, of_hidden0, of_weight0 = reference(hidden.to(dtype), matrix, targets, SCALE)
+    assert loss.item() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 2e-4)
+    assert of_hidden is not None and of_hidden.isfinite().all() and gradient.isfinite().all()
+    # Scores of thousands are rounded to whole steps: the gradients' errors are measured, 8e-6, 0.07 and 0.02.
+    within = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.05}[dtype]
+    assert relative(of_hidden, of_hidden0) < within and relative(gradient, of_weight0) < within
+
+
+@pytest.mark.parametrize("dtype", [None, *SMALL_TYPES])
+def test_no_rows_cost_nothing(dtype):
+    hidden, weight, targets = case(0, torch.float32)
+    gradient = torch.zeros_like(weight)
+    loss, of_hidden = output_loss(hidden, weight, targets, dtype and padded(weight, dtype), gradient)
+    assert loss.item() == 0 and of_hidden is not None and of_hidden.shape == (0, WIDTH) and not gradient.any()

@@ -1,0 +1,169 @@
+"""The micro-batch that fits a GPU's memory, and saves that are written while the run goes on."""
+
+import errno
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_instruct
+from errors import UserError
+from helpers import options_of, resume_flags, same_state, to, trajectory
+from model import GPT, GPTConfig
+from training import setup
+from training.memory import fit, needed_bytes
+from training.processes import Processes
+from training.threads import Saver
+from weights import checkpoint
+
+GPU = torch.device("cuda:0")
+SHAPES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
+
+
+def model_named(name: str) -> GPT:
+    n_layer, n_head, n_embd = SHAPES[name]
+    with torch.device("meta"):
+        return GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+
+
+def fitted(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float, *flags: object,
+           world_size: int = 1) -> tuple[int, str]:
+    """On a GPU with so much free memory; of compute capability 7.5 where it is 16 GB, else 8.9."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(gigabytes * 1e9), 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5) if gigabytes == 16 else (8, 9))
+    options = options_of("--context_length", 1024, *flags)
+    return fit(options, model_named(name), Processes(0, world_size, GPU))
+
+
+@pytest.mark.parametrize("name, gigabytes, flags, expected", [
+    ("124M", 16, (), (37, "gelu")), ("124M", 24, (), (61, "gelu")), ("124M", 80, (), (64, "nothing")),
+    ("124M", 24, ("--precision", "fp32"), (37, "gelu")), ("124M", 24, ("--gradient_checkpointing",), (64, "blocks")),
+    ("355M", 16, (), (9, "gelu")), ("355M", 24, (), (17, "gelu")), ("774M", 24, (), (4, "gelu")),
+    ("774M", 80, (), (37, "gelu")), ("1558M", 80, (), (17, "gelu")), ("1558M", 24, (), (1, "gelu"))])
+def test_the_largest_micro_batch_that_fits(monkeypatch, name, gigabytes, flags, expected):
+    """At most a step's 64, at least 1. One example more would not fit."""
+    size, recompute = fitted(monkeypatch, name, gigabytes, "--mini_batch_size", 0, *flags)
+    assert (size, recompute) == expected
+    width, room = 4 if "fp32" in flags else 2, 0.9 * gigabytes * 1e9
+    least = "blocks" if "--gradient_checkpointing" in flags else "gelu"
+    assert size in (1, 64) or needed_bytes(model_named(name), (size + 1) * 1024, least, width) > room
+    assert size == 1 or needed_bytes(model_named(name), size * 1024, recompute, width) <= room
+
+
+@pytest.mark.parametrize("name, gigabytes, flags, expected", [
+    ("124M", 16, (), "nothing"), ("355M", 16, (), "gelu"), ("355M", 24, (), "nothing"), ("1558M", 80, (), "nothing"),
+    ("1558M", 80, ("--gradient_checkpointing",), "blocks"), ("774M", 24, (), "gelu")])
+def test_what_is_computed_again_where_memory_is_short(monkeypatch, name, gigabytes, flags, expected):
+    """mini_batch_size stays as it was asked for."""
+    assert fitted(monkeypatch, name, gigabytes, "--mini_batch_size", 8, *flags) == (8, expected)
+
+
+def test_processes_share_a_step_and_the_smallest_gpu_decides(monkeypatch):
+    """Four of them have a fourth of a step's 64 each; GPUs that differ take what fits the smallest."""
+    monkeypatch.setattr(Processes, "largest", lambda self, *values: list(values))
+    assert fitted(monkeypatch, "124M", 80, "--mini_batch_size", 0, world_size=4) == (16, "nothing")
+    monkeypatch.setattr(Processes, "largest", lambda self, *values: [max(*values, -5)])  # a rank where 5 fit
+    assert fitted(monkeypatch, "124M", 80, "--mini_batch_size", 0, world_size=4) == (5, "nothing")
+
+
+def test_a_cpu_takes_the_usual_micro_batch():
+    options = options_of("--mini_batch_size", 0, "--context_length", 1024)
+    assert fit(options, model_named("124M"), Processes(0, 1, torch.device("cpu"))) == (8, "gelu")
+
+
+# Saves
+
+
+def changing_state() -> dict[str, Any]:
+    return {"step": 3, "losses": [[1, 2.0]], "model": {"a": torch.ones(3), "b": torch.arange(4)},
+            "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "betas": (0.9, 0.95)}}
+
+
+def test_a_later_save_writes_the_state_as_it_was_when_it_was_asked_for():
+    """Although everything in it changes before the thread gets there."""
+    state, may_write, written = changing_state(), threading.Event(), list[Mapping[str, Any]]()
+
+    def write(found: Mapping[str, Any]) -> None:
+        assert may_write.wait(60)
+        written.append(found)
+
+    saver = Saver(is_later=True)
+    saver.write(write, state)
+    state["model"]["a"].zero_()
+    state["optimizer"]["state"][0]["step"] += 1
+    state["losses"][0][1] = 5.0
+    state["losses"].append([2, 1.0])
+    assert not written
+    may_write.set()
+    saver.wait()
+    saver.close()
+    expected = changing_state()
+    expected["optimizer"]["betas"] = [0.9, 0.95]
+    assert same_state(written, [expected])
+
+
+def test_without_a_thread_the_state_itself_is_written_at_once():
+    state, written = changing_state(), []
+    Saver(is_later=False).write(written.append, state)
+    assert written[0] is state
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_an_error_of_a_later_save_is_raised_by_the_next_or_at_the_end(at_the_end):
+    def fail(state: Mapping[str, Any]) -> None:
+        raise UserError("the disk is full")
+
+    saver, written = Saver(is_later=True), []
+    saver.write(fail, {})
+    with pytest.raises(UserError, match="the disk is full"):
+        saver.wait() if at_the_end else saver.write(written.append, {})
+    saver.wait()  # once
+    saver.close()
+    assert not written
+
+
+def run_later(inputs: tuple[Path, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A run whose saves are written while it goes on, as on a GPU."""
+    monkeypatch.setattr(setup, "waits_for_disk", lambda _: True)
+    return train_instruct.main([*resume_flags(*inputs), *to(folder)])
+
+
+def test_a_run_that_saves_later_ends_in_the_same_bits(inputs, tmp_path, monkeypatch, capsys):
+    """Every file of it, of all 24 steps, and it is written by another thread."""
+    assert train_instruct.main([*resume_flags(*inputs), *to(tmp_path / "at_once")]) == 0
+    threads, real = set(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *both: threads.add(threading.current_thread()) or real(*both))
+    assert run_later(inputs, tmp_path / "later", monkeypatch) == 0
+    assert threading.main_thread() not in threads and len(threads) == 1
+    names = sorted(path.name for path in (tmp_path / "later").glob("*.pt"))
+    assert len(names) == 26 and names == sorted(path.name for path in (tmp_path / "at_once").glob("*.pt"))
+    for name in names:
+        assert same_state(*(trajectory(tmp_path / folder / name) for folder in ("later", "at_once"))), name
+    assert capsys.readouterr().out.count("saved ") >= 48
+
+
+@pytest.mark.parametrize("step", [5, 24])
+def test_a_full_disk_ends_a_run_that_saves_later_and_leaves_valid_files(inputs, tmp_path, monkeypatch, step):
+    """In mid run and at the last save: exit code 2, and latest.pt is the newest whole file."""
+    real = checkpoint.save
+
+    def save(path: Path, *others: Any) -> None:
+        if path.name >= f"step_{step:06d}.pt":
+            monkeypatch.setattr(os, "fsync", full)
+        real(path, *others)
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(UserError, match=f"step_{step:06d}.pt: cannot write it: No space left on device") as raised:
+        run_later(inputs, tmp_path, monkeypatch)
+    assert raised.value.exit_code == 2
+    steps = sorted(checkpoint.load_run(path)["step"] for path in tmp_path.glob("step_*"))
+    assert steps == list(range(1, step)) and checkpoint.load_run(tmp_path / "latest.pt")["step"] == step - 1
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 4  # random data: it is never better
+    assert not list(tmp_path.glob("*.tmp"))
