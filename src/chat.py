@@ -16,14 +16,11 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported ends without a w
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from answering.settings import Settings, add_flags
 from cli import Parser, printable_line, run
 from errors import UserError
-
-if TYPE_CHECKING:
-    from model import GPT
 
 PROJECT = Path(__file__).parent.parent
 CHECKPOINT_DIR = Path("checkpoints_instruct")
@@ -58,26 +55,6 @@ def find_checkpoint(path: Path | None) -> Path:
                     "demo (./start_instruct_training.sh demo, then ./chat.sh demo)")
 
 
-def model_for_answers(path: Path, device_name: str, quantize: str | None,
-                      together: bool = False) -> tuple["GPT", dict[str, Any]]:
-    """The model of a checkpoint, ready to answer one question at a time or several together, and the state that it came
-    from. Raises UserError for a device that cannot be used, and like open_model."""
-    import torch
-
-    from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
-    from answering.opened import open_model
-    from training.precision import device_named
-
-    device = torch.device(device_named(device_name))
-    if quantize and device.type != "cpu":
-        raise UserError(f"--quantize int8 is for CPUs, not for {device.type}; leave it out, or add --device cpu")
-    model, state = open_model(path)
-    model.to(device)
-    if device.type == "cpu":
-        for_decoding(model, OneRowInt8 if quantize else FewRows if together else OneRow)
-    return model, state
-
-
 def summary(path: Path, state: dict[str, Any], device: str, ending: str) -> str:
     """What the model is and how it takes questions, in a line of at most 80 columns."""
     size = sum(tensor.numel() for tensor in state["model"].values()) / 1e6
@@ -98,12 +75,17 @@ def main(argv: list[str] | None = None) -> int:
     path = find_checkpoint(options.checkpoint)
     if options.jsonl and options.input is not None:
         raise UserError("--input does not go with --jsonl, whose objects have inputs of their own")
+    import torch
+
     from answering.answer import Question
+    from answering.opened import open_for_answers
     from answering.questions import text_of
     from answering.terminal import Chat
     from errors import errors_at
+    from training.precision import device_named
 
-    model, state = model_for_answers(path, options.device, options.quantize, options.jsonl)
+    device = torch.device(device_named(options.device))
+    model, state = open_for_answers(path, device, options.quantize, options.jsonl)
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     chat = Chat(model, str(path), settings, remembers=state["multi_turn"], as_json=options.json or options.jsonl)
     is_conversation = sys.stdin.isatty() and options.prompt is None and not options.jsonl

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import answering.answer
 import answering.batch
 import chat
 import cli
 from answering.answer import Answer
+from answering.opened import open_for_answers
 from answering.settings import Settings
 from answering.terminal import Chat
 from conftest import ROOT, SRC, Outcome, run_command, write_checkpoint
@@ -416,7 +418,7 @@ def test_the_checkpoint_may_be_overwritten_while_its_model_is_in_use(tmp_path, t
     """In place, so that a mapped file would end the program with SIGBUS."""
     path = tmp_path / "a.pt"
     path.write_bytes(tiny_checkpoint.read_bytes())
-    model, _ = chat.model_for_answers(path, "cpu", None)
+    model, _ = open_for_answers(path, torch.device("cpu"))
     path.write_bytes(b"")
     answer = Answer(model, "word " * 20, "", Settings(max_new_tokens=3))
     assert len(list(answer.pieces())) == 4

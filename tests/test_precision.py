@@ -64,7 +64,7 @@ def learner_of(model: GPT, *flags: object) -> Learner:
 def gradients(data: InstructData, *flags: object, most_tokens: int = 1024) -> tuple[float, torch.Tensor]:
     """Loss and gradients, in a row, of a step of all examples."""
     learner = learner_of(small_model(), *flags)
-    loss, _, _ = learner.gradients_of(data, data.plan(range(len(data)), most_tokens, 1))
+    loss = learner.gradients_of(data, data.plan(range(len(data)), most_tokens, 1), 1e-3).loss
     found = [parameter.grad for parameter in learner.model.parameters()]
     assert all(each is not None and each.dtype == torch.float32 for each in found)
     return loss, torch.cat([each.flatten() for each in found if each is not None])

@@ -65,7 +65,7 @@ def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, said):
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 8 bytes"), UserError,
      "out of memory"),
     (RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore."), UserError,
-     "has no kernels for cpu: install a build for an older CUDA"),
+     "has no kernels for cpu; install a build for an older CUDA"),
     (RuntimeError("[/gloo/transport/tcp/pair.cc:5] Connection closed by peer"), LostError, "rank 0 has lost another"),
     (torch.distributed.DistBackendError("NCCL error"), LostError, "rank 0 has lost another"),
     (RuntimeError("shapes do not fit"), RuntimeError, "shapes do not fit"), (OSError("a disk"), OSError, "a disk"),

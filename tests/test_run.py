@@ -74,7 +74,7 @@ def test_what_is_doubtful_is_said_with_what_to_do(inputs, tmp_path, flags, name,
     options = options_of("--total_batch_size", 1024, "--context_length", 64, "--checkpoint_dir", tmp_path, *flags)
     data = open_data(inputs[0], options.context_length)
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
-    found = doubts(options, small_model(), data, stream)
+    found = doubts(options, small_model(), data, stream, ["cpu"])
     assert set(found) == ({name} if said else set()) and (not said or re.search(said, found[name]))
 
 

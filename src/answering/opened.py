@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
 from errors import CheckpointError, UserError
 from instruct_format import TEMPLATE
 from model import GPT
@@ -34,4 +35,17 @@ def open_model(path: Path) -> tuple[GPT, dict[str, Any]]:
                               f"{TEMPLATE!r}")
     model = model_of(state, path, torch.device("cpu"))
     check_vocabulary(model.config.vocab_size, path)
+    return model, state
+
+
+def open_for_answers(path: Path, device: torch.device, quantize: str | None = None,
+                     together: bool = False) -> tuple[GPT, dict[str, Any]]:
+    """The same on a device, ready to answer one question at a time, or several together. Raises UserError too when that
+    device does not quantize."""
+    if quantize and device.type != "cpu":
+        raise UserError(f"--quantize int8 is for CPUs, not for {device.type}; leave it out, or add --device cpu")
+    model, state = open_model(path)
+    model.to(device)
+    if device.type == "cpu":
+        for_decoding(model, OneRowInt8 if quantize else FewRows if together else OneRow)
     return model, state

@@ -3,7 +3,7 @@ at whenever a run starts; dry_run.py shows it as a table."""
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,10 +44,13 @@ def facts(options: Namespace, processes: Processes, model: GPT, data: Mapping[st
     }
 
 
-def doubts(options: Namespace, model: GPT, data: Mapping[str, InstructData], stream: ExampleStream) -> dict[str, str]:
-    """What is doubtful about the run, each with what to do, under the name of its fact."""
+def doubts(options: Namespace, model: GPT, data: Mapping[str, InstructData], stream: ExampleStream,
+           devices: Sequence[str]) -> dict[str, str]:
+    """What is doubtful about the run, each with what to do, under the name of its fact. devices: those of the ranks."""
     train, found = data["train"], {}
     left_out, epochs = train.left_out / (len(train) + train.left_out), options.max_steps / stream.steps_per_epoch
+    if len(set(devices)) > 1:
+        found["device"] = f"they differ ({'; '.join(devices)}), and the slowest sets the pace"
     if left_out > 0.1:
         can_be_longer = options.from_scratch or options.context_length < model.config.context_length
         found["data"] = (f"{100 * left_out:.0f} % of the train examples are longer than context_length and are not "

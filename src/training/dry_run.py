@@ -25,6 +25,7 @@ from training.checks import doubt_about_weights, doubts, existing, facts
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
 from training.memory import fit
 from training.options import parse_options, resumed_options, with_steps
+from training.precision import name_of
 from training.processes import Processes, join, less_memory
 from training.progress import columns, duration, say
 from training.step import Learner
@@ -107,9 +108,10 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     with table.check("run"):
         options = with_steps(options, stream.steps_in, state, path)
     options = Namespace(**{**vars(options), "mini_batch_size": fit(options, model, table.processes)[0]})
+    devices = table.processes.gather(name_of(table.processes.device))
     for name, text in facts(options, table.processes, model, data, stream, origin).items():
         table.add("ok", name, text)
-    for name, text in doubts(options, model, data, stream).items():
+    for name, text in doubts(options, model, data, stream, devices).items():
         table.add("warning", name, text)
     with table.check("memory"), table.processes.failures_explained(less_memory(options)):
         _costs(options, model, data["train"], stream, table)

@@ -105,8 +105,7 @@ def _evaluate(run: Run) -> int:
 
 def _save(run: Run) -> None:
     """Save the run's state, on the main process."""
-    run.signals.save = 0
-    run.saved, run.is_saved = step_file(run.folder, run.step), True
+    run.saved, run.is_saved, run.signals.save = step_file(run.folder, run.step), True, 0
     with run.processes.together():
         if run.progress:
             run.progress.log.flush()

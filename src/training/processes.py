@@ -120,8 +120,8 @@ class Processes:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
                 raise UserError(f"out of memory on {self.device}: {advice}") from error
             if "no kernel image" in text:
-                raise UserError(f"PyTorch {torch.__version__} has no kernels for {name_of(self.device)}: install a build "
-                                "for an older CUDA, such as 12.6, or add --device cpu") from error
+                raise UserError(f"PyTorch {torch.__version__} has no kernels for {name_of(self.device)}; install a "
+                                "build for an older CUDA, such as 12.6, or add --device cpu") from error
             if self.world_size > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
                 time.sleep(1)  # the process that knows more is the first to say so
                 raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({text})") from error

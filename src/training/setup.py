@@ -96,8 +96,6 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
             stack.callback(run.progress.close)
             run.progress.about(prepared.manifest, data["train"].lengths)
             say(columns(facts(options, processes, model, data, stream, origin)))
-            slowest = {"device": f"they differ ({'; '.join(devices)}), and the slowest sets the pace"}
-            found = doubts(options, model, data, stream) | (slowest if len(set(devices)) > 1 else {})
-            for doubt in found.values():
+            for doubt in doubts(options, model, data, stream, devices).values():
                 say(f"warning: {doubt}")
     return run

@@ -28,6 +28,20 @@ HIGHEST_SCALE = 2.0**16  # of the loss in fp16, whose small gradients would be 0
 SCALE_STEPS = 1000  # after so many steps a scale that was lowered is doubled
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """One step's figures, over all ranks."""
+
+    loss: float  # nats a response token
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    data_wait: float = 0.0  # seconds that this rank waited for its micro-batches
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
 class Learner:
     """A model and what trains it, on this rank of several.
 
@@ -80,9 +94,8 @@ class Learner:
         hidden = self.hidden_of(batch.tokens, batch.documents, batch.rows)
         return output_loss(hidden, self.model.transformer.wte.weight, batch.targets, self.output)[0]
 
-    def gradients_of(self, data: InstructData, plan: Plan) -> tuple[float, float, float]:
-        """Leave the gradients of a step in the weights, over all ranks. Returns loss, gradient norm and seconds that
-        this rank waited for its micro-batches."""
+    def gradients_of(self, data: InstructData, plan: Plan, rate: float) -> StepResult:
+        """Leave the gradients of a step of this learning rate in the weights, over all ranks."""
         self.gradients.begin()
         n_local, waited, begin = len(plan.micro_batches) // self.processes.world_size, 0.0, time.perf_counter()
         losses: list[Tensor] = []
@@ -100,7 +113,7 @@ class Learner:
         loss, gradient_norm = torch.stack([total / plan.response_tokens, norm]).tolist()
         if gradient_norm > self.options.grad_clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.options.grad_clip, norm)
-        return loss, gradient_norm, waited
+        return StepResult(loss, gradient_norm, rate, waited)
 
 
 def most_tokens(options: Namespace) -> int:
@@ -118,20 +131,6 @@ def learning_rate(step: int, options: Namespace) -> float:
     return options.min_lr + cosine * (options.learning_rate - options.min_lr)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One step's figures, over all ranks."""
-
-    loss: float  # nats a response token
-    gradient_norm: float  # before clipping
-    learning_rate: float
-    data_wait: float = 0.0  # seconds that this rank waited for its micro-batches
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
-
-
 def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) -> StepResult:
     """One optimizer step on the examples of the plan. The optimizer does not move when loss or gradients are not finite
     (is_finite of the result says so). In fp16 that may be an overflow: the step is repeated with half the loss scale,
@@ -140,8 +139,7 @@ def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) ->
     if learner.low:
         learner.low.refresh()
     while True:
-        loss, gradient_norm, data_wait = learner.gradients_of(data, plan)
-        result = StepResult(loss, gradient_norm, rate, data_wait)
+        result = learner.gradients_of(data, plan, rate)
         if result.is_finite or learner.loss_scale <= 1:
             break
         learner.loss_scale /= 2
