@@ -36,7 +36,9 @@ def fitted(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float, *flags:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(gigabytes * 1e9), 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5) if gigabytes == 16 else (8, 9))
     options = options_of("--context_length", 1024, *flags)
-    return fit(options, model_named(name), Processes(0, world_size, GPU))
+    found, recompute = fit(options, model_named(name), Processes(0, world_size, GPU))
+    assert found.asked == {"precision": options.precision, "mini_batch_size": options.mini_batch_size}
+    return found.mini_batch_size, recompute
 
 
 @pytest.mark.parametrize("name, gigabytes, flags, expected", [
@@ -64,6 +66,7 @@ def test_what_is_computed_again_where_memory_is_short(monkeypatch, name, gigabyt
 
 def test_processes_share_a_step_and_the_smallest_gpu_decides(monkeypatch):
     """Four of them have a fourth of a step's 64 each; GPUs that differ take what fits the smallest."""
+    monkeypatch.setattr(Processes, "gather", lambda self, mine: [mine] * 4)
     monkeypatch.setattr(Processes, "largest", lambda self, *values: list(values))
     assert fitted(monkeypatch, "124M", 80, "--mini_batch_size", 0, world_size=4) == (16, "nothing")
     monkeypatch.setattr(Processes, "largest", lambda self, *values: [max(*values, -5)])  # a rank where 5 fit
@@ -72,7 +75,17 @@ def test_processes_share_a_step_and_the_smallest_gpu_decides(monkeypatch):
 
 def test_a_cpu_takes_the_usual_micro_batch():
     options = options_of("--mini_batch_size", 0, "--context_length", 1024)
-    assert fit(options, model_named("124M"), Processes(0, 1, torch.device("cpu"))) == (8, "gelu")
+    found, recompute = fit(options, model_named("124M"), Processes(0, 1, torch.device("cpu")))
+    assert (found.mini_batch_size, found.precision, recompute) == (8, "fp32", "gelu")
+
+
+@pytest.mark.parametrize("others, agreed", [(["bf16", "bf16"], "bf16"), (["bf16", "fp16"], "fp16")])
+def test_all_gpus_multiply_in_the_type_that_all_have(monkeypatch, others, agreed):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(Processes, "gather", lambda self, mine: [mine] * 2 if isinstance(mine, list) else others)
+    found, _ = fit(options_of("--context_length", 1024), model_named("124M"), Processes(0, 2, GPU))
+    assert (found.precision, found.asked["precision"]) == (agreed, "auto")
 
 
 # Saves
@@ -123,7 +136,19 @@ def test_an_error_of_a_later_save_is_raised_by_the_next_or_at_the_end(at_the_end
         saver.wait() if at_the_end else saver.write(written.append, {})
     saver.wait()  # once
     saver.close()
-    assert not written
+    assert written == ([] if at_the_end else [{}])  # what comes after it is tried all the same
+
+
+def test_an_error_of_a_later_save_that_nobody_waited_for_is_said():
+    said = list[str]()
+
+    def fail(state: Mapping[str, Any]) -> None:
+        raise UserError("the disk is full")
+
+    saver = Saver(True, said.append)
+    saver.write(fail, {})
+    saver.close()
+    assert said == ["error: the disk is full"]
 
 
 def run_later(inputs: tuple[Path, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:

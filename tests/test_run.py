@@ -155,7 +155,7 @@ def test_patience_ends_a_run_that_gains_nothing(inputs, tmp_path, capsys):
     state = checkpoint.load(tmp_path / "latest.pt")
     assert [step for step, _ in state["val_losses"]] == [0, 4, 8] and state["step"] == 8
     out = capsys.readouterr().out
-    assert "stopped, as 2 evaluations brought no lower val loss (--patience 0 goes on) at step 8" in out
+    assert "stopped, as 2 evaluations gained nothing (--patience 0 goes on) at step 8" in out
     assert re.search(r"warning +the model never got better than it was before training", out)
     resumed = to(tmp_path, "--resume", "latest")
     assert train_instruct.main(resumed) == 0 and checkpoint.load(tmp_path / "latest.pt")["step"] == 8

@@ -11,6 +11,7 @@ import torch
 from dataloader_instruct import ExampleStream, InstructData
 from instruct_format import VOCAB_SIZE
 from model import GPT
+from training.memory import most_tokens
 from training.precision import cpu_has_bf16, name_of, product_type, type_name
 from training.processes import Processes
 from weights import checkpoint
@@ -23,7 +24,7 @@ SHORT_EPOCH = 10  # steps
 def facts(options: Namespace, processes: Processes, model: GPT, data: Mapping[str, InstructData],
           stream: ExampleStream, origin: str) -> dict[str, str]:
     """What the run is, by name. origin says where the weights come from."""
-    tokens, most_tokens = int(data["train"].lengths.sum()), options.mini_batch_size * options.context_length
+    tokens = int(data["train"].lengths.sum())
     longer = ", ".join(f"{split.left_out:,} {name}" for name, split in data.items() if split.left_out)
     precision, device = product_type(options.precision, processes.device), processes.device
     is_slower = device.type == "cpu" and precision is torch.float32 and cpu_has_bf16()
@@ -37,7 +38,7 @@ def facts(options: Namespace, processes: Processes, model: GPT, data: Mapping[st
         "data": f"{len(data['train']):,} train and {len(data['val']):,} val examples, {tokens:,} train tokens"
                 + f"; left out, longer than context_length: {longer}" * bool(longer),
         "step": f"{min(options.total_batch_size, tokens):,} tokens" + ", all examples" * (tokens <= stream.most_tokens)
-                + f", micro-batches of at most {most_tokens:,}",
+                + f", micro-batches of at most {most_tokens(options):,}",
         "epoch": f"about {stream.steps_per_epoch:,.1f} steps",
         "run": f"{options.max_steps:,} steps = {options.max_steps / stream.steps_per_epoch:,.2f} epochs",
         "disk": _disk(options, model)[0],

@@ -23,27 +23,27 @@ class Compiled:
             return hidden
 
         self._model, self._say, self._transform = model, say, torch.compile(transform, fullgraph=True)
-        self._works: bool | None = None  # not known before the first micro-batch
+        self._is_off, self._graphs = False, set[bool]()  # the graphs that worked: for training, for evaluation
         weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")
         if not takes_packed(weight.device, weight.dtype, model.config.head_size):
             self._go_without("it needs the packed attention of GPUs with bf16, in bf16 or fp16")
 
     def __call__(self, tokens: Tensor, documents: Documents, rows: Tensor) -> Tensor:
-        if self._works is False:
+        if self._is_off:
             return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
         torch._dynamo.mark_dynamic(documents.starts, 0)
         try:
             hidden = self._transform(tokens, documents.positions, documents.starts, documents.longest)
-            self._works = True
+            self._graphs.add(torch.is_grad_enabled())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if self._works:
+            if torch.is_grad_enabled() in self._graphs:
                 raise
             self._go_without(str(getattr(error, "inner_exception", error)))
             return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
         return hidden.index_select(0, rows)
 
     def _go_without(self, reason: str) -> None:
-        self._works = False
+        self._is_off = True
         self._say(f"warning: --compile does not work here, going on without: {reason.strip().partition(chr(10))[0]}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; twice as many on a GPU
+ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; twice as many on a GPU with a copy
 _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
 
 

@@ -23,7 +23,7 @@ from instruct_format import VOCAB_SIZE
 from model import GPT
 from training.checks import doubt_about_weights, doubts, existing, facts
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
-from training.memory import fit
+from training.memory import fit, most_tokens
 from training.options import parse_options, resumed_options, with_steps
 from training.precision import name_of
 from training.processes import Processes, join, less_memory
@@ -107,7 +107,10 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
     with table.check("run"):
         options = with_steps(options, stream.steps_in, state, path)
-    options = Namespace(**{**vars(options), "mini_batch_size": fit(options, model, table.processes)[0]})
+    with table.check("device"):
+        options, model.transformer.recompute = fit(options, model, table.processes)
+    if table.rows.get("device", ("ok",))[0] == "failure":
+        return None
     devices = table.processes.gather(name_of(table.processes.device))
     for name, text in facts(options, table.processes, model, data, stream, origin).items():
         table.add("ok", name, text)
@@ -119,25 +122,24 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
 
 def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleStream, table: Table) -> None:
     """The first loss, the memory and the time of the run, from a micro-batch on this device."""
-    device, most_tokens = table.processes.device, options.mini_batch_size * options.context_length
+    device, most = table.processes.device, most_tokens(options)
     is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
     # the longest examples that fit; at least the shortest
-    room = most_tokens if is_cuda else min(most_tokens, CPU_TOKENS)
+    room = most if is_cuda else min(most, CPU_TOKENS)
     longest = [number for number in np.argsort(-data.lengths, kind="stable").tolist() if data.lengths[number] <= room]
     count = int((np.cumsum(data.lengths[longest]) <= room).sum())
     batch = data.micro_batch(longest[:count] or [int(data.lengths.argmin())])
-    model.transformer.recompute = fit(options, model, table.processes)[1]
     loss, kept, seconds = _run(Learner(model.to(device), options, table.processes), batch.to(device))
     doubt = "" if options.from_scratch else doubt_about_weights(loss)
     table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
     # weights, gradients, two moments, and what the backward pass needs
-    needed = 4 * weights + kept * most_tokens // len(batch.tokens)
+    needed = 4 * weights + kept * most // len(batch.tokens)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if is_cuda:
         needed = torch.cuda.max_memory_allocated(device) + 2 * weights
         there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     more = f": {less_memory(options)}" * (needed > there)
-    table.add("warning" if more else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of {most_tokens:,}"
+    table.add("warning" if more else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of {most:,}"
               f" tokens, {there / 1e9:.1f} GB are there{more}")
     a_step = seconds * int(data.lengths.sum()) / len(batch.tokens) / stream.steps_per_epoch
     a_step /= table.processes.world_size if is_cuda else 1

@@ -23,6 +23,8 @@ class Gradients:
         self._model, self._world_size = model, world_size
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._found: list[tuple[nn.Parameter, Tensor]] = []  # by this pass, and not added yet
+        # sent in this order on all ranks, whatever the order in which they are found; nearly that of a backward pass
+        self._to_send, self._complete = list(model.parameters()), set[nn.Parameter]()
         self._sent = list[dist.Work]()
         in_place = {id(parameter): copy for parameter, copy in copies}
         for parameter in model.parameters():
@@ -37,7 +39,9 @@ class Gradients:
     def begin(self) -> None:
         """Forget those of the step before."""
         self._sums.clear()
-        for parameter in self._model.parameters():
+        self._complete.clear()
+        self._to_send = list(self._model.parameters())
+        for parameter in self._to_send:
             parameter.grad = None
 
     def finish(self, scale: float) -> list[Tensor]:
@@ -77,4 +81,6 @@ class Gradients:
                                 [found[parameter] for parameter in known])
         self._sums = {**found, **self._sums}
         if self.is_last and self._world_size > 1:
-            self._sent += [dist.all_reduce(self._sums[parameter], async_op=True) for parameter in found]
+            self._complete |= found.keys()
+            while self._to_send and self._to_send[-1] in self._complete:
+                self._sent.append(dist.all_reduce(self._sums[self._to_send.pop()], async_op=True))

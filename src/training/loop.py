@@ -1,13 +1,16 @@
 """The loop of a run: once in a while evaluate, once in a while save, then a step."""
 
 import time
+from collections.abc import Mapping
 from signal import SIGINT, Signals
+from typing import Any
 
 from errors import DivergedError
+from training.memory import most_tokens
 from training.progress import say
 from training.run import Run
 from training.samples import sample_answers
-from training.step import SCALE_STEPS, StepResult, evaluate, learning_rate, most_tokens, train_step
+from training.step import SCALE_STEPS, StepResult, evaluate, learning_rate, train_step
 from training.summary import summary
 from weights.checkpoint import BEST, save, save_step, step_file
 
@@ -18,7 +21,9 @@ def train(run: Run) -> int:
     """Go on until max_steps or a signal. Returns the exit code."""
     options, begin, first_step = run.options, time.perf_counter(), run.step
     while True:
-        stop, save_asked = run.processes.largest(run.signals.stop, run.signals.save)
+        stop, save_asked, failed = run.processes.largest(run.signals.stop, run.signals.save, run.saver.has_failed)
+        if failed:
+            _wait_for_saves(run)
 
         # once in a while: evaluate, before the first step too. A resumed run begins with what a signal cut short
         at_end = run.step >= options.max_steps
@@ -31,20 +36,16 @@ def train(run: Run) -> int:
         # once in a while: save; also before a first best_model.pt, which is never alone in the folder
         is_due = stop or is_over or save_asked or run.step % options.checkpoint_freq == 0
         is_alone = run.saved is None or run.saved.parent != run.folder
-        if (is_due and not run.is_saved) or (is_alone and not run.has_best):
-            _save(run)
-        if not run.has_best:
-            _save_best(run)
+        is_due = (is_due and not run.is_saved) or (is_alone and not run.has_best)
+        if is_due or not run.has_best:
+            _save(run, is_due, is_best=not run.has_best)
 
         if stop or is_over:
             break
         _step(run)
 
-    with run.processes.together():
-        run.saver.wait()
-
-    reason = "finished" if at_end else (f"stopped, as {in_vain} evaluations brought no lower val loss (--patience 0 "
-                                        "goes on)")
+    _wait_for_saves(run)
+    reason = "finished" if at_end else f"stopped, as {in_vain} evaluations gained nothing (--patience 0 goes on)"
     if run.progress:
         run.progress.end_bar()
         reason = f"stopped by {'Ctrl-C' if stop == SIGINT else Signals(stop).name}" if stop else reason
@@ -76,6 +77,7 @@ def _check_finite(run: Run, result: StepResult, examples: list[int]) -> None:
     say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not move; "
         f"train examples {examples}")
     if run.skipped >= MOST_SKIPPED:
+        _wait_for_saves(run)
         last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
         raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
                             f"{run.step}; {last}; try a lower --learning_rate")
@@ -103,19 +105,24 @@ def _evaluate(run: Run) -> int:
     return stop()
 
 
-def _save(run: Run) -> None:
-    """Save the run's state, on the main process."""
-    run.saved, run.is_saved, run.signals.save = step_file(run.folder, run.step), True, 0
+def _save(run: Run, is_step: bool, is_best: bool) -> None:
+    """Save the run's state as a step file, and its weights as best_model.pt after that, on the main process."""
+    if is_step:
+        run.saved, run.is_saved, run.signals.save = step_file(run.folder, run.step), True, 0
+    run.has_best = run.has_best or is_best
+
+    def write(state: Mapping[str, Any]) -> None:
+        if is_step:
+            save_step(run.folder, state, run.options.keep_last, say)
+        if is_best:
+            save(run.folder / BEST, {key: value for key, value in state.items() if key != "optimizer"}, say)
+
     with run.processes.together():
         if run.progress:
             run.progress.log.flush()
-            run.saver.write(lambda state: save_step(run.folder, state, run.options.keep_last, say), run.state())
+            run.saver.write(write, run.state())
 
 
-def _save_best(run: Run) -> None:
-    """Save the weights as they are now as best_model.pt, on the main process."""
-    run.has_best = True
+def _wait_for_saves(run: Run) -> None:
     with run.processes.together():
-        if run.progress:
-            run.saver.write(lambda state: save(run.folder / BEST, state, say),
-                            {key: value for key, value in run.state().items() if key != "optimizer"})
+        run.saver.wait()

@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 
 from model import GPT
-from training.precision import product_type
+from training.precision import product_type, type_name
 from training.processes import Processes
 
 # Bytes for each token, layer and unit of width until the backward pass, as counted by PyTorch's allocator, for products
@@ -13,6 +13,11 @@ from training.processes import Processes
 _KEPT = {"nothing": (40, 68), "gelu": (32, 54), "blocks": (9, 12)}
 _ROOM = 0.9  # of what is free; the rest is for what the allocator cannot use
 _OTHER = 700 << 20  # the scores of the output layer, and what a GPU keeps for itself
+
+
+def most_tokens(options: Namespace) -> int:
+    """How many tokens a micro-batch may have."""
+    return min(options.mini_batch_size * options.context_length, options.total_batch_size)  # type: ignore[no-any-return]
 
 
 def needed_bytes(model: GPT, n_tokens: int, recompute: str, product_bytes: int) -> int:
@@ -23,15 +28,24 @@ def needed_bytes(model: GPT, n_tokens: int, recompute: str, product_bytes: int) 
     return fixed + n_tokens * config.n_layer * config.n_embd * _KEPT[recompute][is_wide] + _OTHER
 
 
-def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[int, str]:
-    """mini_batch_size, or where it is 0 the largest that fits the GPU that has the least free memory (8 on a CPU), and
-    what is computed again in the backward pass (model.Transformer.recompute)."""
+def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[Namespace, str]:
+    """The options with what is chosen for these devices, the same on all ranks, and what is computed again in the
+    backward pass (model.Transformer.recompute).
+
+    precision becomes the type of the products, fp16 if one GPU has no bf16; a mini_batch_size of 0 the largest that
+    fits the GPU with the least free memory (8 on a CPU). asked holds both as they were. Raises UserError on all ranks.
+    """
+    asked = {name: getattr(options, name) for name in ("precision", "mini_batch_size")}
+    with processes.together():
+        mine = type_name(product_type(options.precision, processes.device))
+    precision = "fp16" if "fp16" in processes.gather(mine) else mine
     is_checkpointed, is_cuda = options.gradient_checkpointing == "on", processes.device.type == "cuda"
     room = int(_ROOM * torch.cuda.mem_get_info(processes.device)[0]) if is_cuda else 0
-    product_bytes = product_type(options.precision, processes.device).itemsize
+    product_bytes = product_type(precision, processes.device).itemsize
 
     def fits(size: int, recompute: str) -> bool:
-        return needed_bytes(model, size * options.context_length, recompute, product_bytes) <= room
+        n_tokens = most_tokens(Namespace(**{**vars(options), "mini_batch_size": size}))
+        return needed_bytes(model, n_tokens, recompute, product_bytes) <= room
 
     size = options.mini_batch_size
     if not size:
@@ -39,4 +53,5 @@ def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[int, str]
         least = "blocks" if is_checkpointed else "gelu"
         size = next((size for size in range(most, 1, -1) if not is_cuda or fits(size, least)), 1)
         [size] = (-largest for largest in processes.largest(-size))
-    return size, "blocks" if is_checkpointed else "nothing" if is_cuda and fits(size, "nothing") else "gelu"
+    recompute = "blocks" if is_checkpointed else "nothing" if is_cuda and fits(size, "nothing") else "gelu"
+    return Namespace(**{**vars(options), "precision": precision, "mini_batch_size": size, "asked": asked}), recompute

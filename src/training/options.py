@@ -1,5 +1,6 @@
 """The trainer's options: each once, with its default, its meaning, and what a resumed run may do with it."""
 
+import re
 import shlex
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
@@ -16,24 +17,20 @@ FREE = "free"  # how it is computed, watched and stored: always
 _COUNT, _SIZE, _RATE = number(int, 1, 10**9), number(int, 0, 10**9), number(float, 0)
 
 
-def _shape(text: str) -> str:
-    """An argparse type: empty, or layers,heads,width."""
-    sizes = text.split(",")
-    if text and (len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes)):
-        raise ArgumentTypeError(f"expected layers,heads,width such as 4,4,128, not {text!r}")
-    return text
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    """An argparse type: one of these words."""
+def _matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """An argparse type: a text that matches a regular expression."""
 
     def parse(text: str) -> str:
-        if text not in choices:
-            raise ArgumentTypeError(f"expected {' or '.join(choices)}, not {text!r}")
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ArgumentTypeError(f"expected {expected}, not {text!r}")
         return text
 
     return parse
 
+
+_SHAPE = _matching(r"|0*[1-9]\d*(,0*[1-9]\d*){2}", "layers,heads,width such as 4,4,128")
+_PRECISION = _matching("auto|fp32|bf16|fp16", "auto, fp32, bf16 or fp16")
+_SWITCH = _matching("off|on", "off or on")
 
 # title of a group -> name -> (on resume, type, default, meaning)
 TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
@@ -41,7 +38,7 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
         "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
                              "file, or a Hugging Face folder"),
         "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
-        "from_scratch": (FIXED, _shape, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
+        "from_scratch": (FIXED, _SHAPE, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
         "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
         "context_length": (FIXED, _SIZE, 0, "longest example, in tokens; 0 takes the model's own"),
     },
@@ -50,14 +47,13 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
                              "tokens (not examples) of one step, over all processes"),
         "mini_batch_size": (FREE, _SIZE, 8, "a micro-batch holds at most this many times context_length tokens; "
                             "halve it when memory runs out, the results stay the same; 0 takes what fits a GPU"),
-        "gradient_checkpointing": (FREE, _one_of("off", "on"), "off", "on (or no word) keeps less of each layer for "
-                                   "the backward pass and computes it again: for large models; same results"),
-        "precision": (FREE, _one_of("auto", "fp32", "bf16", "fp16"), "auto", "type of the products; auto: bf16 on "
-                      "GPUs that have it, fp16 on older ones, fp32 on CPUs"),
-        "compile": (FREE, _one_of("off", "on"), "off", "on (or no word) compiles the model at the first step, which "
-                    "takes a minute"),
-        "loss_on": (TRAJECTORY, _one_of("response", "all"), "response", "train on responses only, or on all tokens; "
-                    "the val loss is that of the responses in any case"),
+        "gradient_checkpointing": (FREE, _SWITCH, "off", "on (or no word) keeps less of each layer for the backward "
+                                   "pass and computes it again: for large models; same results"),
+        "precision": (FREE, _PRECISION, "auto", "type of the products; auto: bf16 on GPUs that have it, fp16 on older "
+                      "ones, fp32 on CPUs"),
+        "compile": (FREE, _SWITCH, "off", "on (or no word) compiles the model at the first step, which takes a minute"),
+        "loss_on": (TRAJECTORY, _matching("response|all", "response or all"), "response", "train on responses only, or "
+                    "on all tokens; the val loss is that of the responses in any case"),
         "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),
         "seed": (TRAJECTORY, number(int, 0, 2**63 - 1), 1337, "decides the order of examples and random weights"),
     },

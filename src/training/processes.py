@@ -163,6 +163,14 @@ def comparable(options: Namespace) -> dict[str, object]:
             "the program in src/": digest(program), "torch": torch.__version__}
 
 
+def _compare_devices(store: Any, rank: int, world_size: int, device_name: str) -> None:
+    """Raise UserError on all ranks unless all compute on the same kind of device: else the group would never form."""
+    store.set(f"device {rank}", f"{device_name} on {HOST}")
+    found = [store.get(f"device {other}").decode() for other in range(world_size)]
+    if len({each.partition(" on ")[0] for each in found}) > 1:
+        raise UserError(f"the processes were started differently: --device is {', '.join(dict.fromkeys(found))}")
+
+
 def join(device_name: str) -> Processes:
     """Find this process's rank and device from the launcher's environment, and join the process group if there is one.
 
@@ -176,14 +184,21 @@ def join(device_name: str) -> Processes:
         if here > torch.cuda.device_count():  # every process of the machine notices, so none waits for another
             raise UserError(f"{here} processes for {torch.cuda.device_count()} GPUs; start fewer")
         torch.cuda.set_device(local_rank)
+    if device_name == "mps" and world_size > 1:
+        raise UserError("--device mps takes one process; start one, or add --device cpu")
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
-        how: dict[str, Any] = {"init_method": os.environ.get("INSTRUCT_STORE", "env://")}  # a file, on a single host
-        if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", how["init_method"]):
+        where = os.environ.get("INSTRUCT_STORE", "env://")
+        how: dict[str, Any] = {"init_method": where}
+        if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", where):
             # the store of the launchers of several hosts, in which each start of the run has a part of its own
             store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
             how = {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
+        elif where.startswith("file://"):  # on a single host
+            how = {"store": dist.FileStore(where.removeprefix("file://"), world_size)}  # type: ignore[attr-defined]
+        if "store" in how:
+            _compare_devices(how["store"], rank, world_size, device_name)
         backend = "cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout,
                                 device_id=device if device_name == "cuda" else None, **how)

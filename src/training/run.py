@@ -54,7 +54,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        options = {name: getattr(self.options, name) for name in ON_RESUME}
+        options = {name: self.options.asked.get(name, getattr(self.options, name)) for name in ON_RESUME}
         is_scaled = self.learner.product_type is torch.float16  # else it is 1, with which no run in fp16 should begin
         return {"step": self.step, "position": [self.position.epoch, self.position.index], "skipped": self.skipped,
                 "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,

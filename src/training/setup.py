@@ -33,10 +33,11 @@ def open_run(argv: list[str] | None) -> Iterator[Run]:
     options = parse_options(argv)
     processes = join(options.device)
     with ExitStack() as stack:
-        stack.callback(processes.close)
+        # not after an error: leaving the group waits for the ranks that do not know of it
+        stack.push(lambda error, *_: processes.close() if error is None else None)
         with processes.failures_explained("the model does not fit; free its memory, or start from a smaller model"):
             run = _set_up(argv, options, processes, signals, stack)
-        with processes.together():  # only now, when all ranks can start, does latest.pt follow the file resumed from
+        with processes.together():  # only now, when all ranks can start, is the file resumed from also latest.pt
             if processes.is_main and run.saved and run.saved.parent.samefile(run.folder):
                 checkpoint.point_latest(run.saved, run.state(), say)
                 checkpoint.abandon_others(run.saved, run.step, say)
@@ -49,8 +50,7 @@ def open_run(argv: list[str] | None) -> Iterator[Run]:
 
 def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, signals: Signals,
             stack: ExitStack) -> Run:
-    folder = Path(options.checkpoint_dir)
-    path, state = Path(), None
+    folder, path, state = Path(options.checkpoint_dir), Path(), None
     # rank 0 alone looks for a checkpoint, in a folder that all hosts have to share
     with processes.together():
         if processes.is_main:
@@ -78,12 +78,12 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
                             "the weights": weights}
     processes.compare(started_with)
     # the run, where it begins or where the checkpoint left it
-    options.mini_batch_size, model.transformer.recompute = fit(options, model, processes)
+    options, model.transformer.recompute = fit(options, model, processes)
     devices = processes.gather(name_of(processes.device))
     learner = Learner(model.to(processes.device), options, processes, say)
     run = Run(options, processes, signals, folder, prepared.manifest, data, stream, learner,
               name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),  # microseconds: runs that start together differ
-              saver=Saver(is_later=waits_for_disk(processes.device)))
+              saver=Saver(waits_for_disk(processes.device), say))
     stack.callback(run.saver.close)
     with processes.together():
         if state:

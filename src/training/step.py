@@ -20,12 +20,13 @@ from model import GPT
 from training.compiled import Compiled
 from training.cross_entropy import output_loss
 from training.gradients import Gradients
+from training.memory import most_tokens
 from training.precision import LowPrecision, product_type
 from training.processes import Processes
 from training.threads import ahead
 
 HIGHEST_SCALE = 2.0**16  # of the loss in fp16, whose small gradients would be 0 without it
-SCALE_STEPS = 1000  # after so many steps a scale that was lowered is doubled
+SCALE_STEPS = 1000  # a scale that was lowered is doubled at multiples of this
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,6 @@ class Learner:
         return StepResult(loss, gradient_norm, rate, waited)
 
 
-def most_tokens(options: Namespace) -> int:
-    """How many tokens a micro-batch may have."""
-    return min(options.mini_batch_size * options.context_length, options.total_batch_size)  # type: ignore[no-any-return]
-
-
 def learning_rate(step: int, options: Namespace) -> float:
     """The rate of step 0, 1, ...: linear warm-up (step + 1) / warmup_steps, then half a cosine down to min_lr at
     max_steps (Loshchilov & Hutter 2017, without restarts)."""
@@ -133,20 +129,21 @@ def learning_rate(step: int, options: Namespace) -> float:
 
 def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) -> StepResult:
     """One optimizer step on the examples of the plan. The optimizer does not move when loss or gradients are not finite
-    (is_finite of the result says so). In fp16 that may be an overflow: the step is repeated with half the loss scale,
-    down to 1."""
+    (is_finite of the result says so). In fp16 gradients may overflow: the step is repeated with half the loss scale,
+    down to 1; where that does not help, the scale stays as it was."""
     optimizer = learner.optimizer
     if learner.low:
         learner.low.refresh()
-    while True:
+    result, scale = learner.gradients_of(data, plan, rate), learner.loss_scale
+    while not result.is_finite and math.isfinite(result.loss) and learner.loss_scale > 1:
+        learner.set_loss_scale(learner.loss_scale / 2)
         result = learner.gradients_of(data, plan, rate)
-        if result.is_finite or learner.loss_scale <= 1:
-            break
-        learner.loss_scale /= 2
     if result.is_finite:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    else:
+        learner.set_loss_scale(scale)
     return result
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
@@ -25,42 +24,46 @@ def ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]
 class Saver:
     """Writes one state after another. is_later: from a copy in the computer's memory, in a thread."""
 
-    def __init__(self, is_later: bool) -> None:
+    def __init__(self, is_later: bool, say: Callable[[str], None] = lambda text: None) -> None:
         self._thread = ThreadPoolExecutor(1) if is_later else None
-        self._writing: list[Future[None]] = []
+        self._writing: Future[None] | None = None
+        self._say = say
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether wait() would raise at once."""
+        return bool(self._writing and self._writing.done() and self._writing.exception())
 
     def write(self, write: Callable[[Mapping[str, Any]], None], state: Mapping[str, Any]) -> None:
-        """Call write with the state as it is now. Raises what it raises, or what an earlier call did in the thread."""
+        """Call write with the state as it is now. Raises what it raises, or what an earlier call did in the thread;
+        this state is written all the same."""
         if not self._thread:
             return write(state)
-        self.wait()  # so that there is never more than one copy
-        self._writing.append(self._thread.submit(write, copied(state)))
+        before, self._writing = self._writing, None
+        if before:
+            before.exception()  # waits, so that there is never more than one copy
+        self._writing = self._thread.submit(write, copied(state))
+        if before:
+            before.result()
 
     def wait(self) -> None:
         """Wait until all is written. Raises what a write raised."""
-        while self._writing:
-            self._writing.pop(0).result()
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def close(self) -> None:
+        """Wait until all is written, and say what failed."""
         if self._thread:
             self._thread.shutdown()
+        if self.has_failed and self._writing:
+            self._say(f"error: {self._writing.exception()}")
 
 
-def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested tensors and values, with the tensors in memory that a GPU copies to without waiting for each."""
-    devices = set[torch.device]()
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            devices.add(value.device)
-            room = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            return room.copy_(value.detach(), non_blocking=value.is_cuda)
-        if isinstance(value, Mapping):
-            return {key: copy(each) for key, each in value.items()}
-        return [copy(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    found = {key: copy(value) for key, value in state.items()}
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return found
+def copied(state: Any) -> Any:
+    """A copy of nested tensors and values, in the computer's memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: copied(each) for key, each in state.items()}
+    return [copied(each) for each in state] if isinstance(state, (list, tuple)) else state
