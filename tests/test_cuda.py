@@ -122,9 +122,9 @@ def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, on_the_cpu, preci
 
 
 def test_the_same_step_twice_is_nearly_the_same(data):
-    """Bits may differ, as kernels add in any order."""
+    """Bits may differ, as kernels add in any order, and some sums are rounded to 8 bits afterwards."""
     one, two = (computed(learner_of(GPU), data) for _ in range(2))
-    assert one[:2] == pytest.approx(two[:2], rel=1e-5) and relative(one[2], two[2]) < 1e-3
+    assert one[:2] == pytest.approx(two[:2], rel=1e-5) and relative(one[2], two[2]) < 5e-3
 
 
 def test_fp16_overflows_halve_the_scale_and_repeat_the_step(data):
@@ -165,7 +165,7 @@ def test_a_step_waits_for_the_gpu_once(data):
 
 
 def test_compiled_it_computes_the_same_in_two_graphs(data, capfd):
-    """By Inductor and Triton. Also with what is computed again in the backward pass."""
+    """By Inductor and Triton."""
     needs("bf16", SMALL.head_size)
     expected = computed(learner_of(GPU), data)
     counters.clear()
@@ -178,9 +178,9 @@ def test_compiled_it_computes_the_same_in_two_graphs(data, capfd):
 
 
 @pytest.mark.parametrize("size, recompute", [(4, "nothing"), (8, "nothing"), (8, "gelu"), (8, "blocks")])
-def test_the_memory_of_a_step_is_as_foretold(tmp_path, size, recompute):
+def test_a_step_takes_the_memory_that_is_expected(tmp_path, size, recompute):
     """Of a 124M model with micro-batches of size times 1,024 tokens, half of which are responses: within 25 %, and
-    never more than that. A part of what is foretold is the driver's, which PyTorch's allocator does not count."""
+    never more than that. A part of what is expected is the driver's, which PyTorch's allocator does not count."""
     if torch.cuda.mem_get_info(GPU)[0] < 10e9:
         pytest.skip("less than 10 GB of the GPU's memory are free")
     before, drivers = torch.cuda.memory_allocated(), 400 << 20
@@ -196,9 +196,9 @@ def test_the_memory_of_a_step_is_as_foretold(tmp_path, size, recompute):
     torch.cuda.reset_peak_memory_stats()
     assert train_step(learner, data, plan, 1e-5).is_finite
     used = torch.cuda.max_memory_allocated() - before
-    foretold = needed_bytes(model, size * 1024, recompute, learner.product_type.itemsize)
-    print(f"{size} {recompute}: {used:,} bytes used, {foretold:,} foretold")
-    assert used < foretold and foretold - drivers == pytest.approx(used, rel=0.25)
+    expected = needed_bytes(model, size * 1024, recompute, learner.product_type.itemsize)
+    print(f"{size} {recompute}: {used:,} bytes used, {expected:,} expected")
+    assert used < expected and expected - drivers == pytest.approx(used, rel=0.25)
 
 
 def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):

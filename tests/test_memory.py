@@ -1,22 +1,25 @@
 """The micro-batch that fits a GPU's memory, and saves that are written while the run goes on."""
 
 import errno
+import gc
 import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 
 import train_instruct
 from errors import UserError
-from helpers import options_of, resume_flags, same_state, to, trajectory
+from helpers import open_data, options_of, resume_flags, same_state, small_model, to, trajectory, write_data
 from model import GPT, GPTConfig
 from training import setup
 from training.memory import fit, needed_bytes
 from training.processes import Processes
+from training.step import Learner, train_step
 from training.threads import Saver
 from weights import checkpoint
 
@@ -86,6 +89,18 @@ def test_all_gpus_multiply_in_the_type_that_all_have(monkeypatch, others, agreed
     monkeypatch.setattr(Processes, "gather", lambda self, mine: [mine] * 2 if isinstance(mine, list) else others)
     found, _ = fit(options_of("--context_length", 1024), model_named("124M"), Processes(0, 2, GPU))
     assert (found.precision, found.asked["precision"]) == (agreed, "auto")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_learner_that_is_not_used_any_more_leaves_nothing(tmp_path, precision):
+    """Neither weights nor gradients: a parameter's hooks are where Python's collector does not look."""
+    data = open_data(write_data(tmp_path, {"train": [([1, 2], [0, 1])], "val": [([1, 2], [0, 1])]}))["train"]
+    learner = Learner(small_model(), options_of("--precision", precision), Processes(0, 1, torch.device("cpu")))
+    train_step(learner, data, data.plan([0], 1024, 1), 1e-3)
+    left = [ref(learner), ref(learner.gradients), *map(ref, learner.model.parameters())]
+    del learner
+    gc.collect()
+    assert [each() for each in left] == [None] * len(left)
 
 
 # Saves

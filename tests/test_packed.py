@@ -35,9 +35,11 @@ def packed(monkeypatch) -> None:
         monkeypatch.setattr(module, "takes_packed", lambda *_: True)
 
 
-def computed(data: dict[str, InstructData], *flags: object, say: Any = print) -> tuple[float, torch.Tensor, float]:
+def computed(data: dict[str, InstructData], *flags: object, say: Any = print,
+             recompute: str = "gelu") -> tuple[float, torch.Tensor, float]:
     """The loss of a step over all of the train split, its gradients in a row, and the val loss before it."""
     learner = Learner(small_model(config=CONFIG), options_of(*FLAGS, *flags), Processes(0, 1, torch.device("cpu")), say)
+    learner.computing.transformer.recompute = recompute
     plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("train", "val")]
     assert all(len(plan.micro_batches) >= 20 for plan in plans)
     val_loss = evaluate(learner, data["val"], plans[1])
@@ -76,15 +78,17 @@ def test_one_kernel_for_all_documents_equals_a_call_for_each(data, monkeypatch):
     assert called.call_count >= 2 * CONFIG.n_layer * 20
 
 
-def test_compiled_there_are_two_graphs_however_the_micro_batches_differ(data, packed, monkeypatch):
-    """One for training, one for evaluation, over 20 micro-batches of other lengths each. Captured whole, so that no
-    part is left to Python."""
+@pytest.mark.parametrize("recompute", ["nothing", "gelu", "blocks"])
+def test_compiled_there_are_two_graphs_however_the_micro_batches_differ(data, packed, monkeypatch, recompute):
+    """One for training, one for evaluation, over 20 micro-batches of other lengths each, whatever is computed again in
+    the backward pass. Captured whole, so that no part is left to Python."""
     expected = computed(data)
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     said: list[str] = []
-    assert_close(computed(data, "--compile", say=said.append), expected, of_losses=1e-6, of_gradients=5e-4)
+    found = computed(data, "--compile", say=said.append, recompute=recompute)
+    assert_close(found, expected, of_losses=1e-6, of_gradients=5e-4)
     assert counters["stats"]["unique_graphs"] == 2 and not said and not counters["graph_break"]
 
 

@@ -1,6 +1,7 @@
 """The gradients of a step: summed over its micro-batches and over the ranks, in the type of the weights."""
 
 from collections.abc import Callable, Iterable
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ class Gradients:
         self._sent = list[dist.Work]()
         in_place = {id(parameter): copy for parameter, copy in copies}
         for parameter in model.parameters():
-            in_place.get(id(parameter), parameter).register_post_accumulate_grad_hook(self._collector(parameter))
+            in_place.get(id(parameter), parameter).register_post_accumulate_grad_hook(_collector(self, parameter))
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         """The sum of a parameter until now, which may be added to before the backward pass."""
@@ -56,15 +57,12 @@ class Gradients:
             parameter.grad = gradient
         return gradients
 
-    def _collector(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        def collect(computed: Tensor) -> None:
-            assert computed.grad is not None
-            self._found.append((parameter, computed.grad))
-            computed.grad = None
-            if len(self._found) == GROUP:
-                self.add()
-
-        return collect
+    def _collect(self, parameter: nn.Parameter, computed: Tensor) -> None:
+        assert computed.grad is not None
+        self._found.append((parameter, computed.grad))
+        computed.grad = None
+        if len(self._found) == GROUP:
+            self.add()
 
     @torch.no_grad()
     def add(self) -> None:
@@ -84,3 +82,14 @@ class Gradients:
             self._complete |= found.keys()
             while self._to_send and self._to_send[-1] in self._complete:
                 self._sent.append(dist.all_reduce(self._sums[self._to_send.pop()], async_op=True))
+
+
+def _collector(gradients: Gradients, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that keeps neither alive: a parameter has its hooks where Python's collector does not look."""
+    to, of = ref(gradients), ref(parameter)
+
+    def collect(computed: Tensor) -> None:
+        if (found := to()) is not None and (which := of()) is not None:
+            found._collect(which, computed)
+
+    return collect
