@@ -73,11 +73,15 @@ def write(text: str, stream: TextIO, *, may_be_lost: bool = False) -> None:
             raise SystemExit(UserError.exit_code) from error
 
 
+_COMMAND = re.compile(r"(?:^|\s)(?:\./\w+\.sh|python src/)")
+
+
 def fill(text: str, indent: int = 2) -> str:
-    """A line, on a terminal wrapped to its width, with an indent from the second on."""
+    """A line, on a terminal wrapped to its width, with an indent from the second on. One with a command to copy is left
+    to the terminal."""
     width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
     return textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, break_long_words=False,
-                         break_on_hyphens=False) if 0 < width < len(text) else text
+                         break_on_hyphens=False) if 0 < width < len(text) and not _COMMAND.search(text) else text
 
 
 def say(text: str) -> None:

@@ -88,7 +88,7 @@ def tree(folder: Path) -> list[tuple[Path, int]]:
              r"ok       time +about \d", "the run can start; this was a dry run"]),
     (["--max_steps", 2000], 0, ["warning  run +.* --epochs 3", "the run can start, with 1 warning;"]),
     (["--data_dir", "absent", "--pretrained_model", "absent.pt"], 2, [
-        "failure  data +absent/dataset_info.json: no prepared data there; run: ", "warning  the rest",
+        "failure  data +absent/dataset_info.json: no prepared data there; name the folder", "warning  the rest",
         "failure  model +absent.pt: no pre-trained model; put ", r"2 of \d checks failed"]),
     (["--total_batch_size", 63], 2, ["failure  model +.*counts tokens, not examples", "1 of "]),
     (["--resume", "auto", "--pretrained_model", "absent.pt"], 2, ["failure  model +absent.pt: no pre-trained model"]),

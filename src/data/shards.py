@@ -166,7 +166,8 @@ def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path, again = folder / MANIFEST, "; prepare the data again"
     if not path.exists():
-        raise UserError(f"{path}: no prepared data there; run: python src/prepare_instruct_dataset.py")
+        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
+                        f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")
     if not path.is_file():
         raise UserError(f"{path}: not a regular file{again}")
     with errors_at(f"{path}: not a manifest of prepared data", Exception, advice=again):  # a forged one fails anyhow

@@ -99,7 +99,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         prepared = open_data(options, state)
         options.context_length = options.context_length or 1024  # without a model
         data = split_data(prepared, options, model.config.vocab_size if model else VOCAB_SIZE)
-        table.add("ok", "data", "")
+        table.add("ok", "data", f"{len(data['train']):,} train and {len(data['val']):,} val examples")
     # together, if all is there
     if not model or any(table.rows[name][0] == "failure" for name in ("data", "model", "device") if name in table.rows):
         return table.add("warning", "the rest", "not checked, as it needs what failed above")

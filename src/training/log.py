@@ -27,7 +27,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, evaluated: Collection[int], warn: Callable[[str], None]) -> None:
         self.folder, self.warn, path = folder, warn, folder / METRICS
         self.is_new = not path.exists()
-        with errors_at(f"{folder}: cannot write there"):
+        with errors_at(f"{folder}: cannot write there", advice="; choose another --tensorboard_dir"):
             # After a kill the log may hold steps that are now done again: both logs drop those.
             self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
             if not self.is_new:

@@ -55,8 +55,7 @@ def train(run: Run) -> int:
 
 def _step(run: Run) -> None:
     """One optimizer step. Raises DivergedError after several steps in a row that were not finite."""
-    options, train_data = run.options, run.data["train"]
-    begin = time.perf_counter()
+    options, train_data, begin = run.options, run.data["train"], time.perf_counter()
     examples, after = run.stream.step(run.position)
     plan = train_data.plan(examples, most_tokens(options), run.processes.world_size)
     result = train_step(run.learner, train_data, plan, learning_rate(run.step, options))

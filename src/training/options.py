@@ -37,8 +37,8 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "model and data": {
         "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
                              "file, or a Hugging Face folder"),
-        "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
         "from_scratch": (FIXED, _SHAPE, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
+        "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
         "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
         "context_length": (FIXED, _SIZE, 0, "longest example, in tokens; 0 takes the model's own"),
     },
@@ -49,11 +49,11 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
                             "halve it when memory runs out, the results stay the same; 0 takes what fits a GPU"),
         "gradient_checkpointing": (FREE, _SWITCH, "off", "on (or no word) keeps less of each layer for the backward "
                                    "pass and computes it again: for large models; same results"),
-        "precision": (FREE, _PRECISION, "auto", "type of the products; auto: bf16 on GPUs that have it, fp16 on older "
-                      "ones, fp32 on CPUs"),
-        "compile": (FREE, _SWITCH, "off", "on (or no word) compiles the model at the first step, which takes a minute"),
+        "precision": (FREE, _PRECISION, "auto", "type of the products: fp32, bf16, fp16, or auto: bf16 on GPUs that "
+                      "have it, fp16 on older ones, fp32 on CPUs"),
+        "compile": (FREE, _SWITCH, "off", "on (or no word) compiles the model for a GPU, which takes a minute"),
         "loss_on": (TRAJECTORY, _matching("response|all", "response or all"), "response", "train on responses only, or "
-                    "on all tokens; the val loss is that of the responses in any case"),
+                    "on all (tokens); the val loss is that of the responses in any case"),
         "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),
         "seed": (TRAJECTORY, number(int, 0, 2**63 - 1), 1337, "decides the order of examples and random weights"),
     },
@@ -128,8 +128,8 @@ def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path
     except UserError as error:
         raise CheckpointError(f"{source}: not a usable checkpoint, its options: {error}") from error
     options = parser.parse_args(argv)
-    if unnamed := [name for name in outside if not getattr(options, name)]:
-        flags = " ".join(f"--{name} {shlex.quote(str(run[name]))}" for name in unnamed)
+    if unnamed := {name: run[name] for name in outside if not getattr(options, name)}:
+        flags = " ".join(f"--{name} {shlex.quote(str(path))}" for name, path in unnamed.items())
         raise UserError(f"{source} names folders outside this one, as a file from elsewhere could; if they are right, "
                         f"add: {flags}")
     options.context_length = options.context_length or before.context_length  # 0: the model's, which the run has found

@@ -1,10 +1,12 @@
 """Answers of the model in training to a few val prompts, the same ones at every evaluation."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from answering.batch import finished
 from dataloader_instruct import InstructData
+from errors import CheckpointError
 from instruct_format import END_OF_TEXT, tokenizer, trained_spans
 from model import GPT
 
@@ -35,7 +37,9 @@ def sample_answers(model: GPT, data: InstructData, is_stopped: Callable[[], bool
         if start < model.config.context_length and len(prompts) < PROMPTS:  # and so there is room for an answer
             prompts.append(tokens[:start])
             expected.append([token for token in tokens[start:end] if token != END_OF_TEXT])
-    answers = dict(finished(model, prompts, TOKENS, stop_token=END_OF_TEXT, is_stopped=is_stopped))
+    answers = dict[int, list[int]]()
+    with suppress(CheckpointError):  # scores that are not finite: the step says so, and what to do
+        answers.update(finished(model, prompts, TOKENS, stop_token=END_OF_TEXT, is_stopped=is_stopped))
     if len(answers) < len(prompts):
         return []
     return [Sample(decode(prompt), decode(wanted), decode(answers[number]),

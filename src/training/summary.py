@@ -1,6 +1,7 @@
 """What a run says at its end: which model is best, how good, beside what it was before, and what to do next."""
 
 import shlex
+from pathlib import Path
 
 from training.progress import columns, duration
 from training.run import Run
@@ -38,7 +39,12 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
     chosen = shlex.quote(str(path if path.exists() else latest))
     if run.step < run.options.max_steps:
         more = " --patience 0" * bool(run.options.patience and run.evaluations_in_vain() >= run.options.patience)
-        rows["go on"] = f"./start_instruct_training.sh {shlex.quote(str(latest))}{more}"
+        start = f"./start_instruct_training.sh {run.processes.world_size} " if run.processes.world_size > 1 else (
+            "./start_instruct_training.sh ")
+        folders = {name: Path(getattr(run.options, name)) for name in ("data_dir", "tensorboard_dir")}
+        named = "".join(f" --{name} {shlex.quote(str(path))}" for name, path in folders.items()
+                        if not path.resolve().is_relative_to(Path.cwd()))  # which a resume has to name again
+        rows["go on"] = f"{start}{shlex.quote(str(latest))}{named}{more}"
     if latest.exists():
         rows["chat"] = f"./chat.sh {chosen}"
         rows["export"] = f"python src/convert_checkpoint.py export {chosen} exported"

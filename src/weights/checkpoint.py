@@ -263,7 +263,8 @@ def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[s
     """
     candidates = [path for path in (folder / LATEST, *step_files(folder)) if path.exists()]
     if not candidates:
-        raise UserError(f"{folder}: no checkpoint to resume from (no {LATEST}, no step_NNNNNN.pt)")
+        raise UserError(f"{folder}: no checkpoint to resume from (no {LATEST}, no step_NNNNNN.pt); without --resume, "
+                        "or with --resume auto, a run starts")
     for path in candidates:
         with suppress(CheckpointError):
             return path, load_run(path)
