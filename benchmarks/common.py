@@ -95,3 +95,15 @@ def machine() -> str:
                 if line.startswith("model name")), platform.processor())
     return f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, " \
            f"PyTorch {torch.__version__}"
+
+
+def compare(script: str, folder: str, pairs: dict[str, str], unit: str, threads: int, rounds: int) -> None:
+    """Measure each peer in turn with what of ours it is compared with, and print a table."""
+    print(f"\n{machine()}")
+    print(f"| peer | peer, {unit} | ours | {unit} | ours / peer (min to max) | peer GB | ours GB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for peer, us in pairs.items():
+        found = take_turns({name: Worker(script, name, folder, threads=threads) for name in (us, peer)}, rounds)
+        middle, low, high = ratio(found[us], found[peer])
+        print(f"| {peer} | {rate(found[peer]):.1f} | {us} | {rate(found[us]):.1f} | {middle:.2f} ({low:.2f} to "
+              f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found[us]):.1f} |", flush=True)

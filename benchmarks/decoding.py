@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from common import Worker, machine, peak_gb, rate, ratio, serve, take_turns
+from common import compare, serve
 from hf_tokenizer import as_hugging_face
 
 PROMPT, NEW = list(range(1000, 1060)), 128
@@ -165,16 +165,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         prepare(Path(temporary))
-        print(f"\n{machine()}")
-        print("| peer | peer, tokens/s | ours | tokens/s | ours / peer (min to max) | peer GB | ours GB |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for peer in options.peers.split(","):
-            us = PEERS[peer]
-            found = take_turns({name: Worker(__file__, name, temporary, threads=options.threads)
-                                for name in (us, peer)}, options.rounds)
-            middle, low, high = ratio(found[us], found[peer])
-            print(f"| {peer} | {rate(found[peer]):.1f} | {us} | {rate(found[us]):.1f} | {middle:.2f} ({low:.2f} to "
-                  f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found[us]):.1f} |", flush=True)
+        compare(__file__, temporary, {peer: PEERS[peer] for peer in options.peers.split(",")}, "tokens/s",
+                options.threads, options.rounds)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import Worker, clock, machine, peak_gb, rate, ratio, report, serve, take_turns
+from common import clock, compare, report, serve
 from hf_tokenizer import as_hugging_face
 
 CONTEXT, MICRO_BATCH = 1024, 2
@@ -158,16 +158,8 @@ def main() -> None:
         parser.error("--dataset is needed")
     with tempfile.TemporaryDirectory() as temporary:
         prepare(options.dataset, Path(temporary))
-        print(f"\n{machine()}")
-        print("| peer | response tokens/s | ours | response tokens/s | ours / peer (min to max) | peer GB | ours GB |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for peer in options.peers.split(","):
-            us = PEERS[peer]
-            found = take_turns({name: Worker(__file__, name, temporary, threads=options.threads)
-                                for name in (us, peer)}, options.rounds)
-            middle, low, high = ratio(found[us], found[peer])
-            print(f"| {peer} | {rate(found[peer]):.1f} | {us} | {rate(found[us]):.1f} | {middle:.2f} ({low:.2f} to "
-                  f"{high:.2f}) | {peak_gb(found[peer]):.1f} | {peak_gb(found[us]):.1f} |", flush=True)
+        compare(__file__, temporary, {peer: PEERS[peer] for peer in options.peers.split(",")}, "response tokens/s",
+                options.threads, options.rounds)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def facts(options: Namespace, processes: Processes, model: GPT, data: Mapping[st
                  f"{options.context_length}, {origin}",
         "device": f"{name_of(device)}, {processes.world_size} process" + "es" * (processes.world_size > 1)
                   + f", products in {type_name(precision)}"
-                  + "; --precision bf16 takes about half the time on this CPU" * is_slower,
+                  + "; --precision bf16 may take half the time on this CPU" * is_slower,
         "data": f"{len(data['train']):,} train and {len(data['val']):,} val examples, {tokens:,} train tokens"
                 + f"; left out, longer than context_length: {longer}" * bool(longer),
         "step": f"{min(options.total_batch_size, tokens):,} tokens" + ", all examples" * (tokens <= stream.most_tokens)
