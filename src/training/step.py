@@ -54,6 +54,7 @@ class Learner:
         """AdamW, betas (0.9, 0.95), with decay on matrices only."""
         self.model, self.processes, self.options = model, processes, options
         self.product_type = product_type(options.precision, processes.device)
+        model.transformer.wte.sparse = processes.device.type == "cpu"  # its gradient has the rows of the tokens alone
         self.low = None if self.product_type is torch.float32 else LowPrecision(model, self.product_type)
         self.computing = self.low.model if self.low else model
         self.hidden_of = Compiled(self.computing, say) if options.compile == "on" else self.computing
