@@ -27,7 +27,8 @@ CHECKPOINT_DIR = Path("checkpoints_instruct")
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
-    parser = Parser("Chat with a fine-tuned GPT-2 in a terminal, or answer questions from a pipe, one a line.")
+    parser = Parser("Chat with a fine-tuned GPT-2 in a terminal, or answer questions from a pipe, one a line.",
+                    usage="./chat.sh [CHECKPOINT | demo] [flags...]")
     parser.add_argument("--checkpoint", type=Path, help="ours, or any pre-trained GPT-2; default: best_model.pt of "
                         "checkpoints_instruct/, or latest.pt")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
@@ -36,8 +37,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     asked.add_argument("--prompt", help="answer this once and exit")
     asked.add_argument("--jsonl", action="store_true", help="stdin has an object with instruction and perhaps input on "
                        "each line; answers are JSON; sixteen lines are read, then answered together")
-    parser.add_argument("--input", help="the input that goes with --prompt (default: stdin, if that is no terminal) or "
-                        "with the first question")
+    parser.add_argument("--input", help="the input of --prompt (default: stdin, if no terminal) or of the first question")
     add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON")
     parser.add_argument("--no_history", action="store_true", help="neither read nor keep what is typed")

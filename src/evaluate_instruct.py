@@ -107,8 +107,9 @@ def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], in
             left_out = data.left_out
         cases = [Case(list(map(int, tokens)), spans) for tokens, mask in documents if (spans := trained_spans(mask))]
     if not cases:
-        raise UserError(f"{options.prompts or options.dataset or options.data_dir}: nothing to evaluate that fits a "
-                        f"context of {context_length}")
+        raise UserError(f"{options.prompts}: no prompt, one a line" if options.prompts else
+                        f"{options.dataset or options.data_dir}: nothing to evaluate that fits a context of "
+                        f"{context_length}")
     return [cases[index] for index in _spread(len(cases), options.examples or len(cases))], left_out
 
 

@@ -138,6 +138,12 @@ def resume_flags(data_dir: Path, pretrained: Path) -> list[str]:
         "--checkpoint_freq", 1, "--keep_last", 100, "--log_freq", 1, "--device", "cpu")]
 
 
+def without(name: str, flags: list[str]) -> list[str]:
+    """The flags without one and its value."""
+    place = flags.index(name)
+    return [*flags[:place], *flags[place + 2:]]
+
+
 def same_state(one: object, other: object) -> bool:
     """Equal to the bit, tensors and plain values alike: 0.0 is not -0.0."""
     if isinstance(one, torch.Tensor):

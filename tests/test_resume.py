@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_instruct
 from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
-from helpers import open_data, random_examples, resume_flags, run_ranks, same_state, to, trajectory, write_data
+from helpers import open_data, random_examples, resume_flags, run_ranks, same_state, to, trajectory, without, write_data
 from training import step as training_step
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
 from training.processes import Processes
@@ -30,7 +30,10 @@ TRAINER = SRC / "train_instruct.py"
 
 
 def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
-    return train_instruct.main([*resume_flags(*inputs), *to(folder, *flags)])
+    usual = resume_flags(*inputs)
+    if "--from_scratch" in flags:
+        usual = without("--pretrained_model", usual)
+    return train_instruct.main([*usual, *to(folder, *flags)])
 
 
 def resume(folder: Path, source: object, *flags: object) -> int:
@@ -220,6 +223,7 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         ((), "best_model.pt: files of a run, but no latest.pt", tmp_path / "best"),
         (("--min_lr", 1), "--min_lr 1.0 is above --learning_rate", tmp_path),
         (("--from_scratch", "2,3,32"), "--from_scratch 2,3,32: n_embd 32 is not a multiple of n_head 3", tmp_path),
+        (("--from_scratch=1,1,8",), "--from_scratch: not allowed with argument --pretrained_model", tmp_path),
         (("--from_scratch", "2,3"), "expected layers,heads,width such as 4,4,128, not '2,3'", tmp_path),
     ]
     for name in ("other/latest.pt", "foreign/step_000007.pt", "best/best_model.pt"):

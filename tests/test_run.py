@@ -18,7 +18,7 @@ from conftest import SRC, run_launcher
 from data.shards import open_prepared
 from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError
-from helpers import open_data, options_of, random_examples, resume_flags, small_model, to, write_data
+from helpers import open_data, options_of, random_examples, resume_flags, small_model, to, without, write_data
 from training.checks import doubt_about_weights, doubts
 from training.memory import fit
 from training.processes import Processes
@@ -30,9 +30,7 @@ CPU = Processes(0, 1, torch.device("cpu"))
 
 def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
     """resume_flags without its --max_steps 24, which --epochs excludes."""
-    usual = resume_flags(*inputs)
-    place = usual.index("--max_steps")
-    return train_instruct.main([*usual[:place], *usual[place + 2:], *to(folder, *flags)])
+    return train_instruct.main([*without("--max_steps", resume_flags(*inputs)), *to(folder, *flags)])
 
 
 @pytest.mark.parametrize("lengths, total", [([10] * 20, 1000), ([10] * 20, 101), (list(range(1, 60)), 256), ([7], 50)])
@@ -90,7 +88,8 @@ def tree(folder: Path) -> list[tuple[Path, int]]:
     (["--data_dir", "absent", "--pretrained_model", "absent.pt"], 2, [
         "failure  data +absent/dataset_info.json: no prepared data there; name the folder", "warning  the rest",
         "failure  model +absent.pt: no pre-trained model; put ", r"2 of \d checks failed"]),
-    (["--total_batch_size", 63], 2, ["failure  model +.*counts tokens, not examples", "1 of "]),
+    (["--total_batch_size", 63], 2, ["failure  step +.*counts tokens, not examples", "1 of "]),
+    (["--compile"], 0, ["warning  compile +--compile does not work here, going on without: "]),
     (["--resume", "auto", "--pretrained_model", "absent.pt"], 2, ["failure  model +absent.pt: no pre-trained model"]),
     (["--resume", "absent.pt"], 2, ["failure  start +absent.pt: no such file"]),
     (["--device", "mps"], 2, ["failure  device +--device mps: no such device here"]),

@@ -93,15 +93,17 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     if table.rows["start"][0] == "ok":
         with table.check("model"):
             model, origin = model_of(options, state, path)
-            check_sizes(options, model.config)
             table.add("ok", "model", origin)
+    if model:
+        with table.check("step"):
+            check_sizes(options, model.config)
     with table.check("data"):
         prepared = open_data(options, state)
         options.context_length = options.context_length or 1024  # without a model
         data = split_data(prepared, options, model.config.vocab_size if model else VOCAB_SIZE)
         table.add("ok", "data", f"{len(data['train']):,} train and {len(data['val']):,} val examples")
     # together, if all is there
-    if not model or any(table.rows[name][0] == "failure" for name in ("data", "model", "device") if name in table.rows):
+    if not model or any(table.rows[name][0] == "failure" for name in ("data", "step", "device") if name in table.rows):
         return table.add("warning", "the rest", "not checked, as it needs what failed above")
     table.add("ok", "fingerprint", f"{prepared.manifest['fingerprint'][:12]}, of {prepared.manifest['source']}")
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
@@ -129,7 +131,9 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     longest = [number for number in np.argsort(-data.lengths, kind="stable").tolist() if data.lengths[number] <= room]
     count = int((np.cumsum(data.lengths[longest]) <= room).sum())
     batch = data.micro_batch(longest[:count] or [int(data.lengths.argmin())])
-    loss, kept, seconds = _run(Learner(model.to(device), options, table.processes), batch.to(device))
+    learner = Learner(model.to(device), options, table.processes,
+                      lambda text: table.add("warning", "compile", text.removeprefix("warning: ")))
+    loss, kept, seconds = _run(learner, batch.to(device))
     doubt = "" if options.from_scratch else doubt_about_weights(loss)
     table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
     # weights, gradients, two moments, and what the backward pass needs

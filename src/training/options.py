@@ -84,7 +84,7 @@ def _parser(run: Mapping[str, Any]) -> Parser:
     for title, options in TABLE.items():
         group = parser.add_argument_group(title)
         for name, (_, kind, default, meaning) in options.items():
-            one = group.add_mutually_exclusive_group()
+            one = one if name == "from_scratch" else group.add_mutually_exclusive_group()
             one.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
                              help=meaning + f" (default: {default})" * (default != ""),
                              nargs="?" if default == "off" else None, const="on" if default == "off" else None)
