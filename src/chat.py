@@ -37,7 +37,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     asked.add_argument("--prompt", help="answer this once and exit")
     asked.add_argument("--jsonl", action="store_true", help="stdin has an object with instruction and perhaps input on "
                        "each line; answers are JSON; sixteen lines are read, then answered together")
-    parser.add_argument("--input", help="the input of --prompt (default: stdin if no terminal) or of the first question")
+    parser.add_argument("--input", help="the input of --prompt (default: a piped stdin) or of the first question")
     add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON")
     parser.add_argument("--no_history", action="store_true", help="neither read nor keep what is typed")
