@@ -35,8 +35,7 @@ _SWITCH = _matching("off|on", "off or on")
 # title of a group -> name -> (on resume, type, default, meaning)
 TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "model and data": {
-        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
-                             "file, or a Hugging Face folder"),
+        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "GPT-2 to start from: a file, or a Hugging Face folder"),
         "from_scratch": (FIXED, _SHAPE, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
         "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
         "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
@@ -84,7 +83,8 @@ def _parser(run: Mapping[str, Any]) -> Parser:
     for title, options in TABLE.items():
         group = parser.add_argument_group(title)
         for name, (_, kind, default, meaning) in options.items():
-            one = one if name == "from_scratch" else group.add_mutually_exclusive_group()
+            if name != "from_scratch":  # which excludes the one before
+                one = group.add_mutually_exclusive_group()
             one.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
                              help=meaning + f" (default: {default})" * (default != ""),
                              nargs="?" if default == "off" else None, const="on" if default == "off" else None)
