@@ -35,7 +35,8 @@ _SWITCH = _matching("off|on", "off or on")
 # title of a group -> name -> (on resume, type, default, meaning)
 TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "model and data": {
-        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "GPT-2 to start from: a file, or a Hugging Face folder"),
+        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
+                             "file, or a Hugging Face folder"),
         "from_scratch": (FIXED, _SHAPE, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
         "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
         "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
@@ -151,8 +152,7 @@ def with_steps(options: Namespace, steps_in: Callable[[float], int], state: Mapp
                source: Path) -> Namespace:
     """The options with max_steps as --epochs says. From here on max_steps is what counts, in checkpoints too.
 
-    Raises UserError where that would change the trajectory of a resumed run without --override, or leaves it nothing
-    to do.
+    Raises UserError where that changes a resumed run's trajectory without --override, or leaves nothing to do.
     """
     steps = steps_in(options.epochs) if options.epochs else options.max_steps
     if state and steps != options.max_steps and not options.override:
