@@ -6,7 +6,6 @@ longer: each adds its gradient of the whole matrix to one in fp32.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; with a copy on a GPU twice as many
@@ -15,7 +14,16 @@ _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast k
 
 def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the output matrix (vocab_size, n_embd) in a smaller type, with rows of zeros up to a multiple of 64."""
-    return F.pad(weight.detach().to(dtype), (0, 0, 0, -len(weight) % _MULTIPLE))
+    copy = weight.new_zeros(len(weight) + -len(weight) % _MULTIPLE, weight.size(1), dtype=dtype)
+    copy_again(weight, copy)
+    return copy
+
+
+@torch.no_grad()
+def copy_again(weight: Tensor, copy: Tensor) -> None:
+    """Bring a copy up to date. It lacks the mean row, which shifts all scores of a token alike and so changes no
+    probability: what is left is rounded less. The scores of the published weights lie around -100."""
+    torch.sub(weight, weight.mean(0), out=copy[:len(weight)])
 
 
 @torch.no_grad()
@@ -27,39 +35,47 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     the products, which are then in its type. gradient (vocab_size, n_embd) grows by that of weight. Returns the loss, a
     scalar of weight's type, and the gradient of hidden, or None.
     """
-    matrix = weight if copy is None else copy
-    rows = ROWS if copy is None else 4 * ROWS if hidden.is_cuda else 2 * ROWS
-    piece_rows = min(rows, 2 * ROWS if hidden.is_cuda else ROWS)
+    matrix, is_cuda = weight if copy is None else copy, hidden.is_cuda
+    rows = ROWS if copy is None else 4 * ROWS if is_cuda else 2 * ROWS
+    piece_rows = min(rows, 2 * ROWS if is_cuda else ROWS)
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
     scores = matrix.new_empty(n_rows, len(matrix))
     exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
     loss, of_hidden = weight.new_zeros(()), None if gradient is None else torch.empty_like(inputs)
     for begin in range(0, len(inputs), rows):
         some = slice(begin, begin + rows)
-        chunk = torch.mm(inputs[some], matrix.t(), out=scores[:len(inputs[some])])
-        chunk[:, len(weight):] = -torch.inf
-        for piece, wanted in zip(chunk.split(piece_rows), targets[some].split(piece_rows)):
-            loss += _to_gradient(piece, wanted[:, None], exact[:len(piece)], scale)
+        chunk = scores[:len(inputs[some])]
+        if copy is None or not is_cuda:
+            torch.mm(inputs[some], matrix.t(), out=chunk)
+        for piece, states, wanted in zip(*(each.split(piece_rows) for each in (chunk, inputs[some], targets[some]))):
+            wide = piece if copy is None else exact[:len(piece)]
+            if copy is not None and is_cuda:  # these products can come out in fp32
+                torch.mm(states, matrix.t(), out_dtype=wide.dtype, out=wide)
+            elif copy is not None:
+                wide.copy_(piece)
+            wide[:, len(weight):] = -torch.inf
+            loss += _to_gradient(wide, wanted[:, None], scale, piece)
         if gradient is not None and of_hidden is not None:
             torch.mm(chunk, matrix, out=of_hidden[some])
             _add_product(gradient, chunk[:, :len(weight)].t(), inputs[some])
     return loss, None if of_hidden is None else of_hidden.to(hidden.dtype)
 
 
-def _to_gradient(scores: Tensor, targets: Tensor, exact: Tensor, scale: float) -> Tensor:
-    """Replace scores (rows, vocab_size) by the gradient of scale * loss; returns the loss. exact is room for them."""
-    wanted = scores.gather(1, targets).to(exact.dtype)
-    if scores.is_cuda:  # one kernel, which reads the scores as they are; the largest probability is 1 / total
-        highest = scores.max(1, keepdim=True)
-        torch.softmax(scores, 1, dtype=exact.dtype, out=exact)
-        largest, total = highest.values.to(exact.dtype), 1 / exact.gather(1, highest.indices)
-        exact.scatter_add_(1, targets, torch.full_like(largest, -1))
-        torch.mul(exact, scale, out=scores)
-    else:  # on a CPU that kernel takes ten times as long for a smaller type, and is less exact for fp32
-        largest = exact.copy_(scores).amax(1, keepdim=True)
-        total = exact.sub_(largest).exp_().sum(1, keepdim=True)
-        exact.scatter_add_(1, targets, -total)
-        scores.copy_(exact.mul_(scale / total))
+def _to_gradient(scores: Tensor, targets: Tensor, scale: float, gradient: Tensor) -> Tensor:
+    """Put the gradient of scale * loss in gradient, which may be the scores (rows, vocab_size), which are overwritten.
+    Returns the loss."""
+    wanted = scores.gather(1, targets)
+    if scores.is_cuda:  # in one kernel, where the largest probability is 1 / total
+        largest, places = scores.max(1, keepdim=True)
+        torch.softmax(scores, 1, out=scores)
+        total = 1 / scores.gather(1, places)
+        scores.scatter_add_(1, targets, torch.full_like(largest, -1))
+        torch.mul(scores, scale, out=gradient)
+    else:  # on a CPU that kernel is less exact
+        largest = scores.amax(1, keepdim=True)
+        total = scores.sub_(largest).exp_().sum(1, keepdim=True)
+        scores.scatter_add_(1, targets, -total)
+        gradient.copy_(scores.mul_(scale / total))
     return (largest + total.log() - wanted).sum()
 
 

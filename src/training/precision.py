@@ -10,7 +10,7 @@ from torch import nn
 
 from errors import UserError
 from model import GPT, Linear
-from training.cross_entropy import padded
+from training.cross_entropy import copy_again, padded
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,4 +100,4 @@ class LowPrecision:
     def refresh(self) -> None:
         """Copy the weights as they are now."""
         torch._foreach_copy_([copy for _, copy in self.copies], [parameter for parameter, _ in self.copies])
-        self.output[:len(self.weight)].copy_(self.weight)
+        copy_again(self.weight, self.output)
