@@ -200,7 +200,10 @@ def compare(options: Namespace, folder: Path) -> None:
     peak, saved = peak_of(torch.cuda.get_device_name(processes.device)), (0.0, 0.0)
     for is_compiled, size in product((False, True), SIZES):
         flags = ["--context_length", CONTEXT, "--mini_batch_size", size, "--precision", options.precision]
-        learner = learner_of(config, processes, parse_options([*map(str, flags), *["--compile"] * is_compiled]))
+        try:
+            learner = learner_of(config, processes, parse_options([*map(str, flags), *["--compile"] * is_compiled]))
+        except torch.OutOfMemoryError:
+            return print(f"a model of --shape {options.shape} does not fit this GPU")
         if not is_compiled and size == SIZES[0]:
             about(options, learner, peak)
         if is_compiled and not takes_packed(processes.device, learner.product_type, config.head_size):

@@ -82,23 +82,24 @@ def main(argv: list[str] | None = None) -> int:
     from answering.questions import text_of
     from answering.terminal import Chat
     from errors import errors_at
-    from training.precision import device_named
+    from training.precision import device_named, failures_explained
 
     device = torch.device(device_named(options.device))
-    model, state = open_for_answers(path, device, options.quantize, options.jsonl)
-    settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
-    chat = Chat(model, str(path), settings, remembers=state["multi_turn"], as_json=options.json or options.jsonl)
-    is_conversation = sys.stdin.isatty() and options.prompt is None and not options.jsonl
-    chat.say(summary(path, state, model.transformer.wte.weight.device.type, "; /help" * is_conversation))
-    del state
-    if is_conversation:
-        return chat.converse(options.input or "", not options.no_history)
-    with errors_at("standard input"):
-        if options.prompt is None:
-            return chat.answer_all(options.input or "", options.jsonl)
-        if options.input is None:
-            options.input = "" if sys.stdin.isatty() else text_of(sys.stdin.buffer.read()).rstrip("\r\n")
-    return chat.answer_one(Question(options.prompt, options.input))
+    with failures_explained(device):
+        model, state = open_for_answers(path, device, options.quantize, options.jsonl)
+        chat = Chat(model, str(path), Settings(**{name: getattr(options, name) for name in Settings._fields}),
+                    remembers=state["multi_turn"], as_json=options.json or options.jsonl)
+        is_conversation = sys.stdin.isatty() and options.prompt is None and not options.jsonl
+        chat.say(summary(path, state, model.transformer.wte.weight.device.type, "; /help" * is_conversation))
+        del state
+        if is_conversation:
+            return chat.converse(options.input or "", not options.no_history)
+        with errors_at("standard input"):
+            if options.prompt is None:
+                return chat.answer_all(options.input or "", options.jsonl)
+            if options.input is None:
+                options.input = "" if sys.stdin.isatty() else text_of(sys.stdin.buffer.read()).rstrip("\r\n")
+        return chat.answer_one(Question(options.prompt, options.input))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def report_of(options: Namespace) -> dict[str, Any]:
     from answering.opened import open_model
     from answering.scores import evaluate
     from instruct_format import tokenizer
-    from training.precision import device_named
+    from training.precision import device_named, failures_explained
 
     paths = options.checkpoints or [path for path in DEFAULT if path.exists()]
     if not paths:
@@ -76,7 +76,7 @@ def report_of(options: Namespace) -> dict[str, Any]:
     for path in paths:
         model, state = opened.pop(0)  # so that no more than one is in memory
         bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when it is a terminal
-        with errors_at(path, CheckpointError, raised=CheckpointError):
+        with failures_explained(device), errors_at(path, CheckpointError, raised=CheckpointError):
             scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
         about = f"step {state['step']}" if state["template"] else "pre-trained"
         report["checkpoints"].append({"checkpoint": str(path), "about": about, **scores._asdict()})

@@ -44,8 +44,9 @@ def take_steps(data_dir: Path, mini_batch_size: str, dtype: str, processes: Proc
 
 def main(data_dir: str, output: str, *mini_batch_sizes: str) -> int:
     processes = join(os.environ.get("STEPS_DEVICE", "cpu"))
+    has_bf16 = processes.device.type == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
     found = {(size, dtype): take_steps(Path(data_dir), size, dtype, processes)
-             for size in mini_batch_sizes for dtype in STEPS}
+             for size in mini_batch_sizes for dtype in STEPS if dtype != "bf16" or has_bf16}
     if processes.is_main:
         torch.save(found, output)
     processes.close()

@@ -58,7 +58,7 @@ def data(tmp_path_factory) -> dict[str, InstructData]:
 
 def learner_of(device: torch.device, *flags: object, model: GPT | None = None) -> Learner:
     common = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 4096, "--grad_clip", 1e9)
-    return Learner((model or small_model()).to(device), options_of(*common, *flags), Processes(0, 1, device))
+    return Learner((model or small_model()).to(device), options_of(*common, *flags), Processes(0, 1, device), print)
 
 
 def computed(learner: Learner, data: dict[str, InstructData]) -> tuple[float, float, torch.Tensor]:

@@ -77,7 +77,7 @@ def test_an_active_environment_is_used_if_it_has_what_is_needed_else_dot_venv(pr
     environment = make_python(project.parent / "environment", kind) if kind else project.parent / "gone"
     make_python(project / ".venv", "complete")
     code, stdout, stderr = launch(project, "chat.sh --help", **{variable: str(environment)})
-    assert code == 0 and stdout.startswith("usage: chat.py")
+    assert code == 0 and stdout.startswith("usage: ./chat.sh")
     assert stderr == (f"note: the active environment {environment} {said}\n" if said else "")
 
 
@@ -137,7 +137,7 @@ def test_python_on_windows_is_one_line():
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-@pytest.mark.parametrize("cuda, said", [(None, "this is the build for CPUs"), ("13.0", "too old for CUDA 13.0")])
+@pytest.mark.parametrize("cuda, said", [(None, "this is the build for CPUs"), ("13.0", "too old for CUDA 13.0; upd")])
 def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, said):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from conftest import SRC
 from errors import CheckpointError, LostError, UserError
@@ -67,7 +68,19 @@ def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, said):
     (RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore."), UserError,
      "has no kernels for cpu; install a build for an older CUDA"),
     (RuntimeError("[/gloo/transport/tcp/pair.cc:5] Connection closed by peer"), LostError, "rank 0 has lost another"),
-    (torch.distributed.DistBackendError("NCCL error"), LostError, "rank 0 has lost another"),
+    (DistBackendError("NCCL error. More\nncclRemoteError: x\nLast error:\nsocket closed\n"), LostError,
+     r"rank 0 has lost another process of the run \(socket closed\)$"),
+    (DistBackendError("NCCL error, unhandled system error. More"), LostError, "system error\\)$"),
+    (DistBackendError("NCCL error\nLast error:\nError while creating shared memory segment /dev/shm/a"),
+     UserError, "--shm-size 1g"),
+    (DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), UserError,
+     "out of memory on cpu: do this"),
+    (torch.AcceleratorError("CUDA error: out of memory\nMore."), UserError, "out of memory on cpu: do this"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), UserError,
+     "out of memory on cpu: do this"),
+    (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nMore."), UserError,
+     "busy or unavailable: another program may hold it"),
+    (torch.AcceleratorError("CUDA error: invalid device ordinal\nMore."), UserError, "cpu: invalid device ordinal: "),
     (RuntimeError("shapes do not fit"), RuntimeError, "shapes do not fit"), (OSError("a disk"), OSError, "a disk"),
 ])
 def test_memory_and_lost_processes_are_explained_and_nothing_else(error, becomes, said):

@@ -22,6 +22,8 @@ class Compiled:
             assert isinstance(hidden, Tensor)
             return hidden
 
+        # the backward pass too, while its failure can be caught
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
         self._model, self._say, self._transform = model, say, torch.compile(transform, fullgraph=True)
         self._is_off, self._graphs = False, set[bool]()  # the graphs that worked: for training, for evaluation
         weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")

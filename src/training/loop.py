@@ -79,7 +79,8 @@ def _check_finite(run: Run, result: StepResult, examples: list[int]) -> None:
         _wait_for_saves(run)
         last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
         raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
-                            f"{run.step}; {last}; try a lower --learning_rate")
+                            f"{run.step}; {last}; try a lower --learning_rate"
+                            + ", or --precision fp32" * (run.options.precision == "fp16"))
 
 
 def _evaluate(run: Run) -> int:

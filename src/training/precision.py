@@ -1,8 +1,11 @@
 """Where to compute, and with which type of number."""
 
 import os
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -12,6 +15,8 @@ from errors import UserError
 from model import GPT, Linear
 from training.cross_entropy import copy_again, padded
 
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # by PyTorch, CUDA, cuBLAS, NCCL
+_UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal", re.ASCII)
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,7 +29,8 @@ def device_named(name: str) -> str:
             if torch.cuda.is_available():
                 return "cuda"
         if _sees_a_gpu():
-            reason = f"its driver does not work, or is too old for CUDA {torch.version.cuda}"
+            reason = (f"its driver does not work, or is too old for CUDA {torch.version.cuda}; update it, or install a "
+                      "build for an older CUDA (the README says how, under What it needs)")
             if torch.version.cuda is None:
                 reason = "this is the build for CPUs; install the one for CUDA in its place"
             raise UserError(f"--device {name}: there is an NVIDIA GPU, and PyTorch {torch.__version__} cannot use it: "
@@ -66,6 +72,26 @@ def name_of(device: torch.device) -> str:
         return device.type
     found = torch.cuda.get_device_properties(device)
     return f"{found.name}, {found.total_memory / 1e9:.0f} GB"
+
+
+@contextmanager
+def failures_explained(device: torch.device, advice: str = "") -> Iterator[None]:
+    """What a device refuses in here becomes a UserError: memory that ran out with this advice; a GPU that another
+    program holds, or for which this PyTorch has no kernels, with what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(text):
+            advice = advice or "free some of it" + ", or add --device cpu" * (device.type != "cpu")
+            raise UserError(f"out of memory on {device}: {advice}") from error
+        if "no kernel image" in text:
+            raise UserError(f"PyTorch {torch.__version__} has no kernels for {name_of(device)}; install a build for an "
+                            "older CUDA, such as 12.6, or add --device cpu") from error
+        if match := _UNUSABLE.search(text):
+            raise UserError(f"{device}: {match.group()}: another program may hold it, or CUDA_VISIBLE_DEVICES name one "
+                            "that is not there (nvidia-smi lists them); or add --device cpu") from error
+        raise
 
 
 def waits_for_disk(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from errors import LostError, UserError
-from training.precision import device_named, name_of
+from training.precision import device_named, failures_explained
 from weights.durable import LOCK
 
 HOST = platform.node()
@@ -110,22 +110,21 @@ class Processes:
                     raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
 
     @contextmanager
-    def failures_explained(self, advice: str) -> Iterator[None]:
-        """Memory that ran out in here becomes a UserError with this advice, a GPU without kernels one that says what to
-        install, a lost process LostError."""
+    def failures_explained(self, advice: str = "") -> Iterator[None]:
+        """What the device refuses in here becomes a UserError with what to do, a lost process LostError."""
         try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            text = str(error).partition("\n")[0].partition(". ")[0]
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-                raise UserError(f"out of memory on {self.device}: {advice}") from error
-            if "no kernel image" in text:
-                raise UserError(f"PyTorch {torch.__version__} has no kernels for {name_of(self.device)}; install a "
-                                "build for an older CUDA, such as 12.6, or add --device cpu") from error
-            if self.world_size > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
-                time.sleep(1)  # the process that knows more is the first to say so
-                raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({text})") from error
-            raise
+            with failures_explained(self.device, advice):
+                yield
+        except RuntimeError as error:
+            text = str(error)
+            if self.world_size == 1 or ("gloo" not in text and not isinstance(error, dist.DistError)):
+                raise
+            if "shared memory" in text:
+                raise UserError("the processes of the GPUs lack shared memory (/dev/shm); a container gets more with "
+                                "--shm-size 1g") from error
+            time.sleep(1)  # the process that knows more is the first to say so
+            reason = (text.partition("Last error:")[2].strip() or text).partition("\n")[0].partition(". ")[0]
+            raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({reason})") from error
 
     def close(self) -> None:
         """Leave the process group, but keep its C++ object: its destructor waits, holding the interpreter's lock, for
@@ -183,10 +182,21 @@ def join(device_name: str) -> Processes:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if here > torch.cuda.device_count():  # every process of the machine notices, so none waits for another
             raise UserError(f"{here} processes for {torch.cuda.device_count()} GPUs; start fewer")
-        torch.cuda.set_device(local_rank)
     if device_name == "mps" and world_size > 1:
         raise UserError("--device mps takes one process; start one, or add --device cpu")
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
+    processes = Processes(rank, world_size, device)
+    with processes.failures_explained():
+        _connect(processes)
+    return processes
+
+
+def _connect(processes: Processes) -> None:
+    """Take the device, and meet the other processes."""
+    rank, world_size, device = processes.rank, processes.world_size, processes.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
         where = os.environ.get("INSTRUCT_STORE", "env://")
@@ -198,8 +208,9 @@ def join(device_name: str) -> Processes:
         elif where.startswith("file://"):  # on a single host
             how = {"store": dist.FileStore(where.removeprefix("file://"), world_size)}  # type: ignore[attr-defined]
         if "store" in how:
-            _compare_devices(how["store"], rank, world_size, device_name)
-        backend = "cpu:gloo,cuda:nccl" if device_name == "cuda" else "gloo"
+            _compare_devices(how["store"], rank, world_size, device.type)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout,
-                                device_id=device if device_name == "cuda" else None, **how)
-    return Processes(rank, world_size, device)
+                                device_id=device if device.type == "cuda" else None, **how)
+        if device.type == "cuda":  # NCCL fails now if it does, and takes its memory before what is free is looked at
+            dist.all_reduce(torch.zeros(1, device=device))
