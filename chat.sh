@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Chat: ./chat.sh [CHECKPOINT | demo] [flags of src/chat.py...], from any folder
 set -euo pipefail
+unset CDPATH
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 project=$PWD
 source src/environment.sh
 use_environment
-case $python in /*) ;; *) python=$project/$python ;; esac
+case $python in /* | python3) ;; *) python=$project/$python ;; esac
 
 if [[ "${1:-}" == demo ]]; then
     checkpoint=$project/demo/checkpoints/best_model.pt

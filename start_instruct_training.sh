@@ -4,6 +4,7 @@
 #             RESUME  a checkpoint file, latest, or auto: latest if a run is there, else a new one
 # Try it out: ./start_instruct_training.sh demo
 set -euo pipefail
+unset CDPATH
 trap '' USR1  # which asks a run to save, must not end the launcher before it can pass it on
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source src/environment.sh

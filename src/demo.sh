@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The demo: the built-in dataset, a small GPT-2 from random weights, the ordinary scripts with ordinary flags.
 #   ./start_instruct_training.sh demo [flags of src/train_instruct.py...]
-# Everything goes to demo/, where data, checkpoints and runs are made anew; nothing else of yours is touched.
+# Everything goes to demo/, where data, checkpoints and runs are made anew; nothing else of yours is touched. The model
+# of an earlier demo stays until the new one has its first checkpoint.
 # It stands here to be read; start_instruct_training.sh finds the environment and runs it.
 
 steps="--max_steps 320"
@@ -12,24 +13,43 @@ training=(--data_dir demo/data --checkpoint_dir demo/checkpoints --tensorboard_d
 
 case " $* " in
     *" -h "* | *" --help "*)
-        sed -n '2,4s/^# //p' src/demo.sh
+        sed -n '2,5s/^# //p' src/demo.sh
         exit 0 ;;
 esac
+for flag in "$@"; do
+    case "$flag" in
+        --dry_run | --resume* | --data_dir* | --checkpoint_dir* | --tensorboard_dir*)
+            fail "the demo makes all anew in demo/, so it takes no ${flag%%=*}; src/train_instruct.py does" ;;
+    esac
+done
 
 show() {
     printf '\n$ python %s\n' "$*"
     "$python" "$@"
 }
 
-# a wrong flag is refused before anything is installed, and before the last demo is removed
+# a wrong flag is refused before anything is installed
 choose_environment requirements.txt
 [ -n "$(lacks "$python")" ] || PYTHONPATH=src "$python" -c \
     'import sys, cli, training.options as o; cli.run(lambda: o.parse_options(sys.argv[1:]) and 0)' "${training[@]}"
 fill_environment requirements.txt
 [ ! -L demo ] || fail "demo is a link to another folder; move it away"
-rm -rf demo/checkpoints demo/runs || exit 2
+
+put_back() {  # what the last demo left, if this one came to nothing
+    if [ -e demo/before ] && [ ! -e demo/checkpoints/best_model.pt ]; then
+        rm -rf demo/checkpoints demo/runs
+        mv demo/before/* demo/ 2> /dev/null || true  # there may be none
+    fi
+    rm -rf demo/before
+}
 
 show src/prepare_instruct_dataset.py --dataset src/demo_dataset.jsonl --output_dir demo/data
+put_back
+mkdir demo/before
+for made in demo/checkpoints demo/runs; do
+    [ ! -e "$made" ] || mv "$made" demo/before/ || exit 2
+done
+trap put_back EXIT
 show src/train_instruct.py "${training[@]}"
 printf '\nQuestions in wordings that it was not trained on:\n'
 show src/evaluate_instruct.py demo/checkpoints/best_model.pt --data_dir demo/data --examples 0 \

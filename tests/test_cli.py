@@ -91,19 +91,22 @@ def test_the_demo_data_hold_what_the_demo_promises():
     assert all(row["output"].count(". ") == 0 and len(tokenizer().encode_ordinary(row["output"])) < 40 for row in rows)
 
 
-def test_the_demo_keeps_the_last_one_until_its_flags_are_right_and_passes_on_exit_codes(project):
+def test_the_demo_keeps_the_last_one_until_it_has_a_model_and_passes_on_exit_codes(project):
     (project / "demo" / "checkpoints").mkdir(parents=True)
-    for path in (kept := project / "demo/checkpoints/kept", mine := project / "demo/mine", project / "damaged.pt"):
+    for path in (kept := project / "demo/checkpoints/kept", mine := project / "demo/mine"):
         path.write_text("no checkpoint")
     code, stdout, stderr = launch(project, "demo", "--help")
     assert (code, stderr, kept.exists()) == (0, "", True) and "./start_instruct_training.sh demo [flags" in stdout
-    for number, flags, message in [(2, ["--max_step", "3"], "unrecognized arguments: --max_step 3"),
-                                   (2, ["--max_steps", "none"], "argument --max_steps: invalid int value: 'none'"),
-                                   (3, ["--resume", "damaged.pt"], "damaged.pt: not a loadable checkpoint")]:
-        code, stdout, stderr = launch(project, "demo", *flags)
-        assert (code, stderr.count("\n"), kept.exists()) == (number, 1, number == 2)
-        assert stderr.startswith(f"error: {message}") and (number == 2) == (stdout == "")
-    assert mine.exists()
+    for flags, message in [(["--max_step", "3"], "unrecognized arguments: --max_step 3"),
+                           (["--max_steps", "none"], "argument --max_steps: invalid int value: 'none'"),
+                           (["--resume", "latest"], "the demo makes all anew in demo/, so it takes no --resume"),
+                           (["--dry_run"], "the demo makes all anew in demo/, so it takes no --dry_run"),
+                           (["--total_batch_size", "64"], "--total_batch_size 64 is below --context_length 128"),
+                           (["--learning_rate", "1e30", "--max_steps", "2"], "the val loss is nan, up to step 2; ")]:
+        code, _, stderr = launch(project, "demo", *flags)
+        assert (code, stderr.count("\n"), kept.exists()) == (4 if "nan" in message else 2, 1, True)
+        assert stderr.startswith(f"error: {message}")
+    assert mine.exists() and not (project / "demo/before").exists()
 
 
 @pytest.mark.slow  # .ci/run runs the demo itself

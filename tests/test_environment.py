@@ -71,12 +71,14 @@ def test_an_active_environment_that_lacks_something_is_named_and_not_changed(pro
     ("conda", "CONDA_PREFIX", f"lacks {NEEDED}; using .venv/bin/python"),
     (None, "VIRTUAL_ENV", "lacks a Python that starts; using .venv/bin/python"),
     ("complete", "VIRTUAL_ENV", None),
+    (None, "CONDA_PREFIX", "lacks a Python that starts; using python3"),
 ])
-def test_an_active_environment_is_used_if_it_has_what_is_needed_else_dot_venv(project, kind, variable, said):
+def test_an_active_environment_is_used_if_it_has_what_is_needed_else_another(project, kind, variable, said):
     """None: it is stale, there is nothing any more."""
     environment = make_python(project.parent / "environment", kind) if kind else project.parent / "gone"
-    make_python(project / ".venv", "complete")
-    code, stdout, stderr = launch(project, "chat.sh --help", **{variable: str(environment)})
+    if "python3" not in (said or ""):
+        make_python(project / ".venv", "complete")
+    code, stdout, stderr = launch(project, "chat.sh --help", python3="complete", **{variable: str(environment)})
     assert code == 0 and stdout.startswith("usage: ./chat.sh")
     assert stderr == (f"note: the active environment {environment} {said}\n" if said else "")
 

@@ -267,7 +267,8 @@ def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
 
 @pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((3, 4, 6, 7), False), ((5, 6, 7), True)])
 def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypatch, capsys, bad_steps, ends):
-    """A NaN in the loss of one micro-batch: the step is skipped and reported, three in a row end with exit 4."""
+    """A NaN in the loss of one micro-batch: the step is skipped and reported, nothing is saved before the next good
+    one, three in a row end with exit 4."""
     loss_of, steps_of, steps = training_step.Learner.add_gradients, training_step.Learner.gradients_of, []
 
     def add_gradients(*arguments):
@@ -279,14 +280,22 @@ def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypa
 
     monkeypatch.setattr(training_step.Learner, "add_gradients", add_gradients)
     monkeypatch.setattr(training_step.Learner, "gradients_of", gradients_of)
-    told = r"3 steps in a row, up to step 7; the last good checkpoint is .*step_"
+    told = r"3 steps in a row, up to step 7; the last good checkpoint is .*step_000004.pt"
     with pytest.raises(DivergedError, match=told) if ends else nullcontext():
         assert run(inputs, tmp_path, "--max_steps", 9) == 0
     out = capsys.readouterr().out
     assert [f"step {step} skipped: loss nan" in out for step in range(1, 10)] == [s in bad_steps for s in range(1, 10)]
     assert "train examples [" in out
+    good = [step for step in range(1, 5 if ends else 10) if step not in bad_steps]
+    assert [checkpoint.step_of(path) for path in reversed(checkpoint.step_files(tmp_path))] == good
     for path in tmp_path.glob("*.pt"):
         assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.load(path)["model"].values())
+
+
+def test_a_val_loss_that_is_no_number_ends_a_run_that_was_not_skipped(inputs, tmp_path):
+    with pytest.raises(DivergedError, match="^the val loss is nan, up to step 1; there is no checkpoint yet; try a lower"):
+        run(inputs, tmp_path, "--learning_rate", 1e30, "--warmup_steps", 0, "--eval_freq", 1)
+    assert not checkpoint.step_files(tmp_path)
 
 
 def test_random_weights_and_small_models_train(inputs, tmp_path):

@@ -165,6 +165,9 @@ def _npy_bytes(values: np.ndarray) -> bytes:
 def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path, again = folder / MANIFEST, "; prepare the data again"
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; prepare it first: python src/prepare_instruct_dataset.py --dataset "
+                        f"{folder}")
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
                         f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")

@@ -22,7 +22,9 @@ def open_data(options: Namespace, state: dict[str, Any] | None) -> Prepared:
     prepared = open_prepared(Path(options.data_dir))
     if state and state["data_fingerprint"] != prepared.manifest["fingerprint"]:
         raise UserError(f"{options.data_dir}: not the data this run was started with (fingerprint "
-                        f"{prepared.manifest['fingerprint'][:12]}, the run's is {state['data_fingerprint'][:12]})")
+                        f"{prepared.manifest['fingerprint'][:12]}, the run's is {state['data_fingerprint'][:12]}); "
+                        "name those with --data_dir, or begin a new run with these: --pretrained_model "
+                        f"{Path(options.checkpoint_dir) / checkpoint.BEST} --checkpoint_dir NEW")
     return prepared
 
 
@@ -40,7 +42,10 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
     if options.resume == "latest" or (is_here and (options.resume == "auto" or is_restart())):
         return checkpoint.newest_valid(folder, say)
     is_file = options.resume not in (None, "auto", "latest")
-    path, state = (Path(options.resume), checkpoint.load_run(Path(options.resume))) if is_file else (Path(), None)
+    path = Path(options.resume) if is_file else Path()
+    if not path.exists():
+        raise UserError(f"{path}: no such file to resume from; name a checkpoint of a run, latest, or auto")
+    state = checkpoint.load_run(path) if is_file else None
     if state is None or not path.parent.samefile(folder):
         checkpoint.require_no_run(folder)
     return path, state

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Mapping
+from math import isfinite
 from signal import SIGINT, Signals
 from typing import Any
 
-from errors import DivergedError
 from training.memory import most_tokens
 from training.progress import say
 from training.run import Run
 from training.samples import sample_answers
 from training.step import SCALE_STEPS, StepResult, evaluate, learning_rate, train_step
-from training.summary import summary
+from training.summary import diverged, summary
 from weights.checkpoint import BEST, save, save_step, step_file
 
 MOST_SKIPPED = 3  # non-finite steps in a row that end the run
@@ -33,8 +33,8 @@ def train(run: Run) -> int:
         in_vain = run.evaluations_in_vain()
         is_over = at_end or 0 < options.patience <= in_vain
 
-        # once in a while: save; also before a first best_model.pt, which is never alone in the folder
-        is_due = stop or is_over or save_asked or run.step % options.checkpoint_freq == 0
+        # once in a while, not amid skipped steps: save; also before a first best_model.pt, which is never alone
+        is_due = stop or is_over or (not run.skipped and (save_asked or run.step % options.checkpoint_freq == 0))
         is_alone = run.saved is None or run.saved.parent != run.folder
         is_due = (is_due and not run.is_saved) or (is_alone and not run.has_best)
         if is_due or not run.has_best:
@@ -77,10 +77,7 @@ def _check_finite(run: Run, result: StepResult, examples: list[int]) -> None:
         f"train examples {examples}")
     if run.skipped >= MOST_SKIPPED:
         _wait_for_saves(run)
-        last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
-        raise DivergedError(f"loss or gradients were not finite for {run.skipped} steps in a row, up to step "
-                            f"{run.step}; {last}; try a lower --learning_rate"
-                            + ", or --precision fp32" * (run.options.precision == "fp16"))
+        raise diverged(run, f"loss or gradients were not finite for {run.skipped} steps in a row")
 
 
 def _evaluate(run: Run) -> int:
@@ -95,6 +92,9 @@ def _evaluate(run: Run) -> int:
         say("evaluating the model as it is before training")
     loss = evaluate(run.learner, val_data, plan, is_stopped=lambda: stop() != 0)
     if loss is not None:
+        if not isfinite(loss):
+            _wait_for_saves(run)
+            raise diverged(run, f"the val loss is {loss}")
         if run.step and loss < run.best_loss:
             run.best_loss, run.has_best = loss, False
         run.val_losses.append([run.step, loss])

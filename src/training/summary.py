@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from errors import DivergedError
 from training.progress import columns, duration
 from training.run import Run
 from weights.checkpoint import BEST, LATEST
@@ -49,3 +50,10 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
         rows["chat"] = f"./chat.sh {chosen}"
         rows["export"] = f"python src/convert_checkpoint.py export {chosen} exported"
     return "\n".join([ending, columns(rows)] if run.step else [ending])
+
+
+def diverged(run: Run, what: str) -> DivergedError:
+    """What a run ends with that no step can mend."""
+    last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
+    advice = "try a lower --learning_rate" + ", or --precision fp32" * (run.options.precision == "fp16")
+    return DivergedError(f"{what}, up to step {run.step}; {last}; {advice}")
