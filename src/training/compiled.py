@@ -16,6 +16,8 @@ class Compiled:
     """Calls like the model. What cannot be compiled is computed without, which is said once."""
 
     def __init__(self, model: GPT, say: Callable[[str], None]) -> None:
+        import torch._functorch.config as functorch
+
         def transform(tokens: Tensor, positions: Tensor, starts: Tensor, longest: int) -> Tensor:
             documents = Documents((), positions, starts, longest)
             hidden = model.transformer(tokens, positions, attend_packed(documents), None)
@@ -23,7 +25,7 @@ class Compiled:
             return hidden
 
         # the backward pass too, while its failure can be caught
-        torch._functorch.config.force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
+        functorch.force_non_lazy_backward_lowering = True
         self._model, self._say, self._transform = model, say, torch.compile(transform, fullgraph=True)
         self._is_off, self._graphs = False, set[bool]()  # the graphs that worked: for training, for evaluation
         weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")
