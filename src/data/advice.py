@@ -52,15 +52,15 @@ def for_columns(row: Mapping[str, Any], missing: int) -> str:
         return messages
     advice, names = [], [str(name).strip().lower() for name in row]
     nested = [name for name, value in row.items()
-              if isinstance(value[0] if value and isinstance(value, list) else value, dict)]
+              if missing == 2 and isinstance(value[0] if value and isinstance(value, list) else value, dict)]
     is_data = missing == 2 and any(re.search(r"[.?!]$|(\S+\s+){4}", name) for name in names)
     if len(row) - len(nested) >= missing and not is_data:
         advice.append("say which it is: --columns instruction=NAME output=NAME")
-    if missing == 2 and nested:
-        advice.append(f"its rows seem to be under {names_of(nested[:3])}: write them as a list of their own, or under "
-                      "'data', each with its question and its answer")
+    if nested:
+        advice.append(f"its rows seem to be under {names_of(nested[:3])}: write them as a list of their own, each with "
+                      "its question and its answer")
     elif missing == 2 and "text" not in names:
-        advice.append("the first line of a table has to name the columns, and so has each row of JSON")
+        advice.append("the first line of a table, and each row of JSON, has to name the columns")
     if "text" in names or missing == 2 and "chosen" in names:
         advice.append("where a text is a whole conversation, or one message of it, take a variant with messages or "
                       "pairs, such as philschmid/guanaco-sharegpt-style")

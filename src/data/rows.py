@@ -129,7 +129,7 @@ def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
         advice = "save it as UTF-8, or: iconv -f WINDOWS-1252 (or what it is) -t UTF-8 OLD > NEW"
         if error.reason in ("truncated data", "unexpected end of data"):
             advice = CUT + f", or, if it is whole: {advice}" * (not is_utf_16)
-        elif re.search(rb"[\0-\x08\x0e-\x1f]", error.object) and not is_utf_16:
+        elif not is_utf_16 and re.search(rb"[\0-\x08\x0e-\x1f]", error.object + file.peek(512)):
             is_named_gz = place.lower().endswith(".gz") and not isinstance(file.raw, gzip.GzipFile)
             advice = f"it is no text{' and no gzip' * is_named_gz}: download it again, or use {', '.join(KINDS)}"
         raise UserError(f"{place}: {'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
