@@ -129,6 +129,10 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO):  # nobody is there to read
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # print's: files say their names
+            code = UserError.exit_code
+            write(f"error: standard output: {error.strerror}\n", sys.stderr)
         else:
             traceback.print_exc()
             code = 1

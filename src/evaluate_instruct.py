@@ -7,6 +7,8 @@ anything is computed.
 """
 
 import json
+import re
+import shlex
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator
@@ -37,8 +39,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
                         help="prepared data (default: %(default)s)")
     source.add_argument("--dataset", help="examples of a file instead, in any form that the preparation takes")
     source.add_argument("--prompts", type=Path, help="questions of a text file instead, a line each: no loss then")
-    parser.add_argument("--split", default="val", choices=("train", "val"),
-                        help="of the prepared data (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "val"), help="of the prepared data (default: val)")
     parser.add_argument("--examples", type=number(int, 0), default=64,
                         help="this many, spread over all; 0 means all (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=256,
@@ -48,7 +49,10 @@ def parse_options(argv: list[str] | None) -> Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object, with all answers")
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.split and (options.dataset or options.prompts):
+        parser.error("--split is for prepared data, not for --dataset or --prompts")
+    return options
 
 
 def report_of(options: Namespace) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], in
             documents = [each for each in examples if len(each[0]) <= context_length]
             left_out = len(examples) - len(documents)
         else:
-            data = InstructData(open_prepared(options.data_dir), options.split, context_length)
+            data = InstructData(open_prepared(options.data_dir), options.split or "val", context_length)
             documents = [data.example(number) for number in _spread(len(data), options.examples or len(data))]
             left_out = data.left_out
         cases = [Case(list(map(int, tokens)), spans) for tokens, mask in documents if (spans := trained_spans(mask))]
@@ -123,6 +127,8 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.questions import questions_of
 
     with errors_at(path), path.open("rb") as file:
+        if path.suffix.lower() in (".json", ".jsonl", ".ndjson") and re.match(rb"[\s\xef\xbb\xbf]*[{[]", file.peek()):
+            raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
         for line, _, tokens in questions_of(file.readline, "", False, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):
                 raise UserError(f"{path}: line {line}: {tokens}")
@@ -136,11 +142,15 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
     from instruct_format import encode_conversation
 
     documents = []
-    for place, row in Shapes({}).examples(open_sources([dataset], {})):
+    for place, row in Shapes({"split": ""}).examples(open_sources([dataset], {})):
         if isinstance(row, BadRow):
-            raise UserError(f"{place}: {row}")
-        if any(turn.output for turn in row.turns):
+            reason, flag, rest = str(row).partition("--columns")
+            command = f"python src/prepare_instruct_dataset.py --dataset {shlex.quote(dataset)} --output_dir data_eval "
+            raise UserError(f"{place}: {reason}" + f"{command}{flag}{rest}; then --data_dir data_eval" * bool(flag))
+        if not row.fault:
             documents.append(encode_conversation(row.turns))
+    if not documents:
+        raise UserError(f"{dataset}: no row with a question and its answer")
     return documents
 
 

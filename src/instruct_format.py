@@ -51,10 +51,8 @@ def join_texts(*texts: str) -> str:
 
 def prompt_text(instruction: str, input: str = "") -> str:
     """The text up to and including the line that asks for the response. The Input block is left out when empty."""
-    text = f"### Instruction:\n{tidy(instruction)}\n\n"
-    if input := tidy(input):
-        text += f"### Input:\n{input}\n\n"
-    return text + "### Response:\n"
+    block = f"### Input:\n{text}\n\n" if (text := tidy(input)) else ""
+    return f"### Instruction:\n{tidy(instruction)}\n\n{block}### Response:\n"
 
 
 def encode_prompt(instruction: str, input: str = "") -> list[int]:
@@ -62,16 +60,17 @@ def encode_prompt(instruction: str, input: str = "") -> list[int]:
     return tokenizer().encode_ordinary(prompt_text(instruction, input))
 
 
-def encode_example(instruction: str, input: str, output: str) -> tuple[list[int], list[int]]:
-    """Tokens and loss mask of a question and its answer: 1 on the response and the <|endoftext|> that ends it, else 0.
-    Prompt and response are encoded apart, so the prompt's tokens do not depend on the response."""
+def encode_example(instruction: str, input: str, output: str, is_trained: bool = True) -> tuple[list[int], list[int]]:
+    """Tokens and loss mask of a question and its answer: 1 on the response and the <|endoftext|> that ends it, if it is
+    trained, else 0. Prompt and response are encoded apart, so the prompt's tokens do not depend on the response."""
     prompt = encode_prompt(instruction, input)
     response = [*tokenizer().encode_ordinary(tidy(output)), END_OF_TEXT]
-    return prompt + response, [0] * len(prompt) + [1] * len(response)
+    return prompt + response, [0] * len(prompt) + [int(is_trained)] * len(response)
 
 
-def encode_conversation(turns: Iterable[tuple[str, str, str]]) -> tuple[list[int], list[int]]:
-    """Tokens and loss mask of turns of (instruction, input, output): one example after another, in one document."""
+def encode_conversation(turns: Iterable[tuple[str, str, str] | tuple[str, str, str, bool]]) -> tuple[
+        list[int], list[int]]:
+    """Tokens and loss mask of turns, each what encode_example takes: one example after another, in one document."""
     tokens, mask = zip(*(encode_example(*turn) for turn in turns))
     return list(chain.from_iterable(tokens)), list(chain.from_iterable(mask))
 

@@ -31,6 +31,7 @@ from errors import UserError, errors_at
 from instruct_format import encode_conversation
 from weights.durable import lock_folder
 
+DATASET = "vicgalle/alpaca-gpt4"
 DATA_DIR = Path("data_instruct")  # where the training looks unless --data_dir says otherwise
 BATCH_EXAMPLES = 512  # what a tokenizing thread takes at once
 PROGRESS_SECONDS = 30  # between lines about the progress where there is no terminal
@@ -38,10 +39,10 @@ PROGRESS_SECONDS = 30  # between lines about the progress where there is no term
 
 def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--dataset", nargs="+", default=["vicgalle/alpaca-gpt4"], metavar="SOURCE",
+    parser.add_argument("--dataset", nargs="+", action="extend", metavar="SOURCE",
                         help=f"datasets of the Hugging Face hub, files ({', '.join(KINDS)}, also as .gz), patterns "
-                             "such as 'part*.jsonl', or - for standard input (default: vicgalle/alpaca-gpt4)")
-    parser.add_argument("--columns", nargs="+", type=column, default=[], metavar="MEANING=NAME",
+                             "such as 'part*.jsonl', or - for standard input (default: {DATASET})")
+    parser.add_argument("--columns", nargs="+", action="extend", type=column, default=[], metavar="MEANING=NAME",
                         help="where columns are not recognised: what they mean, such as instruction=frage "
                              f"output=antwort; the meanings are {', '.join(NAMES)}; split= ignores that column")
     for flag, text in (("--subset", "which configuration of a dataset of the hub"),
@@ -58,7 +59,13 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--num_proc", type=number(int, 1, 1024), default=os.cpu_count() or 1,
                         help="how many tokenizers work at once (default: %(default)s)")
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.dataset = options.dataset or [DATASET]
+    columns: dict[str, str] = {}
+    for meaning, name in options.columns:
+        if columns.setdefault(meaning, name) != name:
+            parser.error(f"--columns {meaning}={columns[meaning]} and {meaning}={name}: a meaning has one column")
+    return options
 
 
 def column(text: str) -> tuple[str, str]:
@@ -82,6 +89,7 @@ class Selection:
         self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
         self.splits_are_named: bool | None = None  # by the rows; known from the first one on
+        self.repeats: Counter[str] = Counter()  # by the split that they name
         self.seen: set[bytes] = set()  # digests of whole examples
         self.sides: dict[bytes, str] = {}  # digest of a prompt -> the split that its rows name
         self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
@@ -115,12 +123,13 @@ class Selection:
         row names, else where a seeded hash puts it, so equal ones go together. Raises BadRow where that cannot be."""
         if isinstance(row, BadRow):
             raise row
-        if not any(turn.output for turn in row.turns):
-            return "empty_output"
+        if row.fault:
+            return row.fault
         if row.split == "test":
             return "test_split"
-        digest, prompt = _digest(*chain.from_iterable(row.turns)), row.turns[0][:2]
+        digest, prompt = _digest(*map(str, chain.from_iterable(row.turns))), row.turns[0][:2]
         if digest in self.seen:
+            self.repeats[row.split or ""] += 1
             return "exact_repeat"
         self.seen.add(digest)
         if self.splits_are_named is None:
@@ -186,14 +195,18 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
         report.add(document)
     if missing := selection.shapes.not_found:
         raise UserError(f"{', '.join(options.dataset)}: --columns: no row has a column {missing[0]!r}")
+    notes = [f"{count:,} rows of {split} were dropped: each repeats one that is kept"
+             for split, count in selection.repeats.items() if split]
     if writer.empty_splits:
+        if selection.splits_are_named:
+            notes.append(f"no row that is kept names {writer.empty_splits[0]}: a hash divides them, not their split")
         writer.deal_again(selection.dealt_again())
     manifest = writer.finish({
         "source": selection.source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
         "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)},
         # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
         multi_turn=20 * selection.conversations >= len(selection.places))
-    return manifest, selection.shapes.notes(selection.turns / len(selection.places))
+    return manifest, [*selection.shapes.notes(selection.turns / len(selection.places)), *notes]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -167,6 +167,12 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["good.pt", "--prompts", "long.txt"], 2, "long.txt: line 2: the question has 110 tokens, too many"),
     (["good.pt", "--prompts", "empty.txt"], 2, "empty.txt: no prompt, one a line"),
     (["good.pt", "--dataset", "rows.jsonl"], 2, "rows.jsonl: line 2: "),
+    (["good.pt", "--dataset", "empty.txt"], 2, "empty.txt: no row with a question and its answer"),
+    (["good.pt", "--dataset", "dpo.jsonl"], 2, "dpo.jsonl: row 1: no column for the output (found: 'prompt', 'chosen"
+     "'); say which it is: python src/prepare_instruct_dataset.py --dataset dpo.jsonl --output_dir data_eval --columns "
+     "instruction=NAME output=NAME; then --data_dir data_eval\n"),
+    (["good.pt", "--prompts", "good.jsonl"], 2, "good.jsonl: not questions, a line each, but JSON; with answers, -"),
+    (["good.pt", "--dataset", "good.jsonl", "--split", "val"], 2, "--split is for prepared data, not for --data"),
     (["good.pt", "--json", "--markdown"], 2, "argument --markdown: not allowed with argument --json"),
     (["nan.pt", "--dataset", "good.jsonl"], 3, "nan.pt: transformer.wte.weight has values that are not finite"),
 ])
@@ -183,6 +189,7 @@ def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, mo
     row = {"instruction": "a", "input": "", "output": "b"}
     write_jsonl(Path("rows.jsonl"), [row, [1]])
     write_jsonl(Path("good.jsonl"), [row])
+    write_jsonl(Path("dpo.jsonl"), [{"prompt": "a", "chosen": "b"}])
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: evaluate_instruct.main([*flags, "--max_new_tokens", "2"]))
     out, err = capsys.readouterr()

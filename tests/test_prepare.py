@@ -83,13 +83,13 @@ def test_chat_remembers_if_one_in_twenty_has_several_turns(tmp_path, count, reme
 def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):
     """Fields that only join to the same text are no repeats."""
     kept = [*questions(30), row(0, "another answer"), row(0, "Answer 0", instruction="question 0"),
-            row(output="no question", instruction=""), row(1, "Answer 0", input="x"), row("ab", "c"), row("a", "bc"),
-            row("a", "c", input="b")]
+            row(output="an input alone", instruction="", input="x"), row(1, "Answer 0", input="x"), row("ab", "c"),
+            row("a", "bc"), row("a", "c", input="b")]
     dropped = [row("Empty", ""), row("Empty", " \n"), row(2, "Answer 0"), row("3\n", "Answer 0 "),
-               row(4, "Answer 0", input=None)]
+               row(4, "Answer 0", input=None), row(instruction="", output="A"), row(instruction=None, output="A")]
     manifest = prepare_rows(tmp_path, kept + dropped, "--val_fraction", 0.3)
-    assert manifest["dropped"] == {"empty_output": 2, "exact_repeat": 3, "bad_row": 0}
-    assert manifest["total_examples"] == len(kept) + 5
+    assert manifest["dropped"] == {"empty_output": 2, "exact_repeat": 3, "bad_row": 0, "empty_question": 2}
+    assert manifest["total_examples"] == len(kept) + len(dropped)
     assert sorted(chain(*texts_of(tmp_path / "out").values())) == sorted(expected_of(kept))
 
 

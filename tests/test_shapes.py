@@ -7,18 +7,19 @@ import pytest
 
 from conftest import write_jsonl
 from data.rows import BadRow, Number, Source
-from data.shapes import Example, Shapes
+from data.shapes import Example, Shapes, Turn
 from data_files import Row
 from errors import UserError
 from helpers import open_data, prepare
 from instruct_format import encode_conversation
 
-Turns = list[tuple[str, str, str]]
+Turns = list[tuple[str, str, str] | tuple[str, str, str, bool]]
 SYSTEM, USER, BOT = ({"role": role, "content": text} for role, text in (
     ("system", "Be brief."), ("user", "Name the plural."), ("assistant", "leaves")))
 MORE, YES = {"role": "user", "content": "More?"}, {"role": "assistant", "content": "Yes."}
 PLAIN: Turns = [("Name the plural.", "", "leaves")]
 BRIEF: Turns = [("Be brief.\n\nName the plural.", "", "leaves")]
+CONTEXT: Turns = [(*PLAIN[0][:3], False), ("More?", "", "Yes.")]
 TWO: Turns = [*PLAIN, ("More?", "", "Yes.")]
 BOTH: Turns = [("Name the plural.\n\nMore?", "", "Yes.")]  # the first question has no answer
 PAIR, PC = {"prompt": "P", "completion": "C"}, [("P", "", "C")]
@@ -32,6 +33,10 @@ def chat(*messages: Any, **more: Any) -> Row:
 def said(*pairs: str, role: str = "from", text: str = "value") -> list[dict[str, str]]:
     """Messages from who says it and what, in turn."""
     return [{role: who, text: what} for who, what in zip(pairs[::2], pairs[1::2])]
+
+
+def expected(turns: Turns) -> Example:
+    return Example(tuple(Turn(*turn) for turn in turns))
 
 
 # name -> (row, its turns, the shape)
@@ -58,8 +63,12 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "no turn beside a pair": (chat({**USER, "content": ""}, **PAIR), PC, "messages and prompt/completion"),
     "a system column": (chat(USER, BOT, MORE, YES, system_prompt="Be brief."), [*BRIEF, TWO[1]], "messages"),
     "system in both places": (chat(SYSTEM, USER, BOT, system_prompt="Be brief."), BRIEF, "messages"),
-    "weight 0": (chat(USER, {**BOT, "weight": Number("0")}, MORE, {**YES, "weight": 1}), BOTH, "messages"),
+    "weight 0": (chat(USER, {**BOT, "weight": Number("0")}, MORE, {**YES, "weight": 1}), CONTEXT, "messages"),
     "weight 0.0, at the end": (chat(USER, BOT, MORE, {**YES, "weight": 0.0}), PLAIN, "messages"),
+    "not to train": (chat({**USER, "weight": 0}, {**BOT, "train": False}, MORE, YES), CONTEXT, "messages"),
+    "weight 0 alone": (chat(USER, {**BOT, "weight": 0}), [], "messages"),
+    "weight 0 and 1 in a row": (chat(USER, {**BOT, "weight": 0}, YES, MORE, YES),
+                                [("Name the plural.", "", "leaves\n\nYes.", False), CONTEXT[1]], "messages"),
     "system": (chat(SYSTEM, USER, BOT), BRIEF, "messages"),
     "developer": (chat({**SYSTEM, "role": "developer"}, USER, BOT), BRIEF, "messages"),
     "system in the middle": (chat(USER, BOT, SYSTEM, {**USER, "content": "Q"}, YES),
@@ -73,15 +82,26 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "two questions in a row": (chat(USER, MORE, YES), BOTH, "messages"),
     "two answers in a row": (chat(USER, BOT, YES), [("Name the plural.", "", "leaves\n\nYes.")], "messages"),
     "question at the end": (chat(USER, BOT, MORE), PLAIN, "messages"),
-    "empty answer": (chat(USER, {**BOT, "content": " \n"}, MORE, YES), BOTH, "messages"),
+    "empty answer": (chat(SYSTEM, USER, {**BOT, "content": " \n"}, MORE, YES), [("Be brief.\n\nMore?", "", "Yes.")],
+                     "messages"),
+    "an answer after an empty one": (chat(USER, {**BOT, "content": ""}, BOT), PLAIN, "messages"),
     "null answer": (chat(USER, BOT, MORE, {**YES, "content": None}), PLAIN, "messages"),
     "empty question": (chat({**USER, "content": ""}, BOT), [("", "", "leaves")], "messages"),
+    "a turn, then an empty question": (chat(USER, BOT, {**USER, "content": None}, YES, BOT), PLAIN, "messages"),
+    "no question": ({"system_prompt": "S", "question": None, "response": "A"}, [("", "", "A")], "OpenOrca"),
+    "an input is a question": ({"system_prompt": "S", "instruction": "", "input": "Q", "output": "A"},
+                               [("S", "Q", "A")], "instruction/input/output/system_prompt"),
     "only a question": (chat(USER), [], "messages"),
-    "only an answer": (chat(BOT), [], "messages"),
+    "only an answer": (chat(BOT), [("", "", "leaves")], "messages"),
+    "only an answer beside a pair": (chat(BOT, **PAIR), PC, "messages and prompt/completion"),
     "no messages": (chat(), [], ""),
     "text in parts": (chat({**USER, "content": [{"type": "text", "text": "Name"}, "the plural."]}, BOT),
                       [("Name\nthe plural.", "", "leaves")], "messages"),
     "fields of other roles": (chat({**USER, "tool_calls": None, "from": None, "name": "x"}, BOT), PLAIN, "messages"),
+    "Gemini": ({"messages": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
+               QA, "messages"),
+    "a row in a row": ({"data": PAIR}, PC, "prompt/completion"),
+    "messages in a row": ({"conversation": chat(USER, BOT)}, PLAIN, "messages"),
     "messages as JSON text": ({"messages": json.dumps([USER, BOT])}, PLAIN, "messages"),
     "LIMA": ({"conversations": ["Q", "A", "R", "B"], "source": "x"}, QARB, "texts in turn"),
     "UltraChat": ({"id": "0", "data": ["Q", "A"]}, QA, "texts in turn"),
@@ -101,13 +121,25 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
 def test_every_shape_is_recognised(name):
     row, turns, shape = SHAPES[name]
     shapes = Shapes({})
-    assert (shapes.example(row), " and ".join(shapes.names)) == (Example(tuple(turns)), shape)
+    assert (shapes.example(row), " and ".join(shapes.names)) == (expected(turns), shape)
 
 
+DPO = {"prompt": "Q", "chosen": [USER, BOT]}
 REFUSED: dict[str, tuple[Any, str]] = {
     "no object": (["I", "O"], "expected an object with columns such as instruction and output, found a list"),
     "one column": ({"instruction": "I", "x": "y"}, "no column for the output (found: 'instruction', 'x'); say which"),
     "no column": ({}, "no column for the instruction and for the output (found: none)"),
+    "DPO": (DPO, "for the output (found: 'prompt', 'chosen'); 'chosen' is a list of messages; say so: --columns "
+            "messages=chosen"),
+    "DPO, prompt too": ({"prompt": [USER], "chosen": [BOT]}, "for the output (found: 'prompt', 'chosen'); say which"),
+    "messages as an answer": ({"prompt": "Q", "output": [USER, BOT]}, "'output' is a list of messages; say so: --col"),
+    "rows in it": ({"faq": [PAIR]}, "(found: 'faq'); its rows seem to be under 'faq': write them as a list"),
+    "rows, and more": ({"a": 1, "b": 2, "faq": [PAIR]}, "output=NAME; its rows seem to be under 'faq': "),
+    "rows by many names": ({f"id{n}": PAIR for n in range(1000)}, "'id19' and 980 more); its rows seem to be under"),
+    "rows by name": ({"a": PAIR, "b": PAIR}, "(found: 'a', 'b'); its rows seem to be under 'a', 'b': write them"),
+    "a row, and more": ({"id": 1, "data": PAIR}, "(found: 'id', 'data'); its rows seem to be under 'data'"),
+    "data as names": ({"What is it?": "That", "x": "y"}, "'x'); the first line of a table, and each row of JSON"),
+    "whole conversations": ({"chosen": "Human: Q", "rejected": "Human: Q"}, "NAME; the first line of a table, and"),
     "one text": ({"text": "### Human: Hi### Assistant: Hi"}, "such as philschmid/guanaco-sharegpt-style"),
     "a tree": ({"message_id": "0", "text": "Hi", "role": "prompter"}, "a variant with messages or pairs"),
     "two": ({"instruction": "I", "output": ["a", "b"]}, "column 'output' must be text, found a list; make it one"),
@@ -138,6 +170,8 @@ def test_what_has_no_meaning_is_refused(name):
     ({"instruction": "frage", "output": "antwort"}, {"Frage ": "Q", "antwort": "A", "output": "x"}, QA),
     ({"instruction": "query", "output": "answer"}, {"prompt": "x", "query": "Q", "output": "y", "answer": "A"}, QA),
     ({"instruction": "prompt", "output": "completion"}, chat(USER, BOT, **PAIR), PC),
+    ({"messages": "chosen"}, DPO, PLAIN),
+    ({"instruction": "frage", "output": "antwort"}, {"row": {"frage": "Q", "antwort": "A"}}, QA),
     ({"messages": "log"}, {"log": [USER, BOT], "instruction": "I", "output": "O"}, PLAIN),
     ({"input": ""}, {"instruction": "Q", "input": "in", "": "7", "output": "A"}, QA),
     ({"input": "hint", "system": "system"}, {"instruction": "I", "hint": "h", "output": "O", "system": "S"},
@@ -147,17 +181,18 @@ def test_what_has_no_meaning_is_refused(name):
     ({"split": ""}, {"instruction": "Q", "output": "A", "split": "val"}, QA),
 ])
 def test_columns_that_the_user_names_win(columns, row, turns):
-    assert Shapes(columns).example(row) == Example(tuple(turns))
+    assert Shapes(columns).example(row) == expected(turns)
 
 
 def test_columns_that_no_row_has_are_refused(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"frage": "Q", "antwort": "A"}, {"frage": "R", "antwort": "B"}])
     pair = ["instruction=Frage", "output=antwort"]
-    assert prepare(data, tmp_path, "--columns", *pair)["train_examples"] == 1
+    assert prepare(data, tmp_path, "--columns", pair[0], "--columns", pair[1])["train_examples"] == 1
     for flags, reason in ((["instruction=x"], "a.jsonl: line 1: no column 'x' .found: 'frage', 'antwort'"),
                           (pair[:1], "line 1: no column for the output"),
-                          ([*pair, "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.$"),
+                          ([pair[0], "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.$"),
                           ([*pair, "input=kontext"], "a.jsonl: --columns: no row has a column 'kontext'"),
+                          ([*pair, "--columns", "output=x"], "output=antwort and output=x: a meaning has one column"),
                           (["x"], "'x' is not MEANING=NAME with a MEANING of messages, instruction, output")):
         with pytest.raises(UserError, match=reason):
             prepare(data, tmp_path, "--columns", *flags)
@@ -183,13 +218,15 @@ def test_several_turns_reach_the_shards_and_the_report(tmp_path, capsys):
     again = {"id": 8, "messages": [SYSTEM, USER, BOT, MORE, {**YES, "content": "No."}]}
     others = [{"messages": said("user", f"Q{n}", "assistant", "A", role="role", text="content")} for n in range(3)]
     gpt_first = {"messages": [BOT, *others[0]["messages"], MORE]}
-    rows = [row, {**row, "id": 9}, again, *others, gpt_first, {"messages": [USER]}]
+    unasked = [{"messages": [BOT]}, {"instruction": None, "output": "A"}]
+    rows = [row, {**row, "id": 9}, again, *others, gpt_first, {"messages": [USER]}, *unasked]
     manifest = prepare(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out")
-    assert manifest["dropped"] == {"empty_output": 1, "exact_repeat": 2, "bad_row": 0}
-    assert (manifest["shape"], manifest["multi_turn"], manifest["total_examples"]) == ("messages", True, 8)
+    assert manifest["dropped"] == {"empty_output": 1, "exact_repeat": 2, "bad_row": 0, "empty_question": 2}
+    assert (manifest["shape"], manifest["multi_turn"], manifest["total_examples"]) == ("messages and Alpaca", True, 10)
     report = capsys.readouterr().out
-    assert report.startswith("shape: messages, 1.4 turns on average; columns used: messages; ignored: id, tools\n"
-                             "1 answers without a question left out\n2 questions without an answer left out\n")
+    assert report.startswith("shape: messages and Alpaca, 1.4 turns on average; columns used: messages, instruction, "
+                             "output; ignored: id, tools\n2 answers without a question left out\n"
+                             "2 questions without an answer left out\n")
     [sides] = ({split: [tuple(map(list, data.example(n))) for n in range(len(data))] for split, data in each.items()}
                for each in [open_data(tmp_path / "out")])
     documents = [encode_conversation(turns) for turns in (
@@ -210,4 +247,4 @@ def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
     assert shapes.notes(1.0) == [
         "shape: Alpaca and prompt/completion and messages; columns used: instruction, output, "
         "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
-        "1 lists of one text became it", "1 answers of weight 0 left out"]
+        "1 lists of one text became it", "1 answers of weight 0 are context only"]

@@ -6,13 +6,14 @@ import io
 import json
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import prepare_instruct_dataset
-from conftest import run_script, write_jsonl
+from conftest import SRC, run_command, run_script, write_jsonl
 from data.rows import open_sources
 from data_files import HARD_ROWS, lines, listed, parquet, row, table
 from errors import UserError
@@ -31,6 +32,10 @@ TEXTS: dict[str, tuple[str, str | bytes]] = {
     "by columns": ("a.json", json.dumps({name: {str(n): row[name] for n, row in enumerate(HARD_ROWS)}
                                          for name in HARD_ROWS[0]})),
     "by index": ("a.json", json.dumps({str(n): row for n, row in enumerate(HARD_ROWS)})),
+    "pandas by split": ("a.json", json.dumps({"columns": list(HARD_ROWS[0]), "index": list(range(20)), "data": [
+        list(row.values()) for row in HARD_ROWS]})),
+    "lines of joined files": ("a.jsonl", LINES.replace('\n{', '\n\ufeff{')),
+    "tables of joined files": ("a.csv", table(HARD_ROWS[:7]) + "\ufeff" + table(HARD_ROWS[7:])),
     "Parquet": ("a.parquet", parquet(*HARD_ROWS)), "Parquet without suffix": ("a", parquet(*HARD_ROWS)),
     "comma": ("a.csv", table(HARD_ROWS)), "semicolon": ("a.csv", table(HARD_ROWS, ";")),
     "sep line": ("a.csv", table(HARD_ROWS, ";", "sep=;\r\n")), "tab": ("a.tsv", table(HARD_ROWS, "\t")),
@@ -73,11 +78,27 @@ def test_every_kind_in_every_encoding_is_read_packed_or_not(tmp_path, name, enco
     json.dumps({"question": {"text": "Q", "id": "1"}, "answer": {"text": "A", "id": "2"}}),
     json.dumps({"question": {"0": "Q"}, "answer": {"1": "A"}}),
     json.dumps({"messages": [{"role": "user"}], "examples": []}),
+    json.dumps({"columns": ["a"], "data": [["b", "c"]]}),
 ])
 def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     [source] = open_sources([str(tmp_path / "a.json")], {})
     assert [row for _, row in source.rows] == [json.loads(text)]
+
+
+@pytest.mark.parametrize(("name", "text", "rows"), [
+    ("a.csv", 'instruction, output\n"Q 1",  "a, b"\n q, b\n  "Q, 2", c "d", e\n'.replace(", e", ""), [
+        ("Q 1", "a, b"), (" q", " b"), ("Q, 2", ' c "d"')]),
+    ("a.csv", 'instruction;output\n"a; b"; "c\n d; ""e"""\n', [("a; b", 'c\n d; "e"')]),
+    ("a.txt", "\n| instruction | output |\n|:---|---:|\n| a \\| b | \"c |\n\n| d |  |\n", [("a | b", '"c'), ("d", "")]),
+    ("a.csv", "instruction | output\n--- | ---\na, b | c\n", [("a, b", "c")]),
+    ("a.txt", "instruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
+])
+def test_blanks_and_bars_of_tables(tmp_path, name, text, rows):
+    """A blank before a quote and the frame of a Markdown table are none of the fields; other blanks are."""
+    (tmp_path / name).write_text(text)
+    [source] = open_sources([str(tmp_path / name)], {})
+    assert [tuple(row.values()) for _, row in source.rows] == rows
 
 
 def typed(data: bytes) -> io.TextIOWrapper:
@@ -122,7 +143,11 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
 @pytest.mark.parametrize(("names", "told"), [
     (["*.xyz"], r"\*\.xyz: no file matches"), (["absent.csv"], "absent.csv: no such file"),
     (["my data/absent"], "my data/absent: no such file"), (["a/b/c"], "a/b/c: no such file"),
-    ([".", "a.jsonl"], r"\.: not a file; for all in it"),
+    ([".", "a.jsonl"], r"\.: not a file; for all in it: --dataset './\*\*/\*\.jsonl' './\*\*/\*\.csv\.gz'$"),
+    (["empty"], "empty: not a file; nor is one of .json, "), ([""], "an empty name: no such file"),
+    (["empty/train.txt"], "empty/train.txt: no such file"), (["./absent"], "./absent: no such file"),
+    (["empty/absent"], "empty/absent: no such file"), (["absent.zst"], "absent.zst: no such file"),
+    (["a.jsonl", "--dataset", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
     (["a.jsonl", "--subset", "x"],
      "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),
     (["a.jsonl", "--streaming"], "a.jsonl: --split, --subset"),
@@ -133,6 +158,10 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
 def test_wrong_sources_of_data_are_refused(tmp_path, monkeypatch, names, told):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "I"}] * 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "below").mkdir()
+    for name in ("README.md", "dataset_info.json", "b.csv.gz"):
+        (tmp_path / "below" / name).write_text("")
     monkeypatch.setattr("sys.stdin", typed(b""))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
@@ -185,7 +214,7 @@ def test_with_two_prompts_neither_split_is_empty(tmp_path, monkeypatch, count, f
     assert found[0] == found[1] and sum(map(len, found[0].values())) == len(rows)
 
 
-def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path):
+def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path, capsys):
     wrapped = {"train": ROWS[:6], "Train": ROWS[6:8], "validation_set": ROWS[8:11], "test": ROWS[11:]}
     (tmp_path / "a.json").write_text(json.dumps(wrapped))
     manifest = prepare(tmp_path / "a.json", tmp_path / "out")
@@ -193,6 +222,13 @@ def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path):
         8, 3, {"empty_output": 0, "exact_repeat": 0, "bad_row": 0, "test_split": 1}]
     prompts = {prompt for prompt, _ in texts_of(tmp_path / "out")["val"]}
     assert prompts == {prompt_text(row["instruction"]) for row in ROWS[8:11]}
+    for split, other in (("val", "train"), ("train", "val")):
+        prepare(write_jsonl(tmp_path / "a.jsonl", [{**row, "split": split} for row in ROWS]), tmp_path / "out")
+        assert f"no row that is kept names {other}: a hash divides them, not their split\n" in capsys.readouterr().out
+    (tmp_path / "a.json").write_text(json.dumps({"train": ROWS, "validation": ROWS[8:]}))
+    prepare(tmp_path / "a.json", tmp_path / "out")
+    assert "\n4 rows of val were dropped: each repeats one that is kept\nno row that is kept names val: " in (
+        capsys.readouterr().out)
     with pytest.raises(UserError,
                        match="line 2: column 'split' must be in every row or in none; --columns split= "):
         prepare(write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "split": "val"}, ROWS[1]]), tmp_path / "out")
@@ -204,3 +240,9 @@ def test_a_pipe_is_prepared_and_the_report_is_printed_in_any_encoding(tmp_path):
     code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, stdin=rows,
                                       env={"PYTHONIOENCODING": "latin-1"})
     assert (code, stderr) == (0, "") and ">>>\\U0001f680 \\u05d0\\u2028x<|endoftext|><<<" in stdout
+    for number, output in enumerate(("short", "\u6f22" * 3000)):  # the second fills the buffer of standard output
+        data = write_jsonl(tmp_path / "a.jsonl", [{**row, "output": output} for row in ROWS])
+        found = run_command("bash", "-c", f"{sys.executable} {SRC}/prepare_instruct_dataset.py --dataset {data} "
+                            f"--output_dir {tmp_path}/{number} > /dev/full")
+        assert (found.code, found.stderr) == (2, "error: standard output: No space left on device\n")
+        assert (tmp_path / str(number) / "dataset_info.json").exists()

@@ -20,6 +20,7 @@ from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.advice import CUT, for_folder, refuse_foreign
 from errors import UserError, errors_at
 
 
@@ -34,10 +35,12 @@ WRAPPERS = ("data", "rows", "examples", "instances", "records", "items")  # keys
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test",
                **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")}
 QUESTIONS = ("instruction", "prompt", "question", "query", "inputs", "problem", "human", "user", "message_1", "input")
+TALKS = ("messages", "conversations", "conversation")
 ANSWERS = ("output", "response", "completion", "solution", "answer", "targets", "target", "assistant", "message_2")
 _JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
                          parse_constant=lambda name: None if name == "NaN" else Number(name))
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_FILES = (*KINDS, ".gz", ".txt", ".log", ".md", ".yaml", ".xlsx", ".pdf", ".zip", ".zst", ".bz2", ".xz", ".arrow")
 
 
 class BadRow(Exception):
@@ -70,15 +73,19 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
 def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     path, kind = Path(name), Path(name.lower().removesuffix(".gz")).suffix
     if name != STDIN:
-        if not path.exists():
-            if kind not in KINDS and _HUB_NAME.fullmatch(name):
+        if not name or not path.exists():
+            is_local = name.lower().endswith(_FILES) or "/" in name and path.parent.is_dir()
+            if not is_local and _HUB_NAME.fullmatch(name):
                 return _hub_rows(name, **hub)
-            raise UserError(f"{name}: no such file")
+            raise UserError(f"{name or 'an empty name'}: no such file")
         if path.is_dir():
-            raise UserError(f"{name}: not a file; for all in it: '{name}/*'")
+            raise UserError(f"{name}: not a file; {for_folder(name, KINDS)}")
         if path.is_file() and kind not in KINDS + BY_CONTENT:
-            raise UserError(f"{name}: unknown kind of file; use {', '.join(KINDS)}, also as .gz, or pipe it into "
-                            f"--dataset {STDIN}")
+            with errors_at(name), path.open("rb") as file:
+                start = file.peek(512)
+            refuse_foreign(name, start)
+            raise UserError(f"{name}: unknown kind of file; use {', '.join(KINDS)}, also as .gz"
+                            + f", or pipe it into --dataset {STDIN}" * (b"\0" not in start))
     if any(hub.values()):
         raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
     return _file_rows(name, kind)
@@ -87,10 +94,12 @@ def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _file_rows(name: str, kind: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file or pipe. What its kind does not say, its content does."""
     place = "standard input" if name == STDIN else name
-    with errors_at(place, EOFError, zlib.error), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened:
+    with (errors_at(place), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened,
+          errors_at(place, EOFError, zlib.error, advice=f"; {CUT}")):
         file: Any = opened
         if zipped := file.peek(2).startswith(b"\x1f\x8b"):
             file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+        refuse_foreign(place, file.peek(16))
         if kind == ".parquet" or file.peek(4).startswith(b"PAR1"):
             yield from _parquet_rows(place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name)
             return
@@ -107,29 +116,34 @@ def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
     """The lines of a text. Raises UserError naming the first byte that is none of it."""
     start, number = file.peek(2)[:2], 0
     is_utf_16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    if b"\0" in start:
+    if re.fullmatch(rb"\0[\t\r\n -~]|[\t\r\n -~]\0", start):
         guess = "UTF-16LE" if start[0] else "UTF-16BE"
         raise UserError(f"{place}: line 1: byte 0x00 in column {start.index(0) + 1}: UTF-16 without its mark? Convert "
                         f"it: iconv -f {guess} -t UTF-8 OLD > NEW")
     lines: Iterable[bytes | str] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf_16 else file
     try:
-        for number, line in enumerate(lines, 1):
-            yield line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
+        for line in lines:
+            number += 1
+            yield (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")  # files may be joined
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place}: {'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
-            f"0x{error.object[error.start]:02x} in column {error.start + 1}; save it as UTF-8, or: iconv -f "
-            "WINDOWS-1252 (or what it is) -t UTF-8 OLD > NEW") from error
+        advice = "save it as UTF-8, or: iconv -f WINDOWS-1252 (or what it is) -t UTF-8 OLD > NEW"
+        if error.reason in ("truncated data", "unexpected end of data"):
+            advice = CUT + f", or, if it is whole: {advice}" * (not is_utf_16)
+        elif not is_utf_16 and re.search(rb"[\0-\x08\x0e-\x1f]", error.object + file.peek(512)):
+            is_named_gz = place.lower().endswith(".gz") and not isinstance(file.raw, gzip.GzipFile)
+            advice = f"it is no text{' and no gzip' * is_named_gz}: download it again, or use {', '.join(KINDS)}"
+        raise UserError(f"{place}: {'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
+                        f"0x{error.object[error.start]:02x} in column {error.start + 1}; {advice}") from error
 
 
 def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
     first, second, *_ = [line.strip() for line in head if line.strip()] + ["", ""]
     if not _is_whole(first, second):
-        yield from ((f"line {number}", parse_json(line.rstrip())) for number, line in enumerate(chain(head, lines), 1)
-                    if line.strip())
+        yield from ((f"line {number}", parse_json(line.rstrip(), is_end=not line.endswith("\n")))
+                    for number, line in enumerate(chain(head, lines), 1) if line.strip())
         return
-    rows = _listed(parse_json("".join(chain(head, lines))))
+    rows = _listed(parse_json("".join(chain(head, lines)).rstrip(), is_end=True))
     if isinstance(rows, BadRow):
         raise UserError(f"{place}: {rows}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
@@ -142,14 +156,16 @@ def _is_whole(first: str, second: str) -> bool:
     return not second
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text, or a BadRow. Numbers stay as they are written, NaN is null."""
+def parse_json(text: str, is_end: bool = False) -> Any:
+    """The value of a JSON text, or a BadRow. Numbers stay as they are written, NaN is null. is_end: of its file."""
     try:
         return _JSON.decode(text)
     except RecursionError:
         return BadRow("nested too deeply")
-    except ValueError as error:
-        return BadRow(f"cannot be read as JSON: {error}")
+    except json.JSONDecodeError as error:
+        is_cut = is_end and text != "" and (error.pos >= len(text) or error.msg.startswith("Unterminated"))
+        return BadRow(f"cannot be read as JSON: {error.msg}: " + f"line {error.lineno} " * ("\n" in text)
+                      + f"column {error.colno}" + f"; {CUT}" * is_cut)
 
 
 def split_of(name: str) -> str | None:
@@ -159,7 +175,7 @@ def split_of(name: str) -> str | None:
 
 def _listed(value: Any) -> Any:
     """The rows of a JSON value: a list of them, perhaps under a key such as data, or under train and val; or what
-    pandas writes, by index or by column. A BadRow where only some lists are under such keys: none may be lost."""
+    pandas writes, in three ways. A BadRow where only some lists are under such keys: none may be lost."""
     if not isinstance(value, dict):
         return value if isinstance(value, (list, BadRow)) else [value]
     if all(key.isdigit() for key in value):
@@ -168,7 +184,8 @@ def _listed(value: Any) -> Any:
     if texts & {*QUESTIONS} and texts & {*ANSWERS}:
         return [value]
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and isinstance((rows or [{}])[0], dict)}
-    wrapped = {key: rows for key, rows in lists.items() if key.strip().lower() in WRAPPERS or split_of(key)}
+    wrapped = {key: rows for key, rows in lists.items()
+               if key.strip().lower() in WRAPPERS or split_of(key) or rows and not rows[0].keys().isdisjoint(TALKS)}
     rest = [key for key, rows in lists.items() if rows and key not in wrapped]
     if rest and any(wrapped.values()):
         return BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}, of which {rest[0]!r:.60} is no known "
@@ -176,6 +193,10 @@ def _listed(value: Any) -> Any:
     if wrapped and not rest:
         return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
                 for key, rows in wrapped.items() for row in rows]
+    names, table = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(table, list) and all(
+            isinstance(row, list) and len(row) == len({*map(str, names)}) for row in table):
+        return [dict(zip(map(str, names), row)) for row in table]
     first, *others = value.values()
     if others and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
             isinstance(each, dict) and each.keys() == first.keys() for each in others):
@@ -190,8 +211,9 @@ def _csv_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tup
     first, header = next(records, (0, []))
     _refuse_twice(f"{place}: line {first}", header)
     for line, fields in records:
-        yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
-            f"expected {len(header)} columns as in the first line, found {len(fields)}")
+        if fields != header:  # again, where files were joined
+            yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
+                f"expected {len(header)} columns as in the first line, found {len(fields)}")
 
 
 def _refuse_twice(place: str, names: list[str]) -> None:
@@ -208,13 +230,22 @@ def _csv_records(place: str, head: list[str], lines: Iterator[str]) -> Iterator[
         filled = filled[1:]
     before, line = len(head) - len(filled), 0
     try:
-        delimiter = separator[1] if separator else max(
-            ",;\t|", key=lambda each: len(next(csv.reader(filled[:1], delimiter=each), [])))
-        reader = csv.reader(chain(filled, lines), delimiter=delimiter, strict=True)
+        delimiter = separator[1] if separator else max(",;\t|", key=lambda each: len(next(
+            csv.reader(filled[:1], delimiter=each, skipinitialspace=True), [])))
+        if delimiter == "|" and re.fullmatch(r"[\s|:-]*-[\s|:-]*", "".join(filled[1:]).strip()):  # Markdown
+            for line, text in enumerate(chain(filled, lines), before + 1):
+                if text.strip() and line != before + len(filled):  # the rule below the names
+                    cells = re.split(r"(?<!\\)\|", text.strip().removeprefix("|").removesuffix("|"))
+                    yield line, [cell.strip().replace("\\|", "|") for cell in cells]
+            return
+        # A blank in front of a quote is none of the field; others are, and hidden from the reader by what no text has
+        blank = re.compile(rf'(^|{re.escape(delimiter)}) (?! *")')
+        reader = csv.reader((blank.sub("\\1\ud800", text) for text in chain(filled, lines)), delimiter=delimiter,
+                            strict=True, skipinitialspace=delimiter != " ")
         while True:
             line = before + reader.line_num + 1
             if record := next(reader):
-                yield line, record
+                yield line, [field.replace("\ud800", " ") for field in record]
     except StopIteration:
         return
     except csv.Error as error:

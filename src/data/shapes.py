@@ -12,12 +12,13 @@ from itertools import chain, cycle
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, BadRow, Number, Source, parse_json, split_of
+from data.advice import for_columns, for_messages, names_of
+from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, Number, Source, parse_json, split_of
 from instruct_format import join_texts, tidy
 
 # The names of a column of each meaning, the likelier first, in any case
 NAMES = {
-    "messages": ("messages", "conversations", "conversation"),
+    "messages": TALKS,
     "instruction": QUESTIONS,
     "output": ANSWERS,
     "input": ("input", "context"),
@@ -32,6 +33,7 @@ KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpa
 SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
             **dict.fromkeys(("system", "developer"), "system"),
             **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant")}
+UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 IGNORE_SPLIT = "; --columns split= ignores that column"
 LONGEST_BLANK = 100_000  # the tokenizer fails from about a million blanks in a row on
 _BLANK, _SURROGATE = re.compile(rf"\s{{{LONGEST_BLANK}}}"), re.compile("[\ud800-\udfff]")
@@ -43,6 +45,7 @@ class Turn(NamedTuple):
     instruction: str
     input: str
     output: str
+    is_trained: bool = True  # else later turns see it only
 
 
 class Example(NamedTuple):
@@ -50,6 +53,13 @@ class Example(NamedTuple):
 
     turns: tuple[Turn, ...]  # a system text is part of the first instruction
     split: str | None = None
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot be trained on: empty_output, empty_question; or nothing."""
+        if not any(turn.output for turn in self.turns):
+            return "empty_output"
+        return "" if any(turn.instruction or turn.input for turn in self.turns) else "empty_question"
 
 
 class Shapes:
@@ -82,6 +92,9 @@ class Shapes:
             raise row
         if not isinstance(row, dict):
             raise BadRow(f"expected an object with columns such as instruction and output, found {_kind(row)}")
+        if len(row) == 1 and isinstance(inner := next(iter(row.values())), dict) and (
+                "messages" in (inside := self._columns(inner)) or inside.keys() >= NEEDED):
+            row = inner
         columns = self.known.get(tuple(row))
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
@@ -99,7 +112,8 @@ class Shapes:
             found.setdefault(meaning, next((free[name] for name in names if name in free
                                             and free[name] not in found.values()), None))
         if None in (found["instruction"], found["output"]) and "messages" not in self.columns:
-            found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free), None)
+            found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free
+                                                               and not isinstance(row[free[name]], dict)), None)
         return {meaning: name for meaning, name in found.items() if name is not None}
 
     def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
@@ -109,21 +123,21 @@ class Shapes:
             if "messages" in columns:
                 return ()
             raise BadRow(self._complaint(row, [meaning for meaning in PAIR if meaning in NEEDED - pair.keys()]))
+        if advice := for_messages({name: row[name] for name in pair.values()}):
+            raise BadRow(advice)
         text = {meaning: self._text(row[name], f"column {name!r}") for meaning, name in pair.items()}
         self.names[_shape(*pair.values())] = None
         self.used |= dict.fromkeys(pair.values())
-        question = join_texts(text.get("system", ""), text["instruction"])
+        is_asked = text["instruction"] or text.get("input")
+        question = join_texts(text.get("system", "") if is_asked else "", text["instruction"])
         return (Turn(question, text.get("input", ""), text["output"]),)
 
-    def _complaint(self, row: Iterable[str], missing: list[str]) -> str:
+    def _complaint(self, row: Mapping[str, Any], missing: list[str]) -> str:
         """Why a row is no question and answer."""
         if named := [self.columns[meaning] for meaning in missing if self.columns.get(meaning)]:
-            return f"no column {named[0]!r} (found: {_names(row)})"
-        advice = "; say which it is: --columns instruction=NAME output=NAME"
-        if "text" in map(_plain, row):
-            advice += ("; where a text is a whole conversation, or one message of it, take a variant with messages or "
-                       "pairs, such as philschmid/guanaco-sharegpt-style")
-        return f"no column for the {' and for the '.join(missing)} (found: {_names(row)}){advice}"
+            return f"no column {named[0]!r} (found: {names_of(row)})"
+        return (f"no column for the {' and for the '.join(missing)} (found: {names_of(row)}); "
+                f"{for_columns(row, len(missing))}")
 
     def _text(self, value: Any, where: str) -> str:
         """A value as text. Null and NaN are empty, numbers and booleans what JSON writes, a list of one text is it."""
@@ -171,41 +185,50 @@ class Shapes:
             raise BadRow(f"{where} must be a list of messages, found {_kind(value)}")
         system = self._text(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
         turns = self._turns(value or [], where, system)
-        if turns or not has_pair:
-            self.used |= dict.fromkeys(columns[each] for each in ("messages", "system") if each in columns)
+        if has_pair and Example(turns).fault:
+            return ()
+        self.used |= dict.fromkeys(columns[each] for each in ("messages", "system") if each in columns)
         return turns
 
     def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
-        what stands before the first question and after the last answer cannot be trained on, and is left out."""
-        turns: list[Turn] = []
-        waiting = [system]  # what the next answer answers
-        is_asked = False
-        for speaker, text in self._messages(messages, where):
+        questions and answers without the other are left out, and so is what no trained answer comes after."""
+        turns, orphans = list[Turn](), list[Turn]()  # the second: answers without a question
+        waiting = [("system", system)]  # what the next answer answers
+        is_empty = False  # the answer, until now
+        for speaker, text, is_trained in self._messages(messages, where):
+            users = [said for who, said in waiting if who == "user"]
             if speaker != "assistant":
+                if speaker == "user" and users and is_empty:
+                    waiting = [each for each in waiting if each[0] != "user"]
+                    self.changes["empty answers left out with their questions"] += 1
+                is_empty &= speaker != "user"
                 if speaker == "user" or text != system:  # datasets may say it in both places
-                    waiting.append(text)
-                is_asked |= speaker == "user"
+                    waiting.append((speaker, text))
             elif not text:
-                self.changes["empty answers left out"] += 1
-            elif is_asked:
-                turns.append(Turn(join_texts(*waiting), "", text))
-                waiting, is_asked = [], False
-            elif turns:
-                turns[-1] = turns[-1]._replace(output=join_texts(turns[-1].output, text))
+                is_empty = True
+            elif any(users):
+                turns.append(Turn(join_texts(*(said for _, said in waiting)), "", text, is_trained))
+                waiting = []
+            elif turns and not users:
+                turns[-1] = Turn(turns[-1].instruction, "", join_texts(turns[-1].output, text),
+                                 turns[-1].is_trained and is_trained)
             else:
                 self.changes["answers without a question left out"] += 1
-        if is_asked:
+                orphans.append(Turn("", "", text, is_trained))
+        if any(said for who, said in waiting if who == "user"):
             self.changes["questions without an answer left out"] += 1
-        return tuple(turns)
+        while turns and not turns[-1].is_trained:
+            turns.pop()
+        return tuple(turns or orphans)
 
-    def _messages(self, items: list[Any], column: str) -> Iterator[tuple[str, str]]:
-        """(user, assistant or system; its text) of every message."""
+    def _messages(self, items: list[Any], column: str) -> Iterator[tuple[str, str, bool]]:
+        """(user, assistant or system; its text; whether it may be trained) of every message."""
         for number, (item, side) in enumerate(zip(items, cycle(("user", "assistant"))), 1):
             where = f"{column}: message {number}"
             if isinstance(item, str):
                 self.names["texts in turn"] = None
-                yield side, self._text(item, where)
+                yield side, self._text(item, where), True
                 continue
             if not isinstance(item, dict):
                 raise BadRow(f"{where} must be an object with role and content, found {_kind(item)}")
@@ -214,18 +237,18 @@ class Shapes:
                 if (speaker := SPEAKERS.get(_plain(role))) is None:
                     raise BadRow(f"{where}: role {role!r:.60} is none of user, assistant and system")
                 self.names["messages" if "role" in fields else "ShareGPT"] = None
-                if speaker == "assistant" and str(fields.get("weight")) in ("0", "0.0"):  # OpenAI: not to be trained
-                    self.changes["answers of weight 0 left out"] += 1
-                    continue
-                content = next((fields[name] for name in ("content", "value", "text") if name in fields), None)
-                yield speaker, self._content(content, where)
+                # as OpenAI and axolotl say that an answer is context only
+                is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
+                self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
+                content = next((fields[name] for name in ("content", "value", "text", "parts") if name in fields), None)
+                yield speaker, self._content(content, where), is_trained
             elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
                 question = (columns[meaning] for meaning in PAIR if meaning in columns and meaning != "output")
-                yield "user", join_texts(*(self._text(item[name], where) for name in question))
-                yield "assistant", self._text(item[columns["output"]], where)
+                yield "user", join_texts(*(self._text(item[name], where) for name in question)), True
+                yield "assistant", self._text(item[columns["output"]], where), True
             else:
-                raise BadRow(f"{where} has no role and content (found: {_names(item)})")
+                raise BadRow(f"{where} has no role and content (found: {names_of(item)})")
 
     def _content(self, content: Any, where: str) -> str:
         """The text of a message, which may come in parts."""
@@ -248,7 +271,7 @@ class Shapes:
         average = f", {turns:.1f} turns on average" if turns > 1 else ""
         used, ignored = (", ".join(map(str.strip, names)) or "none" for names in (self.used, rest))
         return [f"shape: {' and '.join(self.names)}{average}; columns used: {used}; ignored: {ignored}",
-                *(f"{count:,} {change}" for change, count in self.changes.items())]
+                *(f"{count:,} {change}" for change, count in self.changes.items() if count)]
 
 
 @cache
@@ -260,10 +283,6 @@ def _shape(*columns: str) -> str:
 
 def _plain(name: object) -> str:
     return str(name).strip().lower()
-
-
-def _names(row: Iterable[str]) -> str:
-    return ", ".join(f"{name!r:.60}" for name in row) or "none"
 
 
 def _kind(value: object) -> str:
