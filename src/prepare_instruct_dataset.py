@@ -41,7 +41,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--dataset", nargs="+", action="extend", metavar="SOURCE",
                         help=f"datasets of the Hugging Face hub, files ({', '.join(KINDS)}, also as .gz), patterns "
-                             "such as 'part*.jsonl', or - for standard input (default: {DATASET})")
+                             f"such as 'part*.jsonl', or - for standard input (default: {DATASET})")
     parser.add_argument("--columns", nargs="+", action="extend", type=column, default=[], metavar="MEANING=NAME",
                         help="where columns are not recognised: what they mean, such as instruction=frage "
                              f"output=antwort; the meanings are {', '.join(NAMES)}; split= ignores that column")
@@ -151,7 +151,9 @@ class Selection:
         rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
             f", {count} left out: {reason.replace('_', ' ')}" for reason, count in self.dropped.items() if count)
         if not len(places):
-            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({rows})")
+            is_empty = 0 < self.dropped["empty_question"] == self.dropped.total()
+            why = "all instructions are the same: empty" if is_empty else "nothing to train on"
+            raise UserError(f"{self.first_bad or f'{names}: {why}'} ({rows})")
         if (places == places[0]).all():
             raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
                             f"are the same, with the same input ({rows})")
