@@ -78,7 +78,7 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _UNFINISHED).touch()
-        for name in ("config.json", "chat_template.jinja", "Modelfile"):  # a model without a template has one of them
+        for name in ("config.json", "chat_template.jinja", "Modelfile"):  # the last two are of tuned models
             (folder / name).unlink(missing_ok=True)
     _write_safetensors(folder / "model.safetensors", tensors, kind)
     for name, text in [*texts.items(), ("config.json", _json(_config(state, dtype)))]:
