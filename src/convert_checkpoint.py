@@ -13,9 +13,11 @@ from pathlib import Path
 
 from answering.settings import Settings
 from cli import Parser, number, printable_line, run
-from errors import CheckpointError, UserError
+from errors import UserError, errors_at
 
 GGUF = ".gguf"  # what an output of this kind ends with
+# What neither command writes: under such a name other programs, and this one, expect something else.
+OTHERS = (".safetensors", ".bin", ".json", ".jsonl", ".ndjson", ".txt", ".csv", ".parquet", ".gz", ".zip")
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
@@ -52,7 +54,7 @@ def fetch(source: str) -> Path:
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
-        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "*.safetensors"]))
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "*.safetensors*"]))
         if not any(folder.glob("*.safetensors")):
             huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model*.bin*"])
         return folder
@@ -64,24 +66,33 @@ def fetch(source: str) -> Path:
                         "or import a local file or folder") from error
 
 
-def check_output(output: Path, is_folder: bool, is_forced: bool) -> None:
-    """Raise UserError where something is that may not be replaced."""
-    for path in (output, *[output.with_suffix(".Modelfile")] * (output.suffix == GGUF)):
+def is_gguf(output: Path) -> bool:
+    return output.name.lower().endswith(GGUF)
+
+
+def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
+    """Raise UserError where something is that may not be replaced, and for a name that means something else."""
+    name = output.name.lower()
+    if is_import and name.endswith((*OTHERS, GGUF)):
+        raise UserError(f"{output}: import writes a checkpoint; name it {output.with_suffix('.pt')}")
+    if not is_import and name.endswith((*OTHERS, ".pt", ".pth", ".ckpt")):
+        raise UserError(f"{output}: export writes a folder, or a file whose name ends in {GGUF}; name one of these")
+    for path in (output, *([output.with_suffix(".Modelfile")] if is_gguf(output) else [])):
         if path.exists():
             from weights.export import check_folder
             from weights.safe_load import check_is_file
 
-            (check_folder if is_folder else check_is_file)(path)
+            (check_is_file if is_import or is_gguf(output) else check_folder)(path)
             if not is_forced:
                 raise UserError(f"{path}: exists; --force replaces it, another output leaves it")
 
 
-def import_weights(source: str, output: Path, n_head: int) -> None:
+def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
     from weights.checkpoint import save, size_of
     from weights.pretrained import open_any
 
-    state = open_any(path, n_head)
+    state = open_any(path, n_head, lambda text: print(printable_line(text)))
     save(output, state, lambda text: print(printable_line(text)))
     sizes = state["model_config"]
     print(f"wrote {printable_line(output)}: {size_of(state['model']) // 4:,} parameters, {sizes['n_layer']} layers of "
@@ -89,28 +100,20 @@ def import_weights(source: str, output: Path, n_head: int) -> None:
 
 
 def export_weights(source: Path, output: Path, dtype: str) -> None:
-    import torch
-
-    from instruct_format import TEMPLATE
-    from weights.checkpoint import model_of
+    from answering.opened import open_model
     from weights.export import export_folder, export_gguf
-    from weights.pretrained import check_vocabulary, open_any
 
-    state = open_any(source)
-    check_vocabulary(model_of(state, source, torch.device("cpu")).config.vocab_size, source)
-    if state["template"] not in (None, TEMPLATE):
-        raise CheckpointError(f"{source}: fine-tuned with template {state['template']!r:.60}, this version knows "
-                              f"{TEMPLATE!r}")
-    (export_gguf if output.suffix == GGUF else export_folder)(state, output, dtype, Settings()._asdict())
+    _, state = open_model(source)
+    (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, Settings()._asdict())
     print(f"wrote {printable_line(output)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
-    is_gguf = options.output.suffix == GGUF
-    check_output(options.output, options.command == "export" and not is_gguf, options.force)
-    if getattr(options, "dtype", "") == "q8_0" and not is_gguf:
-        raise UserError(f"--dtype q8_0 is for GGUF: {options.output}{GGUF}")
+    with errors_at(options.output):
+        check_output(options.output, options.command == "import", options.force)
+    if getattr(options, "dtype", "") == "q8_0" and not is_gguf(options.output):
+        raise UserError(f"{options.output}: --dtype q8_0 is for GGUF; name a file that ends in {GGUF}")
     if options.command == "import":
         import_weights(options.source, options.output, options.n_head)
     else:

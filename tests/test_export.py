@@ -22,9 +22,18 @@ import convert_checkpoint
 from answering.answer import Answer
 from answering.settings import Settings
 from conftest import write_checkpoint
+from data.shapes import Shapes
 from errors import CheckpointError, UserError
 from helpers import rows_of, same_state, small_model
-from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, prompt_text, tokenizer
+from instruct_format import (
+    END_OF_TEXT,
+    TEMPLATE,
+    encode_conversation,
+    encode_example,
+    encode_prompt,
+    prompt_text,
+    tokenizer,
+)
 from model import Documents, GPTConfig
 from weights.checkpoint import load, model_of
 from weights.pretrained import open_any
@@ -116,7 +125,7 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def rendered(hf, messages: list[dict[str, str]], template: str | None = None, prompt: bool = True) -> list[int]:
+def rendered(hf, messages: list[dict[str, Any]], template: str | None = None, prompt: bool = True) -> list[int]:
     return hf[0].apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt,
                                      return_dict=False)
 
@@ -144,6 +153,45 @@ def test_the_chat_template_gives_our_prompts(hf, folders, text):
             assert rendered(hf, turns, template) == encode_prompt("Be brief.\n\nLast")
         assert rendered(hf, [user(text), assistant("An answer.")], template, prompt=False) == encode_example(
             text, "", "An answer.")[0]
+
+
+SYSTEM, PARTS = {"role": "system", "content": "Be brief."}, [{"type": "text", "text": "one"}, {"text": "  two\n"}, "3"]
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "a system text between turns": [user("1"), assistant("A"), SYSTEM, user("2"), assistant("B")],
+    "developer": [{"role": "developer", "content": "Be brief."}, user("1"), assistant("A")],
+    "two system texts, one after the question": [SYSTEM, user("1"), SYSTEM, assistant("A")],
+    "two messages of a side": [user("1"), user("  2"), assistant("A\n"), assistant("B"), user("3"), assistant("C")],
+    "a greeting": [assistant("Welcome"), user("1"), assistant("A")],
+    "parts": [user(""), {"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}],
+    "null": [{"role": "system", "content": None}, {"role": "user"}, {"role": "assistant", "content": "A"}],
+    "an empty answer": [user("1"), {"role": "assistant", "content": None}, user("2"), assistant("B")],
+    "numbers": [{"role": "user", "content": 7}, {"role": "assistant", "content": True}],
+    "other names": [{"role": "Human", "content": "1"}, {"role": "gpt", "content": "A"}]}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_the_chat_template_reads_conversations_as_preparation_does(hf, folders, case):
+    """A model of single questions is asked the last turn, with the system texts before it."""
+    messages, template = CONVERSATIONS[case], template_of(folders[True])
+    turns = Shapes({}).example({"messages": messages}).turns
+    whole, _ = encode_conversation(turns)
+    assert rendered(hf, messages, template, prompt=False) == whole
+    question = encode_prompt(turns[-1].instruction)
+    before = len(whole) - len(encode_example(*turns[-1])[0])
+    assert rendered(hf, messages[:-1], template) == whole[:before] + question
+    if "between" not in case:
+        assert rendered(hf, messages, template_of(folders[False]), prompt=False) == encode_example(*turns[-1])[0]
+
+
+@pytest.mark.parametrize("messages, message", [
+    ([{"role": "tool", "content": "x"}, user("1")], "role 'tool' is none of user, assistant and system"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "a part of a message is no text"),
+    ([{"role": "user", "content": {"text": "x"}}], "a part of a message is no text"),
+    ([user("1"), assistant("A")], "no question: the last message"), ([SYSTEM], "no question: the last message")])
+def test_the_chat_template_refuses_what_preparation_does(hf, folders, messages, message):
+    for folder in folders.values():
+        with pytest.raises(jinja2.TemplateError, match=message):
+            rendered(hf, messages, template_of(folder))
 
 
 def test_it_renders_in_plain_jinja_and_stands_in_both_places(folders, hf):
@@ -253,6 +301,21 @@ def test_a_gguf_file_holds_the_model_and_its_tokenizer(folders, checkpoints, tmp
         assert np.abs(found - expected).max() <= {"F32": 0, "Q8_0": 5e-3}[tensor.tensor_type.name]
 
 
+def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, tmp_path):
+    """A name in capitals is one too; the Modelfile comes once the GGUF file is there."""
+    pretrained = write_checkpoint(tmp_path / "a.pt", template=None)
+    with pytest.raises(UserError, match="multiples of 32|cannot write"):
+        (tmp_path / "B.GGUF.tmp").mkdir()
+        export(checkpoints[True], tmp_path / "B.GGUF")
+    assert not (tmp_path / "B.Modelfile").exists()
+    (tmp_path / "B.GGUF.tmp").rmdir()
+    for source, is_tuned in ((checkpoints[True], True), (pretrained, False)):
+        path = export(source, tmp_path / "B.GGUF", "--force")
+        folder = export(source, tmp_path / "folder", "--force")
+        assert path.read_bytes().startswith(b"GGUF") and path.with_suffix(".Modelfile").exists() == is_tuned
+        assert all((folder / name).exists() == is_tuned for name in ("Modelfile", "chat_template.jinja"))
+
+
 # What is refused, and what a failure leaves
 
 
@@ -260,7 +323,8 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
     source, existing = checkpoints[False], tmp_path / "mine"
     existing.mkdir()
     (existing / "notes.txt").write_text("mine")
-    (tmp_path / "b.Modelfile").write_text("mine")
+    for name in ("b.Modelfile", "file"):
+        (tmp_path / name).write_text("mine")
     for name in ("theirs", "g.gguf", "empty"):
         (tmp_path / name).mkdir()
     for name in ("README.md", "config.json"):
@@ -271,7 +335,14 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             *((source, "mine", flags, r"mine: not a folder that was exported here \(notes.txt in it\)", UserError)
               for flags in ([], ["--force"])),
             (source, "theirs", ["--force"], r"that was exported here \(README.md, config.json in it\)", UserError),
-            (source, "c.pt", ["--force"], "c.pt: a file, not a folder", UserError),
+            (source, "file", ["--force"], "file: a file, not a folder", UserError),
+            *((source, name, ["--force"], f"{name}: export writes a folder, or a file whose name ends in", UserError)
+              for name in ("x.pt", "x.safetensors", "x.gguf.gz", "x.BIN", "x.json")),
+            *((source, name, [], ": not a folder that was exported here", UserError) for name in ("/", "..")),
+            (source, "a" * 300, [], "too long", UserError),
+            (source, "file/x", [], "file/x: cannot write there: Not a directory", UserError),
+            (write_checkpoint(tmp_path / "n.pt", model_config=vars(CONFIG), model={
+                **wide, "transformer.ln_f.bias": torch.full((64,), torch.nan)}), "x", [], "finite", CheckpointError),
             (source, "g.gguf", ["--force"], "g.gguf: a folder, not a file", UserError),
             (source, "empty", [], "empty: exists; --force replaces it", UserError),
             (source, "b.gguf", [], "b.Modelfile: exists; --force replaces it", UserError),
@@ -285,6 +356,9 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
         with pytest.raises(kind, match=message) as caught:
             export(checkpoint, tmp_path / output, *flags)
         assert "\n" not in str(caught.value)
+    for name in ("", "."):
+        with pytest.raises(UserError, match=r"^\.: not a folder that was exported here"):
+            convert_checkpoint.main(["export", str(source), name])
     assert [path.name for path in existing.iterdir()] == ["notes.txt"] and not (tmp_path / "out").exists()
     assert (tmp_path / "theirs" / "README.md").read_text() == '{"model_type": "gpt2"}'
     assert export(source, tmp_path / "empty", "--force")
@@ -309,7 +383,7 @@ def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, fo
     with pytest.raises(KeyboardInterrupt):
         export(checkpoints[False], folder, "--force")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="config.json: no such file"):
+    with pytest.raises(UserError, match="no config.json in it"):
         open_any(folder)
     export(checkpoints[False], folder, "--force")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {

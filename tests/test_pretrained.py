@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import chat
@@ -28,7 +29,7 @@ from weights.checkpoint import model_of
 from weights.pretrained import config_of, open_any
 
 CPU = torch.device("cpu")
-PADDED = GPTConfig(64, 50304, 2, 4, 32)
+PADDED, CUT = (GPTConfig(64, vocab_size, 2, 4, 32) for vocab_size in (50304, 50257))
 Weights = dict[str, torch.Tensor]
 
 
@@ -39,6 +40,11 @@ def with_output(weights: Weights) -> Weights:
 @pytest.fixture(scope="module")
 def weights() -> Weights:
     return dict(small_model(config=PADDED).state_dict())
+
+
+def cut(weights: Weights) -> Weights:
+    """Without the rows of padding after GPT-2's vocabulary, which no file of another program keeps."""
+    return {name: tensor[:50257].clone() if len(tensor) == 50304 else tensor for name, tensor in weights.items()}
 
 
 def prefixed(prefix: str, weights: Weights) -> Weights:
@@ -60,6 +66,10 @@ OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the pro
                               "config": {"num_heads": 4}},
     "state_dict": lambda weights: {"state_dict": prefixed("model.", weights), "config": {"n_head": 4}},
     "model_state_dict": lambda weights: {"model_state_dict": prefixed("module.", weights), "config": {"n_head": 4}},
+    "a padded output": lambda weights: {"model": {**cut(weights), "lm_head.weight": weights["transformer.wte.weight"]},
+                                        "config": {"n_head": 4}},
+    "a padded embedding": lambda weights: {"model": {**weights, **cut({"lm_head.weight": weights[EMBEDDING]})},
+                                           "config": {"n_head": 4, "vocab_size": 50257}},
     "own names": lambda weights: {"model": weights, "model_config": {"context_length": 64, "num_layers": 2,
                                                                      "num_heads": 4, "embd_size": 32}},
 }
@@ -70,9 +80,10 @@ OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the pro
 def test_files_of_other_trainers_load_as_they_are(tmp_path, weights, program, is_zip):
     torch.save(OWN[program](weights), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
     state = open_any(tmp_path / "a.pt")
-    expected = weights if program != "nanoGPT without bias" else {
-        name: torch.zeros_like(tensor) if name.endswith(".bias") else tensor for name, tensor in weights.items()}
-    assert GPTConfig(**state["model_config"]) == PADDED and same_state(state["model"], expected)
+    expected = cut(weights) if program != "nanoGPT without bias" else {
+        name: torch.zeros_like(tensor) if name.endswith(".bias") else tensor for name, tensor in cut(weights).items()}
+    assert GPTConfig(**state["model_config"]) == CUT and same_state(state["model"], expected)
+    assert state["model"][EMBEDDING].untyped_storage().nbytes() == 50257 * 32 * 4  # what a checkpoint of it has
     assert (state["template"], state["multi_turn"], state["data_source"]) == (None, False, "")
 
 
@@ -95,7 +106,7 @@ def test_the_users_own_pretrained_file_loads_as_it_is(tmp_path, monkeypatch, wei
             torch.save(state, tmp_path / f"{is_zip}.pt", _use_new_zipfile_serialization=is_zip)
     for path in tmp_path.glob("*.pt"):
         loaded = open_any(path)
-        assert GPTConfig(**loaded["model_config"]) == PADDED and same_state(loaded["model"], weights)
+        assert GPTConfig(**loaded["model_config"]) == CUT and same_state(loaded["model"], cut(weights))
 
 
 # Folders of transformers
@@ -120,12 +131,45 @@ def beside_old_parts(model: GPT2LMHeadModel, folder: Path) -> None:
     torch.save({"wte.weight": torch.zeros(3)}, folder / "pytorch_model.bin")
 
 
+def parts_of_two(model: GPT2LMHeadModel, folder: Path) -> None:
+    """The index says which of them are the model; a single file would come before it, the other index after."""
+    other = GPT2LMHeadModel(model.config)
+    other.save_pretrained(folder, max_shard_size="30KB")
+    for path in folder.glob("model-*"):
+        path.rename(path.with_name(path.name.replace("-of-0", "-of-1")))
+    as_bin(other, folder, parts=2)
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "absent.bin"}}')
+    model.save_pretrained(folder, max_shard_size="100KB")
+
+
+def parts_without_index(model: GPT2LMHeadModel, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def bin_with_index(model: GPT2LMHeadModel, folder: Path) -> None:
+    as_bin(model, folder, parts=2)
+    names = sorted(path.name for path in folder.glob("*.bin"))
+    torch.save({"wte.weight": torch.zeros(3)}, folder / "pytorch_model-00003-of-00003.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": dict(enumerate(names))}))
+
+
+def whole_beside_index(model: GPT2LMHeadModel, folder: Path) -> None:
+    GPT2LMHeadModel(model.config).save_pretrained(folder, max_shard_size="100KB")
+    parts = {path: path.read_bytes() for path in folder.glob("model*")}
+    model.save_pretrained(folder)
+    for path, content in parts.items():
+        path.write_bytes(content)
+
+
 FOLDERS: dict[str, Callable[[GPT2LMHeadModel, Path], None]] = {
     "safetensors": lambda model, folder: model.save_pretrained(folder),
     "safetensors in parts": lambda model, folder: model.save_pretrained(folder, max_shard_size="100KB"),
     "bin in parts": lambda model, folder: as_bin(model, folder, parts=2),
     "bin before zip": lambda model, folder: as_bin(model, folder, is_zip=False),
-    "without head": without_head, "two kinds": beside_old_parts,
+    "without head": without_head, "two kinds": beside_old_parts, "parts of two": parts_of_two,
+    "parts without index": parts_without_index, "bin with index": bin_with_index, "whole and index": whole_beside_index,
 }
 
 
@@ -152,6 +196,9 @@ def test_folders_of_transformers_have_its_logits(tmp_path, reference, form, acti
     with torch.no_grad():
         ours, theirs = model.logits(model(tokens, Documents.of([32]))), reference(tokens[None]).logits[0]
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=0)
+    if "without index" not in form and form != "bin in parts":  # of these, transformers takes the same files
+        loaded = GPT2LMHeadModel.from_pretrained(folder).state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in reference.state_dict().items())
 
 
 def test_16_bit_weights_become_fp32(tmp_path, reference):
@@ -165,11 +212,13 @@ def test_16_bit_weights_become_fp32(tmp_path, reference):
 
 
 def test_heads_are_never_guessed(tmp_path, weights):
-    path = tmp_path / "a.pt"
+    path = tmp_path / "a b.pt"
     torch.save(with_output(weights), path)
-    with pytest.raises(UserError, match=r"how many heads its 2 layers of width 32 have.*: add --n_head N") as caught:
-        open_any(path)
-    assert caught.value.exit_code == 2
+    for n_head, advice in ((0, "add --n_head N$"), (None, f"first run python src/convert_checkpoint.py import "
+                                                           f"'{path}' --n_head N --output NEW.pt; then name NEW.pt$")):
+        with pytest.raises(UserError, match=rf"how many heads its 2 layers of width 32 have.*: {advice}") as caught:
+            open_any(path, n_head)
+        assert caught.value.exit_code == 2
     assert open_any(path, n_head=4)["model_config"]["n_head"] == 4
     with pytest.raises(CheckpointError, match="32 is not a multiple of n_head 5"):
         open_any(path, n_head=5)
@@ -217,9 +266,11 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "NaN": (changed(NORM, lambda tensor: tensor / 0 * 0), f"{NORM} has values that are not finite"),
     "infinite": (changed(EMBEDDING, lambda tensor: tensor / 0), f"{EMBEDDING} has values that are not finite"),
     "a config of other layers": (says(num_layers=5), "its config says n_layer 5, its weights have 2"),
-    "a config of other tokens": (says(vocab_size=50258), "its config says vocab_size 50258"),
+    "a config of other tokens": (says(vocab_size=50256), "its config says vocab_size 50256, its weights have 50257"),
     "a config of other things": (says(n_head=torch.ones(2)), "its config says n_head tensor"),
-    "a config that is none": (lambda weights: {"model": weights, "config": 5}, "add --n_head N"),
+    "a config of text": (says(n_head="4"), "its config says n_head '4'; write a whole number there"),
+    "a config of fractions": (says(n_layer=2.0), "its config says n_layer 2.0; write a whole number there"),
+    "a config that is none": (lambda weights: {"model": weights, "config": 5}, "--n_head N --output NEW.pt"),
     "heads that do not divide": (says(n_head=5), "not a multiple of n_head 5"),
     **{f"{key} {value}": (says(**{key: value}), f"not a GPT-2 as published: {key} {value!r}; .* take another trainer")
        for key, value in {"activation_function": "relu", "tie_word_embeddings": False, "n_inner": 96,
@@ -248,7 +299,25 @@ def test_what_is_no_gpt2_is_refused(tmp_path, weights, case, is_zip):
 FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, what is said of it, exit code
     "PEFT": ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "a PEFT adapter.* merge it first", 3),
     "TensorFlow": ({"model.ckpt.index": b"", "hparams.json": b"{}"}, "a TensorFlow checkpoint; .* import that", 3),
-    "nothing": ({}, "config.json: no such file", 2),
+    "nothing": ({}, ": no config.json in it; copy it there$", 2),
+    "no config": ({"pytorch_model.bin": b""}, "import the weights alone: .*/pytorch_model.bin --n_head N ", 2),
+    "parts without config": ({f"model-0000{n}-of-00002.safetensors": b"" for n in (1, 2)}, "copy it there$", 2),
+    "another trainer": ({f"checkpoint-{step}/config.json": b"{}" for step in (900, 1000)}, "name one: .*-1000$", 2),
+    "runs": ({"run/best_model.pt": b"", "a/config.json": b"{}"}, " holds checkpoints; name one: .*/best_model.pt$", 2),
+    **{f"an index of {name}": ({"config.json": b"{}", "model.safetensors.index.json": content, "b": b""}, message, code)
+       for name, content, message, code in (
+           ("absent files", b'{"weight_map": {"x": "b", "y": "a.bin"}}', "json: it names 2 files, a.bin is missing", 3),
+           ("files elsewhere", b'{"weight_map": {"x": "../b"}}', "json: not the index of a model: Invalid name", 3),
+           ("the folder above", b'{"weight_map": {"x": ".."}}', "it names 1 files, .. is missing|Invalid name", 3),
+           ("no names", b'{"weight_map": {"x": [7]}}', "json: not the index of a model", 3),
+           ("nothing", b'{}', "json: not the index of a model", 3),
+           ("LFS", b"version https://git-lfs.github.com/spec/v1\n", "json: a pointer of git LFS.* git lfs pull", 3))},
+    **{f"{name} without index": (dict.fromkeys(["config.json", *files], b"{}"), f"no index.json .*, and {odd}; copy", 3)
+       for name, files, odd in (
+           ("a part", ["model-00002-of-00002.safetensors"], "model-00001-of-00002.safetensors is missing"),
+           ("bin", ["pytorch_model-00001-of-00002.bin"], "pytorch_model-00002-of-00002.bin is missing"),
+           ("two saves", ["a-00001-of-00001.safetensors", "b-00002-of-00004.safetensors"], "b-00002-of.* one too many"),
+           ("two models", ["a.safetensors", "b.safetensors"], "b.safetensors is one too many"))},
     "a run": ({"latest.pt": b"", "best_model.pt": b"", "step_000001.pt": b""}, "name one: .*/best_model.pt", 2),
     "a young run": ({"step_000001.pt": b"", "step_000002.pt": b""}, " holds checkpoints; name .*/step_000002.pt", 2),
     "a run and a model": ({"config.json": b"{}", "latest.pt": b""}, r"no .safetensors and no pytorch_model", 2),
@@ -262,6 +331,9 @@ FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, wh
     "llm.c": ({"config.json": b"{}", "pytorch_model.bin": struct.pack("<2i", 20240326, 3)}, "dev/eval/export_hf.py", 3),
     "GGUF": ({"config.json": b"{}", "pytorch_model.bin": b"GGUF\3\0\0\0"}, "a GGUF file; import the", 3),
     "HDF5": ({"config.json": b"{}", "pytorch_model.bin": b"\x89HDF\r\n\x1a\n"}, "a TensorFlow file; import the", 3),
+    **{f"LFS {name}": ({"config.json": b"{}", name: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
+                       f"{name}: a pointer of git LFS, .* run git lfs pull", 3)
+       for name in ("model.safetensors", "pytorch_model.bin", "config.json")},
     **{name: ({"config.json": b"{}", "pytorch_model.bin": content}, f"not a loadable checkpoint: {message}$", 3)
        for name, content, message in (
            ("text", "caf\u00e9\r\n".encode() * 99, "it is text"), ("cut text", "x\u00e9".encode()[:-1], "it is text"),
@@ -274,10 +346,22 @@ FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, wh
 def test_folders_that_cannot_be_taken_say_what_to_do(tmp_path, case):
     files, message, code = FILES[case]
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(tmp_path.name)}.*{message}[^\n]*$") as caught:
         open_any(tmp_path)
     assert caught.value.exit_code == code
+
+
+def test_parts_of_two_models_are_never_one(tmp_path, reference):
+    """What has the same names, a weight in two of them; and a part of a model is not taken for one."""
+    reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    first, second, *_ = sorted(tmp_path.glob("model-*"))
+    with pytest.raises(UserError, match=f"only a part of a model; name its folder: {tmp_path}$"):
+        open_any(first)
+    save_file({**load_file(second), **load_file(first)}, first)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: its files have some weights twice.*copy the whole model"):
+        open_any(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "config.json"])

@@ -10,7 +10,7 @@ from errors import CheckpointError, UserError
 from instruct_format import TEMPLATE
 from model import GPT
 from weights.checkpoint import BEST, model_of
-from weights.pretrained import check_vocabulary, open_any
+from weights.pretrained import check_vocabulary, models_in, open_any
 
 # What people name in place of a model, by its suffix: what reads it.
 _READERS = {**dict.fromkeys((".json", ".jsonl", ".ndjson"), "./chat.sh CHECKPOINT --jsonl < "),
@@ -26,12 +26,12 @@ def open_model(path: Path) -> tuple[GPT, dict[str, Any]]:
         raise UserError(f"{path}: not a model; name a checkpoint; this is for: {_READERS[path.suffix.lower()]}{path}")
     names = [file.name for file in path.iterdir()] if path.is_dir() else ["config.json"]
     if (is_data := "dataset_info.json" in names) or not any(name.endswith(_OF_MODELS) for name in names):
-        inside = [*sorted(path.glob(f"*/{BEST}")), Path("checkpoints_instruct", BEST)]
+        inside = [*models_in(path), Path("checkpoints_instruct", BEST)]
         raise UserError(f"{path}: {'prepared data' if is_data else 'a folder without a model'}; name a checkpoint, "
                         f"such as {inside[0]}")
     state = open_any(path)
     if state["template"] not in (TEMPLATE, None):
-        raise CheckpointError(f"{path}: fine-tuned with template {state['template']!r}, this version knows "
+        raise CheckpointError(f"{path}: fine-tuned with template {state['template']!r:.60}, this version knows "
                               f"{TEMPLATE!r}")
     model = model_of(state, path, torch.device("cpu"))
     check_vocabulary(model.config.vocab_size, path)

@@ -25,35 +25,9 @@ from weights.pretrained import ABOUT, FINE_TUNED
 END = "<|endoftext|>"
 _SPECIAL_IDS = {name: END_OF_TEXT for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# The text around a question as instruct_format writes it, once more, in Jinja for chat templates. A system text stands
-# before the first question; a model that was trained on single questions sees the last one alone.
-_CHAT_TEMPLATE = """\
-{%- macro tidy(text) -%}
-  {%- set lines = text.replace('\\r\\r\\n', '\\n').replace('\\r\\n', '\\n') -%}
-  {%- set bare = lines.strip() -%}
-  {%- if bare -%}{{- lines.split(bare)[0].split('\\n')[-1] ~ bare -}}{%- endif -%}
-{%- endmacro -%}
-{%- set state = namespace(system='', first=0) -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' -%}
-    {%- set state.system = state.system ~ tidy(message['content']) ~ '\\n\\n' -%}
-  {%- elif message['role'] == 'user' and not multi_turn -%}
-    {%- set state.first = loop.index0 -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- for message in messages[state.first:] -%}
-  {%- if message['role'] == 'user' -%}
-    {{- '### Instruction:\\n' ~ tidy(state.system ~ tidy(message['content'])) ~ '\\n\\n' -}}
-    {%- set state.system = '' -%}
-    {%- set input = tidy(message['input'] or '') -%}
-    {%- if input -%}{{- '### Input:\\n' ~ input ~ '\\n\\n' -}}{%- endif -%}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- '### Response:\\n' ~ tidy(message['content']) ~ '<|endoftext|>' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}
-"""
-# And as ollama's Go templates, which can strip nothing: for the last question, and for all of them.
+# What instruct_format and data.shapes make of a conversation, once more, in Jinja.
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+# And as ollama's Go templates, which can strip nothing: for the last question, and for all.
 _OLLAMA_LAST = """\
 {{- $question := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $question = .Content }}{{ end }}{{ end -}}
 ### Instruction:
@@ -64,13 +38,14 @@ _OLLAMA_LAST = """\
 ### Response:
 """
 _OLLAMA_ALL = """\
-{{- $system := .System }}{{ range .Messages }}{{ if eq .Role "user" }}### Instruction:
+{{- $system := .System }}{{ $asked := false }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $asked = true -}}
+### Instruction:
 {{ if $system }}{{ $system }}
 
 {{ $system = "" }}{{ end }}{{ .Content }}
 
 ### Response:
-{{ else if eq .Role "assistant" }}{{ .Content }}<|endoftext|>{{ end }}{{ end }}"""
+{{ else if and $asked (eq .Role "assistant") }}{{ .Content }}<|endoftext|>{{ end }}{{ end }}"""
 _ALPACA_GPT4 = "vicgalle/alpaca-gpt4"
 _UNFINISHED = ".unfinished_export"  # in a folder while it is written
 
@@ -103,7 +78,8 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _UNFINISHED).touch()
-        (folder / "config.json").unlink(missing_ok=True)
+        for name in ("config.json", "chat_template.jinja", "Modelfile"):  # the last two are of tuned models
+            (folder / name).unlink(missing_ok=True)
     _write_safetensors(folder / "model.safetensors", tensors, kind)
     for name, text in [*texts.items(), ("config.json", _json(_config(state, dtype)))]:
         with _file_for_all(folder / name) as file:
@@ -125,9 +101,6 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
     if dtype == "q8_0" and sizes["n_embd"] % 32:
         raise UserError(f"{path}: q8_0 takes widths that are multiples of 32, this one is {sizes['n_embd']}; use "
                         "--dtype float16")
-    if state["template"]:
-        with _file_for_all(path.with_suffix(".Modelfile")) as file:
-            file.write(_modelfile(state, path.name, settings).encode(errors="backslashreplace"))
     with _file_for_all(path, size_of(state["model"])) as file:
         writer = gguf.GGUFWriter(file.name, "gpt2")
         _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{kind_name}"])
@@ -143,6 +116,10 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    if not state["template"]:  # what is there is of an older export, and another model
+        return path.with_suffix(".Modelfile").unlink(missing_ok=True)
+    with _file_for_all(path.with_suffix(".Modelfile")) as file:
+        file.write(_modelfile(state, path.name, settings).encode(errors="backslashreplace"))
 
 
 def _weights(state: Mapping[str, Any], kind: torch.dtype) -> dict[str, Tensor]:
@@ -254,7 +231,7 @@ def _add_metadata(writer: Any, state: Mapping[str, Any], file_type: int) -> None
 def _chat_template(state: Mapping[str, Any]) -> str:
     """Empty for a model that was not fine-tuned."""
     multi_turn = "true" if state["multi_turn"] else "false"
-    return f"{{%- set multi_turn = {multi_turn} -%}}\n{_CHAT_TEMPLATE}" if state["template"] else ""
+    return f"{{%- set multi_turn = {multi_turn} -%}}\n{_CHAT_TEMPLATE.read_text()}" if state["template"] else ""
 
 
 def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any]) -> str:

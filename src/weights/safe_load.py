@@ -25,6 +25,7 @@ _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch
 _ADVICE = {  # how files of other programs begin, and what to do with them
     struct.pack("<i", 20240326): "a model file of llm.c; import the folder that its dev/eval/export_hf.py makes of it",
     b"GGUF": "a GGUF file; import the Hugging Face folder or the checkpoint that it was made from",
+    b"version https://git-lfs": "a pointer of git LFS, not the file itself; run git lfs pull in its folder",
     b"\x89HDF": "a TensorFlow file; import the weights that PyTorch can read (model.safetensors, pytorch_model.bin)",
 }
 
@@ -48,17 +49,25 @@ def check_is_file(path: Path) -> None:
                         else f"{path}: no such file")
 
 
+def check_begin(path: Path) -> None:
+    """Raise CheckpointError with what to do when a file begins as one of another program, whatever its name."""
+    with path.open("rb") as file:
+        begin = file.read(64)
+    for start, advice in _ADVICE.items():
+        if begin.startswith(start):
+            raise CheckpointError(f"{path}: {advice}")
+
+
 def load_any(path: Path) -> dict[str, Any]:
     """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped. Raises UserError when there is
     no such file, CheckpointError when it is damaged, unsafe, or holds something else."""
     check_is_file(path)
     # a damaged or hostile file fails anywhere in zip, pickle or tensor code
     with errors_at(f"{path}: not a loadable checkpoint", Exception, raised=CheckpointError):
+        check_begin(path)
         with path.open("rb") as file:
             begin = file.read(len(_BEFORE_ZIP))
             named = _named_before_zip(file) if begin == _BEFORE_ZIP else None
-        if begin[:4] in _ADVICE:
-            raise CheckpointError(f"{path}: {_ADVICE[begin[:4]]}")
         if named is None:
             _check_zip(path)
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
