@@ -53,7 +53,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         options = {name: self.options.asked.get(name, getattr(self.options, name)) for name in ON_RESUME}
-        is_scaled = self.options.precision == "fp16"  # else it is 1, with which no run in fp16 should begin
+        is_scaled = str(self.learner.product_type) == "torch.float16"  # else it is 1, not for fp16 to begin with
         return {"step": self.step, "position": [self.position.epoch, self.position.index], "skipped": self.skipped,
                 "val_losses": self.val_losses, "name": self.name, "options": options, "template": TEMPLATE,
                 "multi_turn": self.manifest.get("multi_turn", False), "data_source": self.manifest["source"],
