@@ -267,6 +267,7 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "infinite": (changed(EMBEDDING, lambda tensor: tensor / 0), f"{EMBEDDING} has values that are not finite"),
     "a config of other layers": (says(num_layers=5), "its config says n_layer 5, its weights have 2"),
     "a config of other tokens": (says(vocab_size=50256), "its config says vocab_size 50256, its weights have 50257"),
+    "a config of more": (says(vocab_size=50305), "its config says vocab_size 50305, its weights have 50257"),
     "a config of other things": (says(n_head=torch.ones(2)), "its config says n_head tensor"),
     "a config of text": (says(n_head="4"), "its config says n_head '4'; write a whole number there"),
     "a config of fractions": (says(n_layer=2.0), "its config says n_layer 2.0; write a whole number there"),

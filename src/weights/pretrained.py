@@ -63,10 +63,12 @@ def open_any(path: Path, n_head: int | None = None, say: Callable[[str], None] =
     with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
-        if rows > VOCAB_SIZE:
-            weights[_EMBEDDING] = weights[_EMBEDDING][:VOCAB_SIZE].clone()
         sizes = next((state[key] for key in _SIZES if key in state), None) or _config_beside(path)
         named = sizes if isinstance(sizes, dict) else getattr(sizes, "__dict__", {})
+        if rows > VOCAB_SIZE:
+            weights[_EMBEDDING] = weights[_EMBEDDING][:VOCAB_SIZE].clone()
+            if named.get("vocab_size") == rows:
+                named = {**named, "vocab_size": VOCAB_SIZE}
         config = config_of(named, weights, path, n_head)
         tuned = {"template": None, "multi_turn": False, "data_source": "", **named.get(ABOUT, {})}
     if rows > VOCAB_SIZE:
@@ -222,8 +224,6 @@ def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
         said = next((named[name] for name in (field, *_NAMES.get(field, ())) if name in named), None)
         if said is not None and type(said) is not int:
             raise CheckpointError(f"{path}: its config says {field} {said!r:.60}; write a whole number there")
-        if said and field == "vocab_size":
-            said = min(said, VOCAB_SIZE)  # without the padding, as the weights
         if said not in (None, value) and (field, value) != ("n_head", 0):
             raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, "
                                   + (f"--n_head says {value}" if field == "n_head" else f"its weights have {value}"))
