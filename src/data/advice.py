@@ -33,6 +33,7 @@ def for_folder(folder: str, kinds: Sequence[str]) -> str:
 
 
 def names_of(row: Iterable[str]) -> str:
+    """The names of a row's columns, quoted: at most 20 of them."""
     first, *more = (f"{name!r:.60}" for name in row) if row else ["none"]
     return ", ".join([first, *more[:19]]) + f" and {len(more) - 19:,} more" * (len(more) > 19)
 

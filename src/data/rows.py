@@ -40,6 +40,7 @@ ANSWERS = ("output", "response", "completion", "solution", "answer", "targets", 
 _JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
                          parse_constant=lambda name: None if name == "NaN" else Number(name))
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+# Names that end so are of files, not of datasets of the hub
 _FILES = (*KINDS, ".gz", ".txt", ".log", ".md", ".yaml", ".xlsx", ".pdf", ".zip", ".zst", ".bz2", ".xz", ".arrow")
 
 
