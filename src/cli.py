@@ -60,6 +60,17 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     return parse
 
 
+def matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """Return an argparse type: a text that matches a regular expression."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+        return text
+
+    return parse
+
+
 def write(text: str, stream: TextIO, *, may_be_lost: bool = False) -> None:
     """Write and flush. Where that is impossible, all that comes later goes nowhere. When it was standard output, and
     the text may not be lost, the program leaves, saying so, or raises BrokenPipeError when the reader has left."""

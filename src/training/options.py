@@ -1,13 +1,12 @@
 """The trainer's options: each once, with its default, its meaning, and what a resumed run may do with it."""
 
-import re
 import shlex
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cli import Parser, number
+from cli import Parser, matching, number
 from errors import CheckpointError, UserError
 
 # What may change when a run is resumed. Options that are not on the command line keep the value of the run.
@@ -15,22 +14,9 @@ FIXED = "fixed"  # the model: never
 TRAJECTORY = "trajectory"  # what the remaining steps compute: only with --override
 FREE = "free"  # how it is computed, watched and stored: always
 _COUNT, _SIZE, _RATE = number(int, 1, 10**9), number(int, 0, 10**9), number(float, 0)
-
-
-def _matching(pattern: str, expected: str) -> Callable[[str], str]:
-    """An argparse type: a text that matches a regular expression."""
-
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise ArgumentTypeError(f"expected {expected}, not {text!r}")
-        return text
-
-    return parse
-
-
-_SHAPE = _matching(r"|0*[1-9]\d*(,0*[1-9]\d*){2}", "layers,heads,width such as 4,4,128")
-_PRECISION = _matching("auto|fp32|bf16|fp16", "auto, fp32, bf16 or fp16")
-_SWITCH = _matching("off|on", "off or on")
+_SHAPE = matching(r"|0*[1-9]\d*(,0*[1-9]\d*){2}", "layers,heads,width such as 4,4,128")
+_PRECISION = matching("auto|fp32|bf16|fp16", "auto, fp32, bf16 or fp16")
+_SWITCH = matching("off|on", "off or on")
 
 # title of a group -> name -> (on resume, type, default, meaning)
 TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
@@ -52,7 +38,7 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
         "precision": (FREE, _PRECISION, "auto", "type of the products: fp32, bf16, fp16, or auto: bf16 on GPUs that "
                       "have it, fp16 on older ones, fp32 on CPUs"),
         "compile": (FREE, _SWITCH, "off", "on (or no word) compiles the model for a GPU, which takes a minute"),
-        "loss_on": (TRAJECTORY, _matching("response|all", "response or all"), "response", "train on responses only, or "
+        "loss_on": (TRAJECTORY, matching("response|all", "response or all"), "response", "train on responses only, or "
                     "on all (tokens); the val loss is that of the responses in any case"),
         "max_steps": (TRAJECTORY, _COUNT, 2000, "optimizer steps of the whole run"),
         "seed": (TRAJECTORY, number(int, 0, 2**63 - 1), 1337, "decides the order of examples and random weights"),
@@ -78,12 +64,12 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
 ON_RESUME = {name: option[0] for group in TABLE.values() for name, option in group.items()}
 
 
-def _parser(run: Mapping[str, Any]) -> Parser:
-    """The parser, its defaults replaced by the options of a run: as text, so that they are checked as flags are."""
+def _parse(argv: list[str] | None, run: Mapping[str, Any]) -> Namespace:
+    """The options, their defaults replaced by those of a run: as text, so that they are checked as flags are."""
     parser = Parser("Fine-tune a GPT-2 on prepared instruction data.")
-    for title, options in TABLE.items():
+    for title, table in TABLE.items():
         group = parser.add_argument_group(title)
-        for name, (_, kind, default, meaning) in options.items():
+        for name, (_, kind, default, meaning) in table.items():
             if name != "from_scratch":  # which excludes the one before
                 one = group.add_mutually_exclusive_group()
             one.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
@@ -102,16 +88,17 @@ def _parser(run: Mapping[str, Any]) -> Parser:
                        "and what to do, and change nothing")
     group.add_argument("--override", action="store_true", help="let a resumed run change its trajectory: " + ", ".join(
         name for name, on_resume in ON_RESUME.items() if on_resume == TRAJECTORY))
-    return parser
+    options = parser.parse_args(argv)
+    if options.min_lr > options.learning_rate:
+        raise UserError(f"--min_lr {options.min_lr} is above --learning_rate {options.learning_rate}")
+    return options
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
     """The options of a new run. A run that is resumed from a file has its checkpoints beside it."""
-    options = _parser({}).parse_args(argv)
-    if options.resume not in (None, "latest", "auto"):
-        options = _parser({"checkpoint_dir": Path(options.resume).parent}).parse_args(argv)
-    _check_together(options)
-    return options
+    options = _parse(argv, {})
+    is_file = options.resume not in (None, "latest", "auto")
+    return _parse(argv, {"checkpoint_dir": Path(options.resume).parent}) if is_file else options
 
 
 def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path, source: Path) -> Namespace:
@@ -123,28 +110,25 @@ def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path
     """
     outside = [name for name in ("data_dir", "tensorboard_dir") if name in run
                and not Path(str(run[name])).resolve().is_relative_to(Path.cwd())]
-    parser = _parser({**run, **dict.fromkeys(outside, ""), "checkpoint_dir": folder})
+    run_here = {**run, **dict.fromkeys(outside, ""), "checkpoint_dir": folder}
     try:
-        before = parser.parse_args([])
+        before = _parse([], run_here)
     except UserError as error:
         raise CheckpointError(f"{source}: not a usable checkpoint, its options: {error}") from error
-    options = parser.parse_args(argv)
+    options = _parse(argv, run_here)
     if unnamed := {name: run[name] for name in outside if not getattr(options, name)}:
         flags = " ".join(f"--{name} {shlex.quote(str(path))}" for name, path in unnamed.items())
         raise UserError(f"{source} names folders outside this one, as a file from elsewhere could; if they are right, "
                         f"add: {flags}")
     options.context_length = options.context_length or before.context_length  # 0: the model's, which the run has found
-    changes: dict[str, list[str]] = {FIXED: [], TRAJECTORY: [], FREE: []}
-    for name, on_resume in ON_RESUME.items():
-        was, now = getattr(before, name), getattr(options, name)
-        if was != now:
-            changes[on_resume].append(f"--{name} was {was}, now {now}")
-    if changes[FIXED]:
-        raise UserError(f"the resumed run cannot change: {'; '.join(changes[FIXED])}")
-    if changes[TRAJECTORY] and not options.override:
-        raise UserError(f"this would change the run's trajectory: {'; '.join(changes[TRAJECTORY])}; "
-                        "add --override if that is meant")
-    _check_together(options)
+    changes = {name: f"--{name} was {getattr(before, name)}, now {getattr(options, name)}" for name in ON_RESUME
+               if getattr(before, name) != getattr(options, name)}
+    if fixed := [change for name, change in changes.items() if ON_RESUME[name] == FIXED]:
+        raise UserError(f"the resumed run cannot change: {'; '.join(fixed)}")
+    trajectory = [change for name, change in changes.items() if ON_RESUME[name] == TRAJECTORY]
+    if trajectory and not options.override:
+        raise UserError(f"this would change the run's trajectory: {'; '.join(trajectory)}; add --override if that is "
+                        "meant")
     return options
 
 
@@ -161,8 +145,3 @@ def with_steps(options: Namespace, steps_in: Callable[[float], int], state: Mapp
     if state and state["step"] > steps:
         raise UserError(f"nothing to do: {source} is at step {state['step']}, --max_steps is {steps}")
     return Namespace(**{**vars(options), "max_steps": steps})
-
-
-def _check_together(options: Namespace) -> None:
-    if options.min_lr > options.learning_rate:
-        raise UserError(f"--min_lr {options.min_lr} is above --learning_rate {options.learning_rate}")
