@@ -10,7 +10,7 @@ from training.memory import most_tokens
 from training.progress import say
 from training.run import Run
 from training.samples import sample_answers
-from training.step import SCALE_STEPS, StepResult, evaluate, learning_rate, train_step
+from training.step import SCALE_STEPS, evaluate, learning_rate, train_step
 from training.summary import diverged, summary
 from weights.checkpoint import BEST, save, save_step, step_file
 
@@ -62,22 +62,16 @@ def _step(run: Run) -> None:
     run.step, run.position, run.is_saved = run.step + 1, after, False
     if run.step % SCALE_STEPS == 0:
         run.learner.set_loss_scale(2 * run.learner.loss_scale)
-    _check_finite(run, result, examples)
-    if run.progress:
-        epoch = after.epoch + after.index / len(train_data)
-        run.progress.step(run.step, result, plan, epoch, time.perf_counter() - begin)
-
-
-def _check_finite(run: Run, result: StepResult, examples: list[int]) -> None:
-    """Report a step that was skipped because loss or gradients were not finite; give up after three in a row."""
     run.skipped = 0 if result.is_finite else run.skipped + 1
-    if result.is_finite:
-        return
-    say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not move; "
-        f"train examples {examples}")
+    if run.skipped:
+        say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not "
+            f"move; train examples {examples}")
     if run.skipped >= MOST_SKIPPED:
         _wait_for_saves(run)
         raise diverged(run, f"loss or gradients were not finite for {run.skipped} steps in a row")
+    if run.progress:
+        epoch = after.epoch + after.index / len(train_data)
+        run.progress.step(run.step, result, plan, epoch, time.perf_counter() - begin)
 
 
 def _evaluate(run: Run) -> int:
