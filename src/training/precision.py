@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 from model import GPT, Linear
@@ -104,26 +104,32 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-class LowPrecision:
-    """A model whose layers multiply in a smaller type, with copies of their weights that are made once a step.
+class Products:
+    """The model that computes, with its products in this type. In fp32 it is the model itself; else its layers multiply
+    copies of their weights, which are made once a step.
 
-    Everything else is the model's own: norms, embeddings, and the sum that flows from layer to layer, in fp32. copies
-    holds (a parameter of the model, its copy); output is the copy of the output matrix.
+    Everything else is the model's own in any type: norms, embeddings, and the sum that flows from layer to layer, in
+    fp32. copies holds (a parameter of the model, its copy); output is the copy of the output matrix, None in fp32.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
-        self.weight, memo = model.transformer.wte.weight, {id(parameter): parameter for parameter in model.parameters()}
+        self.model, self.weight = model, model.transformer.wte.weight
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.output: Tensor | None = None
+        if dtype is torch.float32:
+            return
+        memo = {id(parameter): parameter for parameter in model.parameters()}
         for module in model.modules():
             if isinstance(module, Linear):
                 for parameter in module.parameters():
                     memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
                     self.copies.append((parameter, memo[id(parameter)]))
-        self.model: GPT = deepcopy(model, memo)  # which takes from memo what is in there
+        self.model = deepcopy(model, memo)  # which takes from memo what is in there
         self.output = padded(self.weight, dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights as they are now."""
-        torch._foreach_copy_([copy for _, copy in self.copies], [parameter for parameter, _ in self.copies])
-        copy_again(self.weight, self.output)
+        if self.output is not None:
+            torch._foreach_copy_([copy for _, copy in self.copies], [parameter for parameter, _ in self.copies])
+            copy_again(self.weight, self.output)

@@ -21,7 +21,7 @@ from training.compiled import Compiled
 from training.cross_entropy import output_loss
 from training.gradients import Gradients
 from training.memory import most_tokens
-from training.precision import LowPrecision, product_type
+from training.precision import Products, product_type
 from training.processes import Processes
 from training.threads import ahead
 
@@ -55,17 +55,16 @@ class Learner:
         self.model, self.processes, self.options = model, processes, options
         self.product_type = product_type(options.precision, processes.device)
         model.transformer.wte.sparse = processes.device.type == "cpu"  # its gradient has the rows of the tokens alone
-        self.low = None if self.product_type is torch.float32 else LowPrecision(model, self.product_type)
-        self.computing = self.low.model if self.low else model
+        self.products = Products(model, self.product_type)
+        self.computing = self.products.model
         self.hidden_of = Compiled(self.computing, say) if options.compile == "on" else self.computing
         self.n_tokens = most_tokens(options) if options.compile == "on" else 1  # of a micro-batch, at least
-        self.output = self.low.output if self.low else None
         self.set_loss_scale(HIGHEST_SCALE)
         matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=processes.device.type in ("cuda", "cpu"))
-        self.gradients = Gradients(model, self.low.copies if self.low else (), processes.world_size)
+        self.gradients = Gradients(model, self.products.copies, processes.world_size)
 
     def set_loss_scale(self, scale: float) -> None:
         """What fp16 multiplies the loss by, at most HIGHEST_SCALE. Raises ValueError for one that no run has."""
@@ -84,7 +83,7 @@ class Learner:
         weights. Returns that sum, without scale."""
         weight = self.model.transformer.wte.weight
         hidden = self.hidden_of(batch.tokens, batch.documents, batch.rows)
-        loss, gradient = output_loss(hidden.detach(), weight, batch.targets, self.output,
+        loss, gradient = output_loss(hidden.detach(), weight, batch.targets, self.products.output,
                                      self.gradients[weight], scale)
         hidden.backward(gradient)  # of no rows too: then every parameter gets its gradient of 0
         self.gradients.add()
@@ -94,7 +93,7 @@ class Learner:
     def loss(self, batch: MicroBatch) -> Tensor:
         """Sum of the cross entropy at a micro-batch's response positions, 0 where there are none."""
         hidden = self.hidden_of(batch.tokens, batch.documents, batch.rows)
-        return output_loss(hidden, self.model.transformer.wte.weight, batch.targets, self.output)[0]
+        return output_loss(hidden, self.model.transformer.wte.weight, batch.targets, self.products.output)[0]
 
     def gradients_of(self, data: InstructData, plan: Plan, rate: float) -> StepResult:
         """Leave the gradients of a step of this learning rate in the weights, over all ranks."""
@@ -133,8 +132,7 @@ def train_step(learner: Learner, data: InstructData, plan: Plan, rate: float) ->
     (is_finite of the result says so). In fp16 gradients may overflow: the step is repeated with half the loss scale,
     down to 1; where that does not help, the scale stays as it was."""
     optimizer = learner.optimizer
-    if learner.low:
-        learner.low.refresh()
+    learner.products.refresh()
     result, scale = learner.gradients_of(data, plan, rate), learner.loss_scale
     while not result.is_finite and math.isfinite(result.loss) and learner.loss_scale > 1:
         learner.set_loss_scale(learner.loss_scale / 2)
@@ -153,8 +151,7 @@ def evaluate(learner: Learner, data: InstructData, plan: Plan,
              is_stopped: Callable[[], bool] = lambda: False) -> float | None:
     """Mean cross entropy of the plan's response tokens, in nats. Losses are summed over all ranks and divided once.
     None when it was stopped, which all ranks have to find at the same micro-batch."""
-    if learner.low:
-        learner.low.refresh()
+    learner.products.refresh()
     losses = []
     for batch in learner.batches(data, plan):
         if is_stopped():
