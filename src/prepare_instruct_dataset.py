@@ -61,10 +61,6 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or [DATASET]
-    columns: dict[str, str] = {}
-    for meaning, name in options.columns:
-        if columns.setdefault(meaning, name) != name:
-            parser.error(f"--columns {meaning}={columns[meaning]} and {meaning}={name}: a meaning has one column")
     return options
 
 
@@ -89,7 +85,6 @@ class Selection:
         self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
         self.splits_are_named: bool | None = None  # by the rows; known from the first one on
-        self.repeats: Counter[str] = Counter()  # by the split that they name
         self.seen: set[bytes] = set()  # digests of whole examples
         self.sides: dict[bytes, str] = {}  # digest of a prompt -> the split that its rows name
         self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
@@ -129,7 +124,6 @@ class Selection:
             return "test_split"
         digest, prompt = _digest(*map(str, chain.from_iterable(row.turns))), row.turns[0][:2]
         if digest in self.seen:
-            self.repeats[row.split or ""] += 1
             return "exact_repeat"
         self.seen.add(digest)
         if self.splits_are_named is None:
@@ -151,16 +145,12 @@ class Selection:
         rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
             f", {count} left out: {reason.replace('_', ' ')}" for reason, count in self.dropped.items() if count)
         if not len(places):
-            is_empty = 0 < self.dropped["empty_question"] == self.dropped.total()
-            why = "all instructions are the same: empty" if is_empty else "nothing to train on"
-            raise UserError(f"{self.first_bad or f'{names}: {why}'} ({rows})")
+            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({rows})")
         if (places == places[0]).all():
             raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
                             f"are the same, with the same input ({rows})")
         in_val = places < self.options.val_fraction * 2**64
-        if not in_val.any():
-            return places == places.min()
-        return in_val if not in_val.all() else places != places.max()
+        return (in_val | (places == places.min())) & (places != places.max())
 
 
 def _digest(*fields: str) -> bytes:
@@ -197,8 +187,7 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
         report.add(document)
     if missing := selection.shapes.not_found:
         raise UserError(f"{', '.join(options.dataset)}: --columns: no row has a column {missing[0]!r}")
-    notes = [f"{count:,} rows of {split} were dropped: each repeats one that is kept"
-             for split, count in selection.repeats.items() if split]
+    notes = selection.shapes.notes(selection.turns / max(1, len(selection.places)))
     if writer.empty_splits:
         if selection.splits_are_named:
             notes.append(f"no row that is kept names {writer.empty_splits[0]}: a hash divides them, not their split")
@@ -208,7 +197,7 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
         "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)},
         # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
         multi_turn=20 * selection.conversations >= len(selection.places))
-    return manifest, [*selection.shapes.notes(selection.turns / len(selection.places)), *notes]
+    return manifest, notes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,31 +18,29 @@ class Report:
     """Collects the lengths of all examples, and the first of them as samples."""
 
     def __init__(self) -> None:
-        self.lengths = {"prompt": array("I"), "response": array("I"), "total": array("I")}
+        self.responses, self.totals = array("I"), array("I")  # tokens of each example
         self.samples: list[Document] = []
 
     def add(self, document: Document) -> None:
-        total, response = len(document.tokens), int(document.loss_mask.sum())
-        for name, length in {"prompt": total - response, "response": response, "total": total}.items():
-            self.lengths[name].append(length)
+        self.responses.append(int(document.loss_mask.sum()))
+        self.totals.append(len(document.tokens))
         if len(self.samples) < SAMPLES:
             self.samples.append(document)
 
     def show(self, manifest: dict[str, Any], notes: list[str]) -> None:
-        kept, tokens, response = (sum(manifest[f"{split}_{key}"] for split in SPLITS)
-                                  for key in ("examples", "tokens", "response_tokens"))
+        responses, totals = np.array(self.responses), np.array(self.totals)
         dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
         for note in notes:
             print(printable_line(note))
-        print(f"examples   {manifest['total_examples']:,} read, {kept:,} kept; dropped: {dropped}")
+        print(f"examples   {manifest['total_examples']:,} read, {len(totals):,} kept; dropped: {dropped}")
         for split in SPLITS:
             print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")
-        print(f"trained on {100 * response / tokens:.1f} % of the tokens (responses)\n")
+        print(f"trained on {100 * responses.sum() / totals.sum():.1f} % of the tokens (responses)\n")
         print("tokens an example" + "".join(f"{'max' if p == 100 else f'p{p}':>7}" for p in PERCENTILES))
-        for name, lengths in self.lengths.items():  # by nearest rank
-            longest = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+        for name, lengths in {"prompt": totals - responses, "response": responses, "total": totals}.items():
+            longest = np.percentile(lengths, PERCENTILES, method="inverted_cdf")  # the nearest rank
             print(f"{name:<17}" + "".join(f"{length:>7}" for length in longest))
-        print("\n" + "\n".join(histogram(np.array(self.lengths["total"]))))
+        print("\n" + "\n".join(histogram(totals)))
         for number, document in enumerate(self.samples, 1):
             print(f"\nsample {number}, the trained part between >>> and <<<")
             print(marked_sample(document))

@@ -31,6 +31,7 @@ MANIFEST = "dataset_info.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 24  # the most in a shard of several documents: 48 MiB of tokens and loss mask
 KINDS = {"tokens": np.uint16, "loss_mask": np.uint8, "starts": np.int64}  # the arrays of a shard
+_AGAIN = "; prepare the data again"
 _SHARD_NAME = re.compile(r"\d{5,9}-[0-9a-f]{16}")  # it cannot lead out of the folder
 _SHARD_FILE = re.compile(rf"{_SHARD_NAME.pattern}\.({'|'.join(KINDS)})\.npy({re.escape(TEMPORARY_SUFFIX)})?")
 
@@ -140,17 +141,16 @@ def _empty_arrays() -> dict[str, "array[int]"]:
 def _refuse_foreign_files(folder: Path) -> None:
     """Raise UserError where other programs or people keep files that a preparation would replace or mix with its own.
     Hidden files do not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
-    with errors_at(folder):
-        path, found = folder / MANIFEST, list[Path]()
-        if os.path.lexists(path) and not (
-                path.is_file() and re.search(rb'"(format_version|loss_mask)"', path.read_bytes())):
+    path, found = folder / MANIFEST, list[Path]()
+    if os.path.lexists(path) and not (
+            path.is_file() and re.search(rb'"(format_version|loss_mask)"', path.read_bytes())):
+        found.append(path)
+    for path in (folder / split for split in SPLITS):
+        if path.is_symlink():  # what it leads to may be the folder of other data
             found.append(path)
-        for path in (folder / split for split in SPLITS):
-            if path.is_symlink():  # what it leads to may be the folder of other data
-                found.append(path)
-            elif path.is_dir():
-                found += [each for each in path.iterdir()
-                          if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith("."))]
+        elif path.is_dir():
+            found += [each for each in path.iterdir()
+                      if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith("."))]
     if found:
         raise UserError(f"{found[0]}: not of a preparation by this program; it is left as it is, choose another "
                         "--output_dir")
@@ -164,31 +164,24 @@ def _npy_bytes(values: np.ndarray) -> bytes:
 
 def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
-    path, again = folder / MANIFEST, "; prepare the data again"
-    if folder.is_file():
-        raise UserError(f"{folder}: a file; prepare it first: python src/prepare_instruct_dataset.py --dataset "
-                        f"{folder}")
+    path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
                         f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file{again}")
-    with errors_at(f"{path}: not a manifest of prepared data", Exception, advice=again):  # a forged one fails anyhow
-        data = path.read_bytes()
+    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anyhow
+        data = _regular(path).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
         if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format {manifest['format_version']!r:.40}, this version reads {FORMAT_VERSION}"
-                            f"{again}")
+            raise ValueError(f"format {manifest['format_version']!r:.40}, this version reads {FORMAT_VERSION}")
+        if manifest["template"] != TEMPLATE:
+            raise ValueError(f"prepared with template {manifest['template']!r:.40}, this version knows {TEMPLATE!r}")
         if data != manifest_bytes(manifest):
-            raise UserError(f"{path}: changed or damaged (its checksum does not fit){again}")
+            raise ValueError("changed or damaged (its checksum does not fit)")
         shards = [manifest["shards"][split] for split in SPLITS]
         if not all(shards) or not all(
                 _SHARD_NAME.fullmatch(shard["name"]) and shard["sha256"].keys() >= KINDS.keys()
                 and type(shard["tokens"]) is type(shard["examples"]) is int for shard in sum(shards, [])):
-            raise UserError(f"{path}: its shards are not as this program writes them{again}")
-    if manifest["template"] != TEMPLATE:
-        raise UserError(f"{folder}: prepared with template {manifest['template']!r}, this version knows {TEMPLATE!r}"
-                        f"{again}")
+            raise ValueError("its shards are not as this program writes them")
     return Prepared(folder, manifest)
 
 
@@ -200,27 +193,31 @@ def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) ->
         shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])
                  for kind in KINDS}
         tokens, _, starts = shard.values()
-        wrong, sizes = "", (entry["tokens"], entry["tokens"], entry["examples"])
-        if (any(array.dtype != dtype or array.shape != (size,)
-                for array, dtype, size in zip(shard.values(), KINDS.values(), sizes))
-                or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
-            wrong = "its arrays are not of the types and sizes that the manifest says"
-        elif tokens.max() >= min(vocab_size, VOCAB_SIZE):
-            wrong = f"it has token {tokens.max()}, the vocabulary has {vocab_size}"
-        if wrong:
-            raise UserError(f"{prepared.folder / split / entry['name']}: {wrong}; prepare the data again")
+        sizes = (entry["tokens"], entry["tokens"], entry["examples"])
+        with errors_at(prepared.folder / split / entry["name"], ValueError, advice=_AGAIN):
+            if (any(array.dtype != dtype or array.shape != (size,)
+                    for array, dtype, size in zip(shard.values(), KINDS.values(), sizes))
+                    or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
+                raise ValueError("its arrays are not of the types and sizes that the manifest says")
+            if tokens.max() >= min(vocab_size, VOCAB_SIZE):
+                raise ValueError(f"it has token {tokens.max()}, the vocabulary has {vocab_size}")
         shards.append(shard)
     return shards
 
 
 def _open_array(path: Path, sha256: str) -> np.ndarray:
-    digest, again = hashlib.sha256(), "; prepare the data again"
-    with errors_at(path, Exception, advice=again):  # a forged one fails anywhere in numpy's reader
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")  # but a pipe or a device, which may have no end
-        with path.open("rb") as file:
+    digest = hashlib.sha256()
+    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
+        with _regular(path).open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
         if digest.hexdigest() != sha256:
-            raise UserError(f"{path}: damaged or changed (its SHA-256 is not the manifest's){again}")
+            raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+
+
+def _regular(path: Path) -> Path:
+    """Raises ValueError for a pipe or a device, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    return path
