@@ -141,7 +141,7 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
     for place, row in Shapes({"split": ""}).examples(open_sources([dataset], {})):
         if isinstance(row, BadRow):
             raise UserError(f"{place}: {row}; where that takes --columns or --skip_bad, prepare it first: python "
-                            f"src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER")
+                            "src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER")
         if not row.fault:
             documents.append(encode_conversation(row.turns))
     return documents
@@ -150,14 +150,14 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
 def tables_of(report: dict[str, Any], show: int) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """The names of the checkpoints, and what was left out; their scores; some questions and answers, both below a line
     of column names."""
-    names = [f"{number}. {scores['checkpoint']} ({scores['about']})"
-             for number, scores in enumerate(report["checkpoints"], 1)]
+    names, scores, answers = list[str](), [["", *SCORES]], [["question", "expected"]]
+    for place, found in enumerate(report["checkpoints"], 1):
+        names.append(f"{place}. {found['checkpoint']} ({found['about']})")
+        scores.append([f"{place}", *("-" if found[name] is None else form.format(found[name])
+                                     for name, form in SCORES.items())])
+        answers[0].append(f"{place}")
     if report["left_out"]:
         names.append(f"left out as longer than the context: {report['left_out']:,}")
-    scores = [["", *SCORES]] + [
-        [str(number), *("-" if scores[name] is None else form.format(scores[name]) for name, form in SCORES.items())]
-        for number, scores in enumerate(report["checkpoints"], 1)]
-    answers = [["question", "expected", *(str(number) for number in range(1, len(report["checkpoints"]) + 1))]]
     for case in _spread(report["answers"], show):
         question = " ".join(re.sub("### (Instruction|Input|Response):\n", "| ", case["prompt"]).split())
         answers.append([question.strip("| "), case["expected"] or "-",

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import Parser, number, printable_line, run
-from data.report import Report
+from data.report import Report, counts
 from data.rows import KINDS, BadRow, open_sources
 from data.shapes import IGNORE_SPLIT, NAMES, Example, Shapes
 from data.shards import MANIFEST, SPLITS, DataWriter, Document
@@ -32,7 +32,6 @@ from instruct_format import encode_conversation
 from weights.durable import lock_folder
 
 DATASET = "vicgalle/alpaca-gpt4"
-DATA_DIR = Path("data_instruct")  # where the training looks unless --data_dir says otherwise
 BATCH_EXAMPLES = 512  # what a tokenizing thread takes at once
 PROGRESS_SECONDS = 30  # between lines about the progress where there is no terminal
 
@@ -50,7 +49,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
                        ("--revision", "which branch, tag or commit of it")):
         parser.add_argument(flag, help=text)
     parser.add_argument("--streaming", action="store_true", help="read it from the hub without keeping a copy")
-    parser.add_argument("--output_dir", type=Path, default=DATA_DIR,
+    parser.add_argument("--output_dir", type=Path, default=Path("data_instruct"),
                         help="where the shards go (default: %(default)s)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99, above=True), default=0.05,
                         help="share of the prompts that go to val (default: %(default)s)")
@@ -132,8 +131,8 @@ class Selection:
             raise BadRow("column 'split' must be in every row or in none", IGNORE_SPLIT)
         place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
         side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
-        if row.split and self.sides.setdefault(_digest(*prompt), side) != side:
-            raise BadRow(f"this prompt stands in split {self.sides[_digest(*prompt)]!r} already")
+        if row.split and (other := self.sides.setdefault(_digest(*prompt), side)) != side:
+            raise BadRow(f"this prompt stands in split {other!r} already")
         self.places.append(place)
         return side
 
@@ -142,13 +141,11 @@ class Selection:
         Raises UserError where that cannot be, saying why."""
         places = np.array(self.places)
         names = ", ".join(self.options.dataset)
-        rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
-            f", {count} left out: {reason.replace('_', ' ')}" for reason, count in self.dropped.items() if count)
         if not len(places):
-            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({rows})")
+            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({counts(self.read, self.dropped)})")
         if (places == places[0]).all():
             raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
-                            f"are the same, with the same input ({rows})")
+                            f"are the same, with the same input ({counts(self.read, self.dropped)})")
         in_val = places < self.options.val_fraction * 2**64
         return (in_val | (places == places.min())) & (places != places.max())
 
@@ -206,8 +203,8 @@ def main(argv: list[str] | None = None) -> int:
                                                     lambda text: print(printable_line(text), file=sys.stderr)):
         manifest, notes = prepare(options, report)
     report.show(manifest, notes)
-    where = f" --data_dir {shlex.quote(str(options.output_dir))}" * (options.output_dir != DATA_DIR)
-    print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh{where}"))
+    print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh --data_dir "
+                                f"{shlex.quote(str(options.output_dir))}"))
     return 0
 
 

@@ -42,9 +42,9 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 LONG_NUMBER = b'{"instruction": ' + b"9" * 5000 + b', "input": "", "output": "x"}\n'
 BLANKS = "a" + " \n" * 600_000 + "b"
 NO_JSON, NO_PARQUET = "cannot be read as JSON: .*", "not a readable Parquet file"
-NOTHING = r"nothing to train on \(0 rows read\)$"
+NOTHING = r"nothing to train on \(0 read, 0 kept; dropped: 0 empty output, 0 exact repeat, 0 bad row\)$"
 NO_TEXT = r".*; save it as UTF-8, or convert it: iconv -f .* -t UTF-8 OLD > NEW\. An archive other than \.gz has to be "
-CUT = "it is cut off or damaged: copy or download it again$"
+CUT = "copy or download it again if it is damaged$"
 
 # file name, its bytes, what the one line must say after the name (a regular expression)
 BAD: dict[str, tuple[str, bytes, str]] = {
@@ -52,11 +52,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.csv", table()))},
     "no columns": ("a.json", b"{}", r"row 1: no column for the .* and no column for the output \(found: none\)"),
     "nothing kept": ("a.jsonl", lines(*(row(n, output="") for n in range(3))),
-                     r"nothing to train on \(3 rows read, 3 left out: empty output\)"),
+                     r"nothing to train on \(3 read, 0 kept; dropped: 3 empty output, 0 exact repeat, 0 bad row\)"),
     "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
-                 r"one: .* \(3 rows read, 1 left out: empty output, 1 left out: exact repeat\)$"),
-    "one prompt": ("a.jsonl", lines(*(row(output=str(n)) for n in range(9))), r"train and val .*only one.*9 rows read"),
-    "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 left out: test split"),
+                 r"one: .* \(3 read, 1 kept; dropped: 1 empty output, 1 exact repeat, 0 bad row\)$"),
+    "one prompt": ("a.jsonl", lines(*(row(output=str(n)) for n in range(9))), r"train and val .*only one.*9 read, 9"),
+    "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 read, 0 kept; .* 9 test"),
     **{f"{name} of another program": (name, data, r"line \d: not UTF-8: byte 0x.. in column \d+" + NO_TEXT)
        for name, data in (("a.xlsx", b"PK\3\4..."), ("a.jsonl", b"PK\3\4"), ("a.pdf", b"%PDF-1.4\n%\xe2\xe3"),
                           ("a.bin", b"\1\0\2"), ("a.xls", b"\xd0\xcf\x11\xe0"), ("a.db", b"SQLite format 3\0"),
@@ -81,7 +81,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
                                 "line 1: two columns 'output'; give each"),
     "two columns of one name, Parquet": ("a.parquet", twice(), "two columns 'output'; give each"),
     "not JSON, first line": ("a.jsonl", b"{'instruction': 1}\n" + LINES, "line 1: " + NO_JSON),
-    "one object over many lines": ("a.json", json.dumps(row(), indent=1).encode(), r"train and val .*1 row read"),
+    "one object over many lines": ("a.json", json.dumps(row(), indent=1).encode(), r"train and val .*1 read, 1 kept"),
     "many objects over many lines": ("a.json", json.dumps(row(), indent=1).encode() * 2, NO_JSON + "line 5 column 2$"),
     "list not closed": ("a.json", LISTED.rstrip()[:-1], NO_JSON + r"line 13 column \d+$"),
     "UTF-16 list without mark": ("a.json", LISTED.decode().encode("utf-16-le"),

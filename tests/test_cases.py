@@ -59,7 +59,7 @@ RIGHT: dict[str, list] = {
     "ultrachat_200k.parquet": [[turn, Turn("More?", "", "Yes.")] for turn in THREE],
 }
 REFUSED = {
-    "both_empty.jsonl": r"nothing to train on \(60 rows read, 60 left out: empty question\)",
+    "both_empty.jsonl": r"nothing to train on \(60 read, 0 kept; .*, 60 empty question\)",
     "cp1252.csv": r"line 2: not UTF-8: byte 0x80 .*iconv -f",
     "cp1252.jsonl": r"line 1: not UTF-8: byte 0xe9 .*iconv -f",
     "gbk.json": r"line 1: not UTF-8: byte 0x.. .*iconv -f", "questions_latin1.txt": r"line 1: not UTF-8: byte 0xe9",

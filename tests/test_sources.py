@@ -147,7 +147,7 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
     (["a.jsonl", "--subset", "x"],
      "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),
     (["a.jsonl", "--streaming"], "a.jsonl: --split, --subset"),
-    (["-"], r"-: nothing to train on \(0 rows read\)"), (["-", "-"], r"-, -: nothing to train on \(0 rows read\)"),
+    (["-"], r"-: nothing to train on \(0 read, 0 kept"), (["-", "-"], r"-, -: nothing to train on \(0 read, 0 kept"),
     (["a.jsonl", "--output_dir", "a.jsonl"], "a.jsonl: cannot write there: File exists; choose another --output_dir$"),
     (["a.jsonl", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
 ])

@@ -1,6 +1,7 @@
 """What data preparation shows: counts, lengths, a histogram, and samples with the trained parts marked."""
 
 from array import array
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,9 @@ class Report:
 
     def show(self, manifest: dict[str, Any], notes: list[str]) -> None:
         responses, totals = np.array(self.responses), np.array(self.totals)
-        dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
         for note in notes:
             print(printable_line(note))
-        print(f"examples   {manifest['total_examples']:,} read, {len(totals):,} kept; dropped: {dropped}")
+        print(f"examples   {counts(manifest['total_examples'], manifest['dropped'])}")
         for split in SPLITS:
             print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")
         print(f"trained on {100 * responses.sum() / totals.sum():.1f} % of the tokens (responses)\n")
@@ -44,6 +44,12 @@ class Report:
         for number, document in enumerate(self.samples, 1):
             print(f"\nsample {number}, the trained part between >>> and <<<")
             print(marked_sample(document))
+
+
+def counts(read: int, dropped: Mapping[str, int]) -> str:
+    """How many examples were read and kept, and why the others were dropped."""
+    reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items())
+    return f"{read:,} read, {read - sum(dropped.values()):,} kept; dropped: {reasons}"
 
 
 def histogram(lengths: np.ndarray, bins: int = 10, width: int = 50) -> list[str]:

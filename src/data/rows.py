@@ -91,8 +91,8 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file or pipe. What its kind does not say, its content does."""
     place, kind = "standard input" if name == STDIN else name, Path(name.lower().removesuffix(".gz")).suffix
-    with (errors_at(place), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened,
-          errors_at(place, EOFError, zlib.error, advice="; it is cut off or damaged: copy or download it again")):
+    with (errors_at(place, EOFError, zlib.error, advice="; copy or download it again if it is damaged"),
+          sys.stdin.buffer if name == STDIN else open(name, "rb") as opened):
         file: Any = opened
         if zipped := file.peek(2).startswith(b"\x1f\x8b"):
             file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
@@ -165,9 +165,9 @@ def _listed(value: Any) -> list[Any]:
     if others and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
             isinstance(each, dict) and each.keys() == first.keys() for each in others):
         return [{name: column[key] for name, column in value.items()} for key in first]
-    texts = {key.strip().lower() for key, each in value.items() if not isinstance(each, (dict, list))}
+    names = {key.strip().lower() for key in value}
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
-    is_row = texts & {*QUESTIONS} and texts & {*ANSWERS} or any(
+    is_row = names & {*QUESTIONS} and names & {*ANSWERS} or any(
         key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
         return [value]
@@ -206,9 +206,9 @@ def _csv_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tup
 
 def _refuse_twice(place: str, names: list[str]) -> None:
     """Raise UserError where two columns have one name; any number may have none."""
-    count = Counter(filter(None, map(str.strip, names)))
-    if twice := [name for name in count if count[name] > 1]:
-        raise UserError(f"{place}: two columns {twice[0]!r:.60}; give each a name of its own")
+    for name, count in Counter(map(str.strip, names)).items():
+        if name and count > 1:
+            raise UserError(f"{place}: two columns {name!r:.60}; give each a name of its own")
 
 
 def _parquet_rows(place: str, file: Any) -> Iterator[Any]:

@@ -8,7 +8,6 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from itertools import chain, cycle, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ NAMES = {
     "split": ("split",),
 }
 PAIR = ("instruction", "input", "output", "system")  # the meanings that make a question and its answer
-NEEDED = ("instruction", "output")
+NEEDED = {"instruction", "output"}
 KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpaca",
                "instruction/context/response": "Dolly", "question/response/system_prompt": "OpenOrca"}
 SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -114,19 +113,22 @@ class Shapes:
 
     def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
         """The turn of a question and its answer."""
-        pair = {meaning: columns[meaning] for meaning in PAIR if meaning in columns}
-        if not pair.keys() >= {*NEEDED}:
+        if not columns.keys() >= NEEDED:
             if "messages" in columns:
                 return ()
             missing = (repr(name) if (name := self.columns.get(meaning)) else f"for the {meaning}"
-                       for meaning in NEEDED if meaning not in pair)
+                       for meaning in PAIR if meaning in NEEDED - columns.keys())
             raise BadRow(f"no column {' and no column '.join(missing)} (found: {_names(row)}); {_WHICH}")
-        text = {meaning: self._text(row[name], f"column {name!r}") for meaning, name in pair.items()}
-        self.names[_shape(*pair.values())] = None
-        self.used |= dict.fromkeys(pair.values())
-        is_asked = text["instruction"] or text.get("input")
-        question = join_texts(text.get("system", "") if is_asked else "", text["instruction"])
-        return (Turn(question, text.get("input", ""), text["output"]),)
+        names = [columns[meaning] for meaning in PAIR if meaning in columns]
+        instruction, input, output, system = self._texts(row, columns)
+        self.names[_shape(names)] = None
+        self.used |= dict.fromkeys(names)
+        return (Turn(join_texts(system if instruction or input else "", instruction), input, output),)
+
+    def _texts(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str = "") -> list[str]:
+        """Instruction, input, output and system text, empty where there is no such column."""
+        return [self._text(row[columns[meaning]], f"{where}column {columns[meaning]!r}") if meaning in columns else ""
+                for meaning in PAIR]
 
     def _text(self, value: Any, where: str) -> str:
         """A value as text. Null and NaN are empty, numbers and booleans what JSON writes, a list of one text is it."""
@@ -148,7 +150,7 @@ class Shapes:
 
     def _split(self, value: Any, column: str) -> str | None:
         """The split that a row names. A column whose first value names none is about something else."""
-        if value is None or value != value or value == "":
+        if value in (None, "") or value != value:
             return None
         split = split_of(value) if isinstance(value, str) else None
         if self.split_is_one is None:
@@ -165,7 +167,7 @@ class Shapes:
         if "messages" not in columns:
             return ()
         value, where = row[columns["messages"]], f"column {columns['messages']!r}"
-        has_pair = columns.keys() >= {*NEEDED}
+        has_pair = columns.keys() >= NEEDED
         if isinstance(value, str) and isinstance(parsed := parse_json(value), list):
             value = parsed
         if has_pair and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
@@ -231,11 +233,11 @@ class Shapes:
                 self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
                 content = next((fields[name] for name in ("content", "value", "text", "parts") if name in fields), None)
                 yield speaker, self._content(content, where), is_trained
-            elif (columns := self._columns(item)).keys() >= {*NEEDED}:
+            elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
-                question = (columns[meaning] for meaning in PAIR if meaning in columns and meaning != "output")
-                yield "user", join_texts(*(self._text(item[name], where) for name in question)), True
-                yield "assistant", self._text(item[columns["output"]], where), True
+                instruction, input, output, system = self._texts(item, columns, f"{where}: ")
+                yield "user", join_texts(instruction, input, system), True
+                yield "assistant", output, True
             else:
                 raise BadRow(f"{where} has no role and content (found: {_names(item)})")
 
@@ -266,8 +268,7 @@ class Shapes:
                 *(f"{count:,} {change}" for change, count in self.changes.items() if count)]
 
 
-@cache
-def _shape(*columns: str) -> str:
+def _shape(columns: Iterable[str]) -> str:
     """What a question and its answer in these columns are called."""
     shape = "/".join(map(_plain, columns))
     return KNOWN_PAIRS.get(shape, shape)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,9 @@ class DataWriter:
         self.folder = folder
         self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self.waiting = {split: _empty_arrays() for split in SPLITS}
-        _refuse_foreign_files(folder)
+        for path in _foreign_files(folder):
+            raise UserError(f"{path}: not of a preparation by this program; it is left as it is, choose another "
+                            "--output_dir")
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
 
@@ -138,22 +140,19 @@ def _empty_arrays() -> dict[str, "array[int]"]:
     return {"tokens": array("H"), "loss_mask": array("B"), "starts": array("q")}
 
 
-def _refuse_foreign_files(folder: Path) -> None:
-    """Raise UserError where other programs or people keep files that a preparation would replace or mix with its own.
-    Hidden files do not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
-    path, found = folder / MANIFEST, list[Path]()
-    if os.path.lexists(path) and not (
-            path.is_file() and re.search(rb'"(format_version|loss_mask)"', path.read_bytes())):
-        found.append(path)
+def _foreign_files(folder: Path) -> Iterator[Path]:
+    """What other programs or people keep where a preparation would replace it or mix it with its own. Hidden files do
+    not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
+    manifest = folder / MANIFEST
+    if os.path.lexists(manifest) and not (
+            manifest.is_file() and re.search(rb'"(format_version|loss_mask)"', manifest.read_bytes())):
+        yield manifest
     for path in (folder / split for split in SPLITS):
         if path.is_symlink():  # what it leads to may be the folder of other data
-            found.append(path)
+            yield path
         elif path.is_dir():
-            found += [each for each in path.iterdir()
-                      if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith("."))]
-    if found:
-        raise UserError(f"{found[0]}: not of a preparation by this program; it is left as it is, choose another "
-                        "--output_dir")
+            yield from (each for each in path.iterdir()
+                        if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith(".")))
 
 
 def _npy_bytes(values: np.ndarray) -> bytes:
