@@ -122,9 +122,9 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.answer import encode_question
     from answering.questions import questions_of
 
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
     with errors_at(path), path.open("rb") as file:
-        if path.suffix.lower() in (".json", ".jsonl", ".ndjson") and re.match(rb"[\s\xef\xbb\xbf]*[{[]", file.peek()):
-            raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
         for line, _, tokens in questions_of(file.readline, "", False, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):
                 raise UserError(f"{path}: line {line}: {tokens}")
@@ -172,8 +172,8 @@ def as_text(names: list[str], scores: list[list[str]], answers: list[list[str]])
     for question, *texts in answers[1:]:
         lines += ["", *textwrap.wrap(printable_line(question), 79)]
         for name, text in zip(answers[0][1:], texts):
-            wrapped = [part for line in printable(text.strip()).split("\n") for part in textwrap.wrap(line, 67) or [""]]
-            lines += [f"  {name:<9} {wrapped[0]}", *(" " * 12 + line for line in wrapped[1:])]
+            wrapped = "\n".join(textwrap.fill(line, 67) for line in printable(text.strip()).split("\n"))
+            lines.append(f"  {name:<10}" + textwrap.indent(wrapped, " " * 12)[12:])
     return "\n".join(lines)
 
 

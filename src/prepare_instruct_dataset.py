@@ -33,7 +33,6 @@ from weights.durable import lock_folder
 
 DATASET = "vicgalle/alpaca-gpt4"
 BATCH_EXAMPLES = 512  # what a tokenizing thread takes at once
-PROGRESS_SECONDS = 30  # between lines about the progress where there is no terminal
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -79,7 +78,6 @@ class Selection:
         self.sources = open_sources(options.dataset, {
             name: getattr(options, name) for name in ("subset", "split", "revision", "streaming")})
         self.shapes = Shapes(dict(options.columns))
-        self.read = 0
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
         self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
@@ -97,7 +95,6 @@ class Selection:
     def kept(self) -> Iterator[tuple[str, Example]]:
         """Yield (split, example). Raises UserError at the first bad row unless --skip_bad."""
         for where, row in self.shapes.examples(self.sources):
-            self.read += 1
             try:
                 side = self._side(row)
             except BadRow as bad:
@@ -140,12 +137,12 @@ class Selection:
         """Where all examples are in one split: which go to val, by the hash of their prompt, but not all and not none.
         Raises UserError where that cannot be, saying why."""
         places = np.array(self.places)
-        names = ", ".join(self.options.dataset)
+        names, found = ", ".join(self.options.dataset), counts(len(places), self.dropped)
         if not len(places):
-            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({counts(self.read, self.dropped)})")
+            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({found})")
         if (places == places[0]).all():
             raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
-                            f"are the same, with the same input ({counts(self.read, self.dropped)})")
+                            f"are the same, with the same input ({found})")
         in_val = places < self.options.val_fraction * 2**64
         return (in_val | (places == places.min())) & (places != places.max())
 
@@ -178,8 +175,7 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
     """Write shards and manifest. Returns the manifest, and what was recognised and changed."""
     selection, writer = Selection(options), DataWriter(options.output_dir)
     documents = tokenized(selection.kept(), options.num_proc)
-    pause = {} if sys.stderr.isatty() else {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS}
-    for split, document in tqdm(documents, desc="tokenizing", unit=" examples", **pause):
+    for split, document in tqdm(documents, desc="tokenizing", unit=" examples", disable=None):  # on a terminal
         writer.add(split, document)
         report.add(document)
     if missing := selection.shapes.not_found:
@@ -191,7 +187,8 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
         writer.deal_again(selection.dealt_again())
     manifest = writer.finish({
         "source": selection.source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
-        "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)},
+        "val_fraction": options.val_fraction, "total_examples": len(selection.places) + selection.dropped.total(),
+        "dropped": dict(selection.dropped)},
         # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
         multi_turn=20 * selection.conversations >= len(selection.places))
     return manifest, notes

@@ -236,4 +236,4 @@ def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
     assert shapes.notes(1.0) == [
         "shape: Alpaca and prompt/completion and messages; columns used: instruction, output, "
         "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
-        "1 lists of one text became it", "1 answers of weight 0 are context only"]
+        "1 answers of weight 0 are context only"]

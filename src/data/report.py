@@ -10,7 +10,6 @@ from cli import printable, printable_line
 from data.shards import SPLITS, Document
 from instruct_format import tokenizer, trained_spans
 
-PERCENTILES = (50, 90, 95, 99, 100)
 SAMPLES = 3
 SAMPLE_CHARACTERS = 600
 
@@ -32,13 +31,13 @@ class Report:
         responses, totals = np.array(self.responses), np.array(self.totals)
         for note in notes:
             print(printable_line(note))
-        print(f"examples   {counts(manifest['total_examples'], manifest['dropped'])}")
+        print(f"examples   {counts(len(totals), manifest['dropped'])}")
         for split in SPLITS:
             print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")
         print(f"trained on {100 * responses.sum() / totals.sum():.1f} % of the tokens (responses)\n")
-        print("tokens an example" + "".join(f"{'max' if p == 100 else f'p{p}':>7}" for p in PERCENTILES))
+        print("tokens an example    p50    p90    p95    p99    max")
         for name, lengths in {"prompt": totals - responses, "response": responses, "total": totals}.items():
-            longest = np.percentile(lengths, PERCENTILES, method="inverted_cdf")  # the nearest rank
+            longest = np.percentile(lengths, (50, 90, 95, 99, 100), method="inverted_cdf")  # the nearest rank
             print(f"{name:<17}" + "".join(f"{length:>7}" for length in longest))
         print("\n" + "\n".join(histogram(totals)))
         for number, document in enumerate(self.samples, 1):
@@ -46,10 +45,10 @@ class Report:
             print(marked_sample(document))
 
 
-def counts(read: int, dropped: Mapping[str, int]) -> str:
+def counts(kept: int, dropped: Mapping[str, int]) -> str:
     """How many examples were read and kept, and why the others were dropped."""
     reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items())
-    return f"{read:,} read, {read - sum(dropped.values()):,} kept; dropped: {reasons}"
+    return f"{kept + sum(dropped.values()):,} read, {kept:,} kept; dropped: {reasons}"
 
 
 def histogram(lengths: np.ndarray, bins: int = 10, width: int = 50) -> list[str]:

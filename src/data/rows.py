@@ -62,11 +62,10 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
     Raises UserError when one is missing or broken, here or while its rows are read."""
     found: dict[str, str] = {}
     for name in names:
-        matches = [name]
-        if glob.has_magic(name) and not os.path.exists(name):
-            matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-            if not matches:
-                raise UserError(f"{name}: no file matches")
+        is_pattern = glob.has_magic(name) and not os.path.exists(name)
+        matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True))) if is_pattern else [name]
+        if not matches:
+            raise UserError(f"{name}: no file matches")
         found |= {os.path.realpath(match): match for match in matches}
     return [Source("standard input" if name == STDIN else name, _rows(name, hub)) for name in found.values()]
 
@@ -78,7 +77,7 @@ def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if any(hub.values()):
             raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
         return _file_rows(name)
-    is_local = name.lower().endswith((*KINDS, ".gz", ".txt")) or "/" in name and os.path.isdir(os.path.dirname(name))
+    is_local = name.lower().endswith((*KINDS, ".gz", ".txt")) or os.path.isdir(os.path.dirname(name))
     if is_local or not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name or 'an empty name'}: no such file")
     return _numbered(_hub_rows(name, **hub))

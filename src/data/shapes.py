@@ -78,14 +78,12 @@ class Shapes:
         """Yield (place, example or what is wrong with the row) for every row."""
         for source in sources:
             for number, (place, row) in enumerate(source.rows):
-                example: Example | BadRow
                 try:
-                    example = self.example(row)
+                    yield f"{source.name}: {place}", self.example(row)
                 except BadRow as bad:
-                    example = bad
                     if number == 0:  # the other rows may be like it: to drop them all is no advice
                         bad.advice = ""
-                yield f"{source.name}: {place}", example
+                    yield f"{source.name}: {place}", bad
 
     def example(self, row: Any) -> Example:
         """Raises BadRow where there is no meaning in the row, or no text where one must be."""
@@ -97,7 +95,12 @@ class Shapes:
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
-        return Example(self._conversation(row, columns) or self._pair(row, columns), split)
+        turns = self._conversation(row, columns) if "messages" in columns else ()
+        used: tuple[str, ...] = ("messages", "system")
+        if "messages" not in columns or columns.keys() >= NEEDED and Example(turns).fault:
+            turns, used = (self._pair(row, columns),), PAIR
+        self.used |= dict.fromkeys(columns[meaning] for meaning in used if meaning in columns)
+        return Example(turns, split)
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The column of each meaning: as the user says, else by their names."""
@@ -111,19 +114,15 @@ class Shapes:
                                             and free[name] not in found.values()), None))
         return {meaning: name for meaning, name in found.items() if name is not None}
 
-    def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
+    def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> Turn:
         """The turn of a question and its answer."""
-        if not columns.keys() >= NEEDED:
-            if "messages" in columns:
-                return ()
-            missing = (repr(name) if (name := self.columns.get(meaning)) else f"for the {meaning}"
-                       for meaning in PAIR if meaning in NEEDED - columns.keys())
-            raise BadRow(f"no column {' and no column '.join(missing)} (found: {_names(row)}); {_WHICH}")
-        names = [columns[meaning] for meaning in PAIR if meaning in columns]
+        if missing := [meaning for meaning in PAIR if meaning in NEEDED - columns.keys()]:
+            named = (repr(name) if (name := self.columns.get(meaning)) else f"for the {meaning}" for meaning in missing)
+            raise BadRow(f"no column {' and no column '.join(named)} (found: {_names(row)}); {_WHICH}")
         instruction, input, output, system = self._texts(row, columns)
-        self.names[_shape(names)] = None
-        self.used |= dict.fromkeys(names)
-        return (Turn(join_texts(system if instruction or input else "", instruction), input, output),)
+        shape = "/".join(_plain(columns[meaning]) for meaning in PAIR if meaning in columns)
+        self.names[KNOWN_PAIRS.get(shape, shape)] = None
+        return Turn(join_texts(system if instruction or input else "", instruction), input, output)
 
     def _texts(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str = "") -> list[str]:
         """Instruction, input, output and system text, empty where there is no such column."""
@@ -134,7 +133,6 @@ class Shapes:
         """A value as text. Null and NaN are empty, numbers and booleans what JSON writes, a list of one text is it."""
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             [value] = value
-            self.changes["lists of one text became it"] += 1
         if value is None or value != value or value in ([], {}):
             return ""
         if isinstance(value, (Number, AnyNumber)):
@@ -164,22 +162,15 @@ class Shapes:
 
     def _conversation(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
         """The turns of a list of messages; none where there is no such list, but a question with its answer."""
-        if "messages" not in columns:
-            return ()
         value, where = row[columns["messages"]], f"column {columns['messages']!r}"
-        has_pair = columns.keys() >= NEEDED
         if isinstance(value, str) and isinstance(parsed := parse_json(value), list):
             value = parsed
-        if has_pair and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
+        if columns.keys() >= NEEDED and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
             return ()
         if not isinstance(value, list) and value not in (None, ""):
             raise BadRow(f"{where} must be a list of messages, found {_shown(value)}")
         system = self._text(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
-        turns = self._turns(value or [], where, system)
-        if has_pair and Example(turns).fault:
-            return ()
-        self.used |= dict.fromkeys(columns[each] for each in ("messages", "system") if each in columns)
-        return turns
+        return self._turns(value or [], where, system)
 
     def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
@@ -266,12 +257,6 @@ class Shapes:
         used, ignored = (", ".join(map(str.strip, names)) or "none" for names in (self.used, rest))
         return [f"shape: {' and '.join(self.names)}{average}; columns used: {used}; ignored: {ignored}",
                 *(f"{count:,} {change}" for change, count in self.changes.items() if count)]
-
-
-def _shape(columns: Iterable[str]) -> str:
-    """What a question and its answer in these columns are called."""
-    shape = "/".join(map(_plain, columns))
-    return KNOWN_PAIRS.get(shape, shape)
 
 
 def _names(row: Mapping[str, Any]) -> str:
