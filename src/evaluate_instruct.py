@@ -81,8 +81,9 @@ def report_of(options: Namespace) -> dict[str, Any]:
         bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when it is a terminal
         with failures_explained(device), errors_at(path, CheckpointError, raised=CheckpointError):
             scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
-        about = f"step {state['step']}" if state["template"] else "pre-trained"
-        report["checkpoints"].append({"checkpoint": str(path), "about": about, **scores._asdict()})
+        report["checkpoints"].append({
+            "checkpoint": str(path), "about": f"step {state['step']}" if state["template"] else "pre-trained",
+            **scores._asdict()})
         for case, (tokens, is_ended) in zip(report["answers"], answers):
             case["answers"].append({"text": decode(tokens), "ended": is_ended})
     return report

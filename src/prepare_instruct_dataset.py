@@ -43,10 +43,9 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--columns", nargs="+", action="extend", type=column, default=[], metavar="MEANING=NAME",
                         help="where columns are not recognised: what they mean, such as instruction=frage "
                              f"output=antwort; the meanings are {', '.join(NAMES)}; split= ignores that column")
-    for flag, text in (("--subset", "which configuration of a dataset of the hub"),
-                       ("--split", "which of its splits, to be divided here (default: train)"),
-                       ("--revision", "which branch, tag or commit of it")):
-        parser.add_argument(flag, help=text)
+    parser.add_argument("--subset", help="which configuration of a dataset of the hub")
+    parser.add_argument("--split", help="which of its splits, to be divided here (default: train)")
+    parser.add_argument("--revision", help="which branch, tag or commit of it")
     parser.add_argument("--streaming", action="store_true", help="read it from the hub without keeping a copy")
     parser.add_argument("--output_dir", type=Path, default=Path("data_instruct"),
                         help="where the shards go (default: %(default)s)")

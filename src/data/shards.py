@@ -16,6 +16,7 @@ import json
 import os
 import re
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ FORMAT_VERSION = 1
 MANIFEST = "dataset_info.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 24  # the most in a shard of several documents: 48 MiB of tokens and loss mask
-KINDS = {"tokens": np.uint16, "loss_mask": np.uint8, "starts": np.int64}  # the arrays of a shard
+KINDS = {"tokens": "H", "loss_mask": "B", "starts": "q"}  # the arrays of a shard: uint16, uint8, int64
 _AGAIN = "; prepare the data again"
 _SHARD_NAME = re.compile(r"\d{5,9}-[0-9a-f]{16}")  # it cannot lead out of the folder
 _SHARD_FILE = re.compile(rf"{_SHARD_NAME.pattern}\.({'|'.join(KINDS)})\.npy({re.escape(TEMPORARY_SUFFIX)})?")
@@ -69,7 +70,8 @@ class DataWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-        self.waiting = {split: _empty_arrays() for split in SPLITS}
+        self.waiting: defaultdict[str, dict[str, array[int]]] = defaultdict(
+            lambda: {kind: array(code) for kind, code in KINDS.items()})  # split -> its next shard
         for path in _foreign_files(folder):
             raise UserError(f"{path}: not of a preparation by this program; it is left as it is, choose another "
                             "--output_dir")
@@ -78,7 +80,7 @@ class DataWriter:
 
     @property
     def empty_splits(self) -> list[str]:
-        return [split for split in SPLITS if not self.shards[split] and not self.waiting[split]["starts"]]
+        return [split for split in SPLITS if not self.shards[split] and split not in self.waiting]
 
     def add(self, split: str, document: Document) -> None:
         """Raises UserError when the disk does not take a shard that is full."""
@@ -103,15 +105,15 @@ class DataWriter:
                 self.add("val" if next(sides) else "train", Document(*document))
 
     def _write_shard(self, split: str) -> None:
-        waiting, self.waiting[split] = self.waiting[split], _empty_arrays()
-        if not waiting["starts"]:
+        if split not in self.waiting:
             return
-        arrays = {kind: np.frombuffer(waiting[kind], dtype) for kind, dtype in KINDS.items()}
-        files = {kind: _npy_bytes(values) for kind, values in arrays.items()}
+        waiting = self.waiting.pop(split)
+        files = {kind: _npy_bytes(np.asarray(values)) for kind, values in waiting.items()}
         digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
-                 "tokens": len(waiting["tokens"]), "response_tokens": int(arrays["loss_mask"].sum()), "sha256": digests}
+                 "tokens": len(waiting["tokens"]), "response_tokens": int(np.sum(waiting["loss_mask"])),
+                 "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
                 file.write(data)
@@ -134,10 +136,6 @@ class DataWriter:
                 if _SHARD_FILE.fullmatch(path.name) and path not in named:
                     path.unlink()
         return manifest
-
-
-def _empty_arrays() -> dict[str, "array[int]"]:
-    return {"tokens": array("H"), "loss_mask": array("B"), "starts": array("q")}
 
 
 def _foreign_files(folder: Path) -> Iterator[Path]:
@@ -194,8 +192,8 @@ def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) ->
         tokens, _, starts = shard.values()
         sizes = (entry["tokens"], entry["tokens"], entry["examples"])
         with errors_at(prepared.folder / split / entry["name"], ValueError, advice=_AGAIN):
-            if (any(array.dtype != dtype or array.shape != (size,)
-                    for array, dtype, size in zip(shard.values(), KINDS.values(), sizes))
+            if (any(values.dtype != code or values.shape != (size,)
+                    for values, code, size in zip(shard.values(), KINDS.values(), sizes))
                     or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
                 raise ValueError("its arrays are not of the types and sizes that the manifest says")
             if tokens.max() >= min(vocab_size, VOCAB_SIZE):
