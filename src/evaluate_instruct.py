@@ -8,7 +8,6 @@ anything is computed.
 
 import json
 import re
-import shlex
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator
@@ -82,8 +81,9 @@ def report_of(options: Namespace) -> dict[str, Any]:
         bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when it is a terminal
         with failures_explained(device), errors_at(path, CheckpointError, raised=CheckpointError):
             scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
-        about = f"step {state['step']}" if state["template"] else "pre-trained"
-        report["checkpoints"].append({"checkpoint": str(path), "about": about, **scores._asdict()})
+        report["checkpoints"].append({
+            "checkpoint": str(path), "about": f"step {state['step']}" if state["template"] else "pre-trained",
+            **scores._asdict()})
         for case, (tokens, is_ended) in zip(report["answers"], answers):
             case["answers"].append({"text": decode(tokens), "ended": is_ended})
     return report
@@ -97,38 +97,35 @@ def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], in
     from dataloader_instruct import InstructData
     from instruct_format import trained_spans
 
-    left_out = 0
     if options.prompts:
-        cases = [Case(tokens, []) for tokens in _prompts(options.prompts, context_length)]
+        documents: list[Any] = [(tokens, []) for tokens in _prompts(options.prompts, context_length)]
+    elif options.dataset:
+        documents = _dataset(options.dataset)
     else:
-        if options.dataset:
-            examples = _dataset(options.dataset)
-            documents = [each for each in examples if len(each[0]) <= context_length]
-            left_out = len(examples) - len(documents)
-        else:
-            data = InstructData(open_prepared(options.data_dir), options.split or "val", context_length)
-            documents = [data.example(number) for number in _spread(len(data), options.examples or len(data))]
-            left_out = data.left_out
-        cases = [Case(list(map(int, tokens)), spans) for tokens, mask in documents if (spans := trained_spans(mask))]
-    if not cases:
-        raise UserError(f"{options.prompts}: no prompt, one a line" if options.prompts else
-                        f"{options.dataset or options.data_dir}: nothing to evaluate that fits a context of "
-                        f"{context_length}")
-    return [cases[index] for index in _spread(len(cases), options.examples or len(cases))], left_out
+        data = InstructData(open_prepared(options.data_dir), options.split or "val", 1 << 30)
+        documents = [data.example(number) for number in range(len(data))]
+    fitting = [document for document in documents if len(document[0]) <= context_length]
+    if not fitting:
+        raise UserError(f"{options.prompts or options.dataset or options.data_dir}: nothing to evaluate that fits a "
+                        f"context of {context_length}")
+    cases = [Case(list(map(int, tokens)), trained_spans(mask))
+             for tokens, mask in _spread(fitting, options.examples or len(fitting))]
+    return cases, len(documents) - len(fitting)
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """So many of count indices, at equal distances."""
-    return [index * count // min(wanted, count) for index in range(min(wanted, count))]
+def _spread(items: list[Any], wanted: int) -> list[Any]:
+    """So many of them, at equal distances."""
+    wanted = min(wanted, len(items))
+    return [items[index * len(items) // wanted] for index in range(wanted)]
 
 
 def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.answer import encode_question
     from answering.questions import questions_of
 
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
     with errors_at(path), path.open("rb") as file:
-        if path.suffix.lower() in (".json", ".jsonl", ".ndjson") and re.match(rb"[\s\xef\xbb\xbf]*[{[]", file.peek()):
-            raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
         for line, _, tokens in questions_of(file.readline, "", False, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):
                 raise UserError(f"{path}: line {line}: {tokens}")
@@ -144,32 +141,27 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
     documents = []
     for place, row in Shapes({"split": ""}).examples(open_sources([dataset], {})):
         if isinstance(row, BadRow):
-            reason, flag, rest = str(row).partition("--columns")
-            command = f"python src/prepare_instruct_dataset.py --dataset {shlex.quote(dataset)} --output_dir data_eval "
-            raise UserError(f"{place}: {reason}" + f"{command}{flag}{rest}; then --data_dir data_eval" * bool(flag))
+            raise UserError(f"{place}: {row}; where that takes --columns or --skip_bad, prepare it first: python "
+                            "src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER")
         if not row.fault:
             documents.append(encode_conversation(row.turns))
-    if not documents:
-        raise UserError(f"{dataset}: no row with a question and its answer")
     return documents
 
 
 def tables_of(report: dict[str, Any], show: int) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """The names of the checkpoints, and what was left out; their scores; some questions and answers, both below a line
     of column names."""
-    names = [f"{number}. {scores['checkpoint']} ({scores['about']})"
-             for number, scores in enumerate(report["checkpoints"], 1)]
+    names, scores, answers = list[str](), [["", *SCORES]], [["question", "expected"]]
+    for place, found in enumerate(report["checkpoints"], 1):
+        names.append(f"{place}. {found['checkpoint']} ({found['about']})")
+        scores.append([f"{place}", *("-" if found[name] is None else form.format(found[name])
+                                     for name, form in SCORES.items())])
+        answers[0].append(f"{place}")
     if report["left_out"]:
         names.append(f"left out as longer than the context: {report['left_out']:,}")
-    scores = [["", *SCORES]] + [
-        [str(number), *("-" if scores[name] is None else form.format(scores[name]) for name, form in SCORES.items())]
-        for number, scores in enumerate(report["checkpoints"], 1)]
-    answers = [["question", "expected", *(str(number) for number in range(1, len(report["checkpoints"]) + 1))]]
-    for index in _spread(len(report["answers"]), show):
-        case, question = report["answers"][index], report["answers"][index]["prompt"]
-        for marker, shown in (("### Instruction:", ""), ("### Input:", "|"), ("### Response:", "->")):
-            question = question.replace(marker, shown)
-        answers.append([" ".join(question.split()).removesuffix(" ->"), case["expected"] or "-",
+    for case in _spread(report["answers"], show):
+        question = " ".join(re.sub("### (Instruction|Input|Response):\n", "| ", case["prompt"]).split())
+        answers.append([question.strip("| "), case["expected"] or "-",
                         *(answer["text"] + " [...]" * (not answer["ended"]) for answer in case["answers"])])
     return names, scores, answers
 
@@ -181,8 +173,8 @@ def as_text(names: list[str], scores: list[list[str]], answers: list[list[str]])
     for question, *texts in answers[1:]:
         lines += ["", *textwrap.wrap(printable_line(question), 79)]
         for name, text in zip(answers[0][1:], texts):
-            wrapped = [part for line in printable(text.strip()).split("\n") for part in textwrap.wrap(line, 67) or [""]]
-            lines += [f"  {name:<9} {wrapped[0]}", *(" " * 12 + line for line in wrapped[1:])]
+            wrapped = "\n".join(textwrap.fill(line, 67) for line in printable(text.strip()).split("\n"))
+            lines.append(f"  {name:<10}" + textwrap.indent(wrapped, " " * 12)[12:])
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import Parser, number, printable_line, run
-from data.report import Report
+from data.report import Report, counts
 from data.rows import KINDS, BadRow, open_sources
 from data.shapes import IGNORE_SPLIT, NAMES, Example, Shapes
 from data.shards import MANIFEST, SPLITS, DataWriter, Document
@@ -32,9 +32,7 @@ from instruct_format import encode_conversation
 from weights.durable import lock_folder
 
 DATASET = "vicgalle/alpaca-gpt4"
-DATA_DIR = Path("data_instruct")  # where the training looks unless --data_dir says otherwise
 BATCH_EXAMPLES = 512  # what a tokenizing thread takes at once
-PROGRESS_SECONDS = 30  # between lines about the progress where there is no terminal
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -45,12 +43,11 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--columns", nargs="+", action="extend", type=column, default=[], metavar="MEANING=NAME",
                         help="where columns are not recognised: what they mean, such as instruction=frage "
                              f"output=antwort; the meanings are {', '.join(NAMES)}; split= ignores that column")
-    for flag, text in (("--subset", "which configuration of a dataset of the hub"),
-                       ("--split", "which of its splits, to be divided here (default: train)"),
-                       ("--revision", "which branch, tag or commit of it")):
-        parser.add_argument(flag, help=text)
+    parser.add_argument("--subset", help="which configuration of a dataset of the hub")
+    parser.add_argument("--split", help="which of its splits, to be divided here (default: train)")
+    parser.add_argument("--revision", help="which branch, tag or commit of it")
     parser.add_argument("--streaming", action="store_true", help="read it from the hub without keeping a copy")
-    parser.add_argument("--output_dir", type=Path, default=DATA_DIR,
+    parser.add_argument("--output_dir", type=Path, default=Path("data_instruct"),
                         help="where the shards go (default: %(default)s)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99, above=True), default=0.05,
                         help="share of the prompts that go to val (default: %(default)s)")
@@ -61,10 +58,6 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or [DATASET]
-    columns: dict[str, str] = {}
-    for meaning, name in options.columns:
-        if columns.setdefault(meaning, name) != name:
-            parser.error(f"--columns {meaning}={columns[meaning]} and {meaning}={name}: a meaning has one column")
     return options
 
 
@@ -84,12 +77,10 @@ class Selection:
         self.sources = open_sources(options.dataset, {
             name: getattr(options, name) for name in ("subset", "split", "revision", "streaming")})
         self.shapes = Shapes(dict(options.columns))
-        self.read = 0
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
         self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
         self.splits_are_named: bool | None = None  # by the rows; known from the first one on
-        self.repeats: Counter[str] = Counter()  # by the split that they name
         self.seen: set[bytes] = set()  # digests of whole examples
         self.sides: dict[bytes, str] = {}  # digest of a prompt -> the split that its rows name
         self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
@@ -103,7 +94,6 @@ class Selection:
     def kept(self) -> Iterator[tuple[str, Example]]:
         """Yield (split, example). Raises UserError at the first bad row unless --skip_bad."""
         for where, row in self.shapes.examples(self.sources):
-            self.read += 1
             try:
                 side = self._side(row)
             except BadRow as bad:
@@ -129,7 +119,6 @@ class Selection:
             return "test_split"
         digest, prompt = _digest(*map(str, chain.from_iterable(row.turns))), row.turns[0][:2]
         if digest in self.seen:
-            self.repeats[row.split or ""] += 1
             return "exact_repeat"
         self.seen.add(digest)
         if self.splits_are_named is None:
@@ -138,8 +127,8 @@ class Selection:
             raise BadRow("column 'split' must be in every row or in none", IGNORE_SPLIT)
         place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
         side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
-        if row.split and self.sides.setdefault(_digest(*prompt), side) != side:
-            raise BadRow(f"this prompt stands in split {self.sides[_digest(*prompt)]!r} already")
+        if row.split and (other := self.sides.setdefault(_digest(*prompt), side)) != side:
+            raise BadRow(f"this prompt stands in split {other!r} already")
         self.places.append(place)
         return side
 
@@ -147,20 +136,14 @@ class Selection:
         """Where all examples are in one split: which go to val, by the hash of their prompt, but not all and not none.
         Raises UserError where that cannot be, saying why."""
         places = np.array(self.places)
-        names = ", ".join(self.options.dataset)
-        rows = f"{self.read} row{'s' * (self.read != 1)} read" + "".join(
-            f", {count} left out: {reason.replace('_', ' ')}" for reason, count in self.dropped.items() if count)
+        names, found = ", ".join(self.options.dataset), counts(len(places), self.dropped)
         if not len(places):
-            is_empty = 0 < self.dropped["empty_question"] == self.dropped.total()
-            why = "all instructions are the same: empty" if is_empty else "nothing to train on"
-            raise UserError(f"{self.first_bad or f'{names}: {why}'} ({rows})")
+            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({found})")
         if (places == places[0]).all():
             raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
-                            f"are the same, with the same input ({rows})")
+                            f"are the same, with the same input ({found})")
         in_val = places < self.options.val_fraction * 2**64
-        if not in_val.any():
-            return places == places.min()
-        return in_val if not in_val.all() else places != places.max()
+        return (in_val | (places == places.min())) & (places != places.max())
 
 
 def _digest(*fields: str) -> bytes:
@@ -191,24 +174,23 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
     """Write shards and manifest. Returns the manifest, and what was recognised and changed."""
     selection, writer = Selection(options), DataWriter(options.output_dir)
     documents = tokenized(selection.kept(), options.num_proc)
-    pause = {} if sys.stderr.isatty() else {"mininterval": PROGRESS_SECONDS, "delay": PROGRESS_SECONDS}
-    for split, document in tqdm(documents, desc="tokenizing", unit=" examples", **pause):
+    for split, document in tqdm(documents, desc="tokenizing", unit=" examples", disable=None):  # on a terminal
         writer.add(split, document)
         report.add(document)
     if missing := selection.shapes.not_found:
         raise UserError(f"{', '.join(options.dataset)}: --columns: no row has a column {missing[0]!r}")
-    notes = [f"{count:,} rows of {split} were dropped: each repeats one that is kept"
-             for split, count in selection.repeats.items() if split]
+    notes = selection.shapes.notes(selection.turns / max(1, len(selection.places)))
     if writer.empty_splits:
         if selection.splits_are_named:
             notes.append(f"no row that is kept names {writer.empty_splits[0]}: a hash divides them, not their split")
         writer.deal_again(selection.dealt_again())
     manifest = writer.finish({
         "source": selection.source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
-        "val_fraction": options.val_fraction, "total_examples": selection.read, "dropped": dict(selection.dropped)},
+        "val_fraction": options.val_fraction, "total_examples": len(selection.places) + selection.dropped.total(),
+        "dropped": dict(selection.dropped)},
         # Chat remembers the turns before where the model has seen such: in one in twenty documents at least
         multi_turn=20 * selection.conversations >= len(selection.places))
-    return manifest, [*selection.shapes.notes(selection.turns / len(selection.places)), *notes]
+    return manifest, notes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
                                                     lambda text: print(printable_line(text), file=sys.stderr)):
         manifest, notes = prepare(options, report)
     report.show(manifest, notes)
-    where = f" --data_dir {shlex.quote(str(options.output_dir))}" * (options.output_dir != DATA_DIR)
-    print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh{where}"))
+    print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh --data_dir "
+                                f"{shlex.quote(str(options.output_dir))}"))
     return 0
 
 

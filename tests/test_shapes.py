@@ -100,8 +100,6 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "fields of other roles": (chat({**USER, "tool_calls": None, "from": None, "name": "x"}, BOT), PLAIN, "messages"),
     "Gemini": ({"messages": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
                QA, "messages"),
-    "a row in a row": ({"data": PAIR}, PC, "prompt/completion"),
-    "messages in a row": ({"conversation": chat(USER, BOT)}, PLAIN, "messages"),
     "messages as JSON text": ({"messages": json.dumps([USER, BOT])}, PLAIN, "messages"),
     "LIMA": ({"conversations": ["Q", "A", "R", "B"], "source": "x"}, QARB, "texts in turn"),
     "UltraChat": ({"id": "0", "data": ["Q", "A"]}, QA, "texts in turn"),
@@ -125,35 +123,29 @@ def test_every_shape_is_recognised(name):
 
 
 DPO = {"prompt": "Q", "chosen": [USER, BOT]}
+WHICH = "say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table"
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no object": (["I", "O"], "expected an object with columns such as instruction and output, found a list"),
-    "one column": ({"instruction": "I", "x": "y"}, "no column for the output (found: 'instruction', 'x'); say which"),
-    "no column": ({}, "no column for the instruction and for the output (found: none)"),
-    "DPO": (DPO, "for the output (found: 'prompt', 'chosen'); 'chosen' is a list of messages; say so: --columns "
-            "messages=chosen"),
-    "DPO, prompt too": ({"prompt": [USER], "chosen": [BOT]}, "for the output (found: 'prompt', 'chosen'); say which"),
-    "messages as an answer": ({"prompt": "Q", "output": [USER, BOT]}, "'output' is a list of messages; say so: --col"),
-    "rows in it": ({"faq": [PAIR]}, "(found: 'faq'); its rows seem to be under 'faq': write them as a list"),
-    "rows, and more": ({"a": 1, "b": 2, "faq": [PAIR]}, "output=NAME; its rows seem to be under 'faq': "),
-    "rows by many names": ({f"id{n}": PAIR for n in range(1000)}, "'id19' and 980 more); its rows seem to be under"),
-    "rows by name": ({"a": PAIR, "b": PAIR}, "(found: 'a', 'b'); its rows seem to be under 'a', 'b': write them"),
-    "a row, and more": ({"id": 1, "data": PAIR}, "(found: 'id', 'data'); its rows seem to be under 'data'"),
-    "data as names": ({"What is it?": "That", "x": "y"}, "'x'); the first line of a table, and each row of JSON"),
-    "whole conversations": ({"chosen": "Human: Q", "rejected": "Human: Q"}, "NAME; the first line of a table, and"),
+    "no object": (["I", "O"], "expected an object with columns such as instruction and output, found ['I', 'O']"),
+    "one column": ({"instruction": "I", "x": "y"}, "no column for the output (found: 'instruction', 'x'); " + WHICH),
+    "no column": ({}, "no column for the instruction and no column for the output (found: none)"),
+    "DPO": (DPO, "for the output (found: 'prompt', 'chosen'); " + WHICH),
+    "messages as an answer": ({"prompt": "Q", "output": [USER, BOT]}, "'output' must be text, found [{'content': 'N"),
+    "rows in it": ({"faq": [PAIR]}, "(found: 'faq'); " + WHICH),
+    "many names": ({f"id{n}": PAIR for n in range(1000)}, "'id19', ...); " + WHICH),
     "one text": ({"text": "### Human: Hi### Assistant: Hi"}, "such as philschmid/guanaco-sharegpt-style"),
-    "a tree": ({"message_id": "0", "text": "Hi", "role": "prompter"}, "a variant with messages or pairs"),
-    "two": ({"instruction": "I", "output": ["a", "b"]}, "column 'output' must be text, found a list; make it one"),
-    "an object": ({"instruction": {"a": 1}, "output": "O"}, "column 'instruction' must be text, found an object"),
-    "bytes": ({"instruction": "I", "output": b"O"}, "column 'output' must be text, found bytes"),
+    "a tree": ({"message_id": "0", "text": "Hi", "role": "prompter"}, "variant of the data with messages or pairs"),
+    "two": ({"instruction": "I", "output": ["a", "b"]}, "'output' must be text, found ['a', 'b']; make it one text"),
+    "an object": ({"instruction": {"a": 1}, "output": "O"}, "column 'instruction' must be text, found {'a': 1}"),
+    "bytes": ({"instruction": "I", "output": b"O"}, "column 'output' must be text, found b'O'"),
     "tools": (chat(USER, {"role": "tool", "content": "42"}, BOT),
               "column 'messages': message 2: role 'tool' is none of user, assistant and system"),
     "no role": (chat({"content": "Hi"}, BOT), "message 1 has no role and content (found: 'content')"),
     "a picture": (chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT),
-                  "column 'messages': message 1 has a part that is no text: {'type': 'image_url'"),
-    "a text": ({"messages": "Hi"}, "column 'messages' must be a list of messages, found text"),
-    "broken JSON": ({"messages": "[{'role': 'user'}]"}, "found text that cannot be read as JSON: Expecting"),
-    "an object as messages": ({"messages": {"role": "user"}}, "must be a list of messages, found an object"),
-    "numbers": (chat(1, 2), "message 1 must be an object with role and content, found a number"),
+                  "column 'messages': message 1 has a part that is no text: {'image_url': 'x'"),
+    "a text": ({"messages": "Hi"}, "column 'messages' must be a list of messages, found 'Hi'"),
+    "broken JSON": ({"messages": "[{'role': 'user'}]"}, "must be a list of messages, found \"[{'role': 'user'}]\""),
+    "an object as messages": ({"messages": {"role": "user"}}, "must be a list of messages, found {'role': 'user'}"),
+    "numbers": (chat(1, 2), "message 1 must be an object with role and content, found 1"),
     "a surrogate": (chat({**USER, "content": "\ud800"}, BOT), "message 1 has half of a surrogate pair"),
 }
 
@@ -171,7 +163,6 @@ def test_what_has_no_meaning_is_refused(name):
     ({"instruction": "query", "output": "answer"}, {"prompt": "x", "query": "Q", "output": "y", "answer": "A"}, QA),
     ({"instruction": "prompt", "output": "completion"}, chat(USER, BOT, **PAIR), PC),
     ({"messages": "chosen"}, DPO, PLAIN),
-    ({"instruction": "frage", "output": "antwort"}, {"row": {"frage": "Q", "antwort": "A"}}, QA),
     ({"messages": "log"}, {"log": [USER, BOT], "instruction": "I", "output": "O"}, PLAIN),
     ({"input": ""}, {"instruction": "Q", "input": "in", "": "7", "output": "A"}, QA),
     ({"input": "hint", "system": "system"}, {"instruction": "I", "hint": "h", "output": "O", "system": "S"},
@@ -188,11 +179,10 @@ def test_columns_that_no_row_has_are_refused(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"frage": "Q", "antwort": "A"}, {"frage": "R", "antwort": "B"}])
     pair = ["instruction=Frage", "output=antwort"]
     assert prepare(data, tmp_path, "--columns", pair[0], "--columns", pair[1])["train_examples"] == 1
-    for flags, reason in ((["instruction=x"], "a.jsonl: line 1: no column 'x' .found: 'frage', 'antwort'"),
+    for flags, reason in ((["instruction=x"], "a.jsonl: line 1: no column 'x' and no column for the output"),
                           (pair[:1], "line 1: no column for the output"),
-                          ([pair[0], "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.$"),
+                          ([pair[0], "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.; say which"),
                           ([*pair, "input=kontext"], "a.jsonl: --columns: no row has a column 'kontext'"),
-                          ([*pair, "--columns", "output=x"], "output=antwort and output=x: a meaning has one column"),
                           (["x"], "'x' is not MEANING=NAME with a MEANING of messages, instruction, output")):
         with pytest.raises(UserError, match=reason):
             prepare(data, tmp_path, "--columns", *flags)
@@ -247,4 +237,4 @@ def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
     assert shapes.notes(1.0) == [
         "shape: Alpaca and prompt/completion and messages; columns used: instruction, output, "
         "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
-        "1 lists of one text became it", "1 answers of weight 0 are context only"]
+        "1 answers of weight 0 are context only"]

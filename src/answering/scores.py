@@ -57,10 +57,10 @@ def response_losses(model: GPT, cases: Sequence[Case]) -> Iterator[tuple[float, 
 
 
 def repetition(answers: Sequence[Sequence[int]]) -> float:
-    """1 - distinct 4-grams / all 4-grams, distinct within their answer, counted over all answers: seq-rep-4 of Welleck
-    et al. 2020, which is the mean over the answers. 0 when no answer has four tokens."""
+    """The share of 4-grams that came before in their answer, counted over all answers: seq-rep-4 of Welleck et al.
+    2020, which is the mean over the answers. 0 when no answer has four tokens."""
     grams = [[tuple(answer[place:place + N_GRAM]) for place in range(len(answer) - N_GRAM + 1)] for answer in answers]
-    return 1 - sum(len(set(each)) for each in grams) / max(1, sum(map(len, grams))) if any(grams) else 0.0
+    return sum(len(each) - len(set(each)) for each in grams) / max(1, sum(map(len, grams)))
 
 
 def evaluate(model: GPT, cases: Sequence[Case], limit: int, bar: Callable[..., Iterable[Any]]) -> tuple[

@@ -1,6 +1,7 @@
 """What data preparation shows: counts, lengths, a histogram, and samples with the trained parts marked."""
 
 from array import array
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ from cli import printable, printable_line
 from data.shards import SPLITS, Document
 from instruct_format import tokenizer, trained_spans
 
-PERCENTILES = (50, 90, 95, 99, 100)
 SAMPLES = 3
 SAMPLE_CHARACTERS = 600
 
@@ -18,34 +18,37 @@ class Report:
     """Collects the lengths of all examples, and the first of them as samples."""
 
     def __init__(self) -> None:
-        self.lengths = {"prompt": array("I"), "response": array("I"), "total": array("I")}
+        self.responses, self.totals = array("I"), array("I")  # tokens of each example
         self.samples: list[Document] = []
 
     def add(self, document: Document) -> None:
-        total, response = len(document.tokens), int(document.loss_mask.sum())
-        for name, length in {"prompt": total - response, "response": response, "total": total}.items():
-            self.lengths[name].append(length)
+        self.responses.append(int(document.loss_mask.sum()))
+        self.totals.append(len(document.tokens))
         if len(self.samples) < SAMPLES:
             self.samples.append(document)
 
     def show(self, manifest: dict[str, Any], notes: list[str]) -> None:
-        kept, tokens, response = (sum(manifest[f"{split}_{key}"] for split in SPLITS)
-                                  for key in ("examples", "tokens", "response_tokens"))
-        dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
+        responses, totals = np.array(self.responses), np.array(self.totals)
         for note in notes:
             print(printable_line(note))
-        print(f"examples   {manifest['total_examples']:,} read, {kept:,} kept; dropped: {dropped}")
+        print(f"examples   {counts(len(totals), manifest['dropped'])}")
         for split in SPLITS:
             print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")
-        print(f"trained on {100 * response / tokens:.1f} % of the tokens (responses)\n")
-        print("tokens an example" + "".join(f"{'max' if p == 100 else f'p{p}':>7}" for p in PERCENTILES))
-        for name, lengths in self.lengths.items():  # by nearest rank
-            longest = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+        print(f"trained on {100 * responses.sum() / totals.sum():.1f} % of the tokens (responses)\n")
+        print("tokens an example    p50    p90    p95    p99    max")
+        for name, lengths in {"prompt": totals - responses, "response": responses, "total": totals}.items():
+            longest = np.percentile(lengths, (50, 90, 95, 99, 100), method="inverted_cdf")  # the nearest rank
             print(f"{name:<17}" + "".join(f"{length:>7}" for length in longest))
-        print("\n" + "\n".join(histogram(np.array(self.lengths["total"]))))
+        print("\n" + "\n".join(histogram(totals)))
         for number, document in enumerate(self.samples, 1):
             print(f"\nsample {number}, the trained part between >>> and <<<")
             print(marked_sample(document))
+
+
+def counts(kept: int, dropped: Mapping[str, int]) -> str:
+    """How many examples were read and kept, and why the others were dropped."""
+    reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items())
+    return f"{kept + sum(dropped.values()):,} read, {kept:,} kept; dropped: {reasons}"
 
 
 def histogram(lengths: np.ndarray, bins: int = 10, width: int = 50) -> list[str]:

@@ -5,14 +5,13 @@ roles, of questions with their answers, or of texts in turn.
 """
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
-from itertools import chain, cycle
+from itertools import chain, cycle, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.advice import for_columns, for_messages, names_of
 from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, Number, Source, parse_json, split_of
 from instruct_format import join_texts, tidy
 
@@ -34,6 +33,9 @@ SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
             **dict.fromkeys(("system", "developer"), "system"),
             **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant")}
 UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
+_WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
+          "each row of JSON, has to name its columns. Where texts are whole conversations, take a variant of the data "
+          "with messages or pairs, such as philschmid/guanaco-sharegpt-style")
 IGNORE_SPLIT = "; --columns split= ignores that column"
 LONGEST_BLANK = 100_000  # the tokenizer fails from about a million blanks in a row on
 _BLANK, _SURROGATE = re.compile(rf"\s{{{LONGEST_BLANK}}}"), re.compile("[\ud800-\udfff]")
@@ -77,29 +79,29 @@ class Shapes:
         """Yield (place, example or what is wrong with the row) for every row."""
         for source in sources:
             for number, (place, row) in enumerate(source.rows):
-                example: Example | BadRow
                 try:
-                    example = self.example(row)
+                    yield f"{source.name}: {place}", self.example(row)
                 except BadRow as bad:
-                    example = bad
                     if number == 0:  # the other rows may be like it: to drop them all is no advice
                         bad.advice = ""
-                yield f"{source.name}: {place}", example
+                    yield f"{source.name}: {place}", bad
 
     def example(self, row: Any) -> Example:
         """Raises BadRow where there is no meaning in the row, or no text where one must be."""
         if isinstance(row, BadRow):
             raise row
         if not isinstance(row, dict):
-            raise BadRow(f"expected an object with columns such as instruction and output, found {_kind(row)}")
-        if len(row) == 1 and isinstance(inner := next(iter(row.values())), dict) and (
-                "messages" in (inside := self._columns(inner)) or inside.keys() >= NEEDED):
-            row = inner
+            raise BadRow(f"expected an object with columns such as instruction and output, found {_shown(row)}")
         columns = self.known.get(tuple(row))
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
-        return Example(self._conversation(row, columns) or self._pair(row, columns), split)
+        turns = self._conversation(row, columns) if "messages" in columns else ()
+        used: tuple[str, ...] = ("messages", "system")
+        if "messages" not in columns or columns.keys() >= NEEDED and Example(turns).fault:
+            turns, used = (self._pair(row, columns),), PAIR
+        self.used |= dict.fromkeys(columns[meaning] for meaning in used if meaning in columns)
+        return Example(turns, split)
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The column of each meaning: as the user says, else by their names."""
@@ -112,45 +114,35 @@ class Shapes:
             found.setdefault(meaning, next((free[name] for name in names if name in free
                                             and free[name] not in found.values()), None))
         if None in (found["instruction"], found["output"]) and "messages" not in self.columns:
-            found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free
-                                                               and not isinstance(row[free[name]], dict)), None)
+            found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free), None)
         return {meaning: name for meaning, name in found.items() if name is not None}
 
-    def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
+    def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> Turn:
         """The turn of a question and its answer."""
-        pair = {meaning: columns[meaning] for meaning in PAIR if meaning in columns}
-        if not pair.keys() >= NEEDED:
-            if "messages" in columns:
-                return ()
-            raise BadRow(self._complaint(row, [meaning for meaning in PAIR if meaning in NEEDED - pair.keys()]))
-        if advice := for_messages({name: row[name] for name in pair.values()}):
-            raise BadRow(advice)
-        text = {meaning: self._text(row[name], f"column {name!r}") for meaning, name in pair.items()}
-        self.names[_shape(*pair.values())] = None
-        self.used |= dict.fromkeys(pair.values())
-        is_asked = text["instruction"] or text.get("input")
-        question = join_texts(text.get("system", "") if is_asked else "", text["instruction"])
-        return (Turn(question, text.get("input", ""), text["output"]),)
+        if missing := [meaning for meaning in PAIR if meaning in NEEDED - columns.keys()]:
+            named = (repr(name) if (name := self.columns.get(meaning)) else f"for the {meaning}" for meaning in missing)
+            raise BadRow(f"no column {' and no column '.join(named)} (found: {_names(row)}); {_WHICH}")
+        instruction, input, output, system = self._texts(row, columns)
+        shape = "/".join(_plain(columns[meaning]) for meaning in PAIR if meaning in columns)
+        self.names[KNOWN_PAIRS.get(shape, shape)] = None
+        return Turn(join_texts(system if instruction or input else "", instruction), input, output)
 
-    def _complaint(self, row: Mapping[str, Any], missing: list[str]) -> str:
-        """Why a row is no question and answer."""
-        if named := [self.columns[meaning] for meaning in missing if self.columns.get(meaning)]:
-            return f"no column {named[0]!r} (found: {names_of(row)})"
-        return (f"no column for the {' and for the '.join(missing)} (found: {names_of(row)}); "
-                f"{for_columns(row, len(missing))}")
+    def _texts(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str = "") -> list[str]:
+        """Instruction, input, output and system text, empty where there is no such column."""
+        return [self._text(row[columns[meaning]], f"{where}column {columns[meaning]!r}") if meaning in columns else ""
+                for meaning in PAIR]
 
     def _text(self, value: Any, where: str) -> str:
         """A value as text. Null and NaN are empty, numbers and booleans what JSON writes, a list of one text is it."""
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             [value] = value
-            self.changes["lists of one text became it"] += 1
         if value is None or value != value or value in ([], {}):
             return ""
         if isinstance(value, (Number, AnyNumber)):
             self.changes["numbers and booleans became text"] += 1
             value = str(value).lower() if isinstance(value, bool) else str(value)
         if not isinstance(value, str):
-            raise BadRow(f"{where} must be text, found {_kind(value)}; make it one text")
+            raise BadRow(f"{where} must be text, found {_shown(value)}; make it one text")
         if not value.isascii() and _SURROGATE.search(value):
             raise BadRow(f"{where} has half of a surrogate pair, which is not text")
         if len(value) > LONGEST_BLANK and _BLANK.search(value):
@@ -159,7 +151,7 @@ class Shapes:
 
     def _split(self, value: Any, column: str) -> str | None:
         """The split that a row names. A column whose first value names none is about something else."""
-        if value is None or value != value or value == "":
+        if value in (None, "") or value != value:
             return None
         split = split_of(value) if isinstance(value, str) else None
         if self.split_is_one is None:
@@ -167,28 +159,21 @@ class Shapes:
         if not self.split_is_one:
             return None
         if split is None:
-            raise BadRow(f"column {column!r} must be train, val or test, found {value!r:.60}", IGNORE_SPLIT)
+            raise BadRow(f"column {column!r} must be train, val or test, found {_shown(value)}", IGNORE_SPLIT)
         self.used[column] = None
         return split
 
     def _conversation(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
         """The turns of a list of messages; none where there is no such list, but a question with its answer."""
-        if "messages" not in columns:
-            return ()
         value, where = row[columns["messages"]], f"column {columns['messages']!r}"
-        has_pair = columns.keys() >= NEEDED
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            value = parse_json(value)
-        if has_pair and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
+        if isinstance(value, str) and isinstance(parsed := parse_json(value), list):
+            value = parsed
+        if columns.keys() >= NEEDED and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
             return ()
-        if isinstance(value, BadRow) or not isinstance(value, list) and value not in (None, ""):
-            raise BadRow(f"{where} must be a list of messages, found {_kind(value)}")
+        if not isinstance(value, list) and value not in (None, ""):
+            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}")
         system = self._text(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
-        turns = self._turns(value or [], where, system)
-        if has_pair and Example(turns).fault:
-            return ()
-        self.used |= dict.fromkeys(columns[each] for each in ("messages", "system") if each in columns)
-        return turns
+        return self._turns(value or [], where, system)
 
     def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
@@ -231,11 +216,11 @@ class Shapes:
                 yield side, self._text(item, where), True
                 continue
             if not isinstance(item, dict):
-                raise BadRow(f"{where} must be an object with role and content, found {_kind(item)}")
+                raise BadRow(f"{where} must be an object with role and content, found {_shown(item)}")
             fields = {_plain(name): content for name, content in reversed(item.items()) if content is not None}
             if (role := fields.get("role", fields.get("from"))) is not None:
                 if (speaker := SPEAKERS.get(_plain(role))) is None:
-                    raise BadRow(f"{where}: role {role!r:.60} is none of user, assistant and system")
+                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system")
                 self.names["messages" if "role" in fields else "ShareGPT"] = None
                 # as OpenAI and axolotl say that an answer is context only
                 is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
@@ -244,20 +229,23 @@ class Shapes:
                 yield speaker, self._content(content, where), is_trained
             elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
-                question = (columns[meaning] for meaning in PAIR if meaning in columns and meaning != "output")
-                yield "user", join_texts(*(self._text(item[name], where) for name in question)), True
-                yield "assistant", self._text(item[columns["output"]], where), True
+                instruction, input, output, system = self._texts(item, columns, f"{where}: ")
+                yield "user", join_texts(instruction, input, system), True
+                yield "assistant", output, True
             else:
-                raise BadRow(f"{where} has no role and content (found: {names_of(item)})")
+                raise BadRow(f"{where} has no role and content (found: {_names(item)})")
 
     def _content(self, content: Any, where: str) -> str:
         """The text of a message, which may come in parts."""
         if not isinstance(content, list):
             return self._text(content, where)
+        texts = []
         for part in content:
-            if not isinstance(part, str) and not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-                raise BadRow(f"{where} has a part that is no text: {part!r:.60}")
-        return self._text("\n".join(part if isinstance(part, str) else part["text"] for part in content), where)
+            text = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(text, str):
+                raise BadRow(f"{where} has a part that is no text: {_shown(part)}")
+            texts.append(text)
+        return self._text("\n".join(texts), where)
 
     @property
     def not_found(self) -> list[str]:
@@ -274,19 +262,15 @@ class Shapes:
                 *(f"{count:,} {change}" for change, count in self.changes.items() if count)]
 
 
-@cache
-def _shape(*columns: str) -> str:
-    """What a question and its answer in these columns are called."""
-    shape = "/".join(map(_plain, columns))
-    return KNOWN_PAIRS.get(shape, shape)
+def _names(row: Mapping[str, Any]) -> str:
+    """The names of a row's columns, for an error: at most 20 of them."""
+    return ", ".join(f"{name!r:.60}" for name in islice(row, 20)) + ", ..." * (len(row) > 20) or "none"
 
 
 def _plain(name: object) -> str:
     return str(name).strip().lower()
 
 
-def _kind(value: object) -> str:
-    if isinstance(value, BadRow):
-        return f"text that {value}"
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (Number, AnyNumber)) else type(value).__name__)
+def _shown(value: object) -> str:
+    """A value of a row, for an error."""
+    return f"{reprlib.repr(value):.60}"

@@ -16,7 +16,8 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ FORMAT_VERSION = 1
 MANIFEST = "dataset_info.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 24  # the most in a shard of several documents: 48 MiB of tokens and loss mask
-KINDS = {"tokens": np.uint16, "loss_mask": np.uint8, "starts": np.int64}  # the arrays of a shard
+KINDS = {"tokens": "H", "loss_mask": "B", "starts": "q"}  # the arrays of a shard: uint16, uint8, int64
+_AGAIN = "; prepare the data again"
 _SHARD_NAME = re.compile(r"\d{5,9}-[0-9a-f]{16}")  # it cannot lead out of the folder
 _SHARD_FILE = re.compile(rf"{_SHARD_NAME.pattern}\.({'|'.join(KINDS)})\.npy({re.escape(TEMPORARY_SUFFIX)})?")
 
@@ -68,14 +70,17 @@ class DataWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-        self.waiting = {split: _empty_arrays() for split in SPLITS}
-        _refuse_foreign_files(folder)
+        self.waiting: defaultdict[str, dict[str, array[int]]] = defaultdict(
+            lambda: {kind: array(code) for kind, code in KINDS.items()})  # split -> its next shard
+        for path in _foreign_files(folder):
+            raise UserError(f"{path}: not of a preparation by this program; it is left as it is, choose another "
+                            "--output_dir")
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
 
     @property
     def empty_splits(self) -> list[str]:
-        return [split for split in SPLITS if not self.shards[split] and not self.waiting[split]["starts"]]
+        return [split for split in SPLITS if not self.shards[split] and split not in self.waiting]
 
     def add(self, split: str, document: Document) -> None:
         """Raises UserError when the disk does not take a shard that is full."""
@@ -100,15 +105,15 @@ class DataWriter:
                 self.add("val" if next(sides) else "train", Document(*document))
 
     def _write_shard(self, split: str) -> None:
-        waiting, self.waiting[split] = self.waiting[split], _empty_arrays()
-        if not waiting["starts"]:
+        if split not in self.waiting:
             return
-        arrays = {kind: np.frombuffer(waiting[kind], dtype) for kind, dtype in KINDS.items()}
-        files = {kind: _npy_bytes(values) for kind, values in arrays.items()}
+        waiting = self.waiting.pop(split)
+        files = {kind: _npy_bytes(np.asarray(values)) for kind, values in waiting.items()}
         digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
-                 "tokens": len(waiting["tokens"]), "response_tokens": int(arrays["loss_mask"].sum()), "sha256": digests}
+                 "tokens": len(waiting["tokens"]), "response_tokens": int(np.sum(waiting["loss_mask"])),
+                 "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
                 file.write(data)
@@ -133,27 +138,19 @@ class DataWriter:
         return manifest
 
 
-def _empty_arrays() -> dict[str, "array[int]"]:
-    return {"tokens": array("H"), "loss_mask": array("B"), "starts": array("q")}
-
-
-def _refuse_foreign_files(folder: Path) -> None:
-    """Raise UserError where other programs or people keep files that a preparation would replace or mix with its own.
-    Hidden files do not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
-    with errors_at(folder):
-        path, found = folder / MANIFEST, list[Path]()
-        if os.path.lexists(path) and not (
-                path.is_file() and re.search(rb'"(format_version|loss_mask)"', path.read_bytes())):
-            found.append(path)
-        for path in (folder / split for split in SPLITS):
-            if path.is_symlink():  # what it leads to may be the folder of other data
-                found.append(path)
-            elif path.is_dir():
-                found += [each for each in path.iterdir()
-                          if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith("."))]
-    if found:
-        raise UserError(f"{found[0]}: not of a preparation by this program; it is left as it is, choose another "
-                        "--output_dir")
+def _foreign_files(folder: Path) -> Iterator[Path]:
+    """What other programs or people keep where a preparation would replace it or mix it with its own. Hidden files do
+    not matter. A damaged manifest is ours too: the advice for it is to prepare the data again."""
+    manifest = folder / MANIFEST
+    if os.path.lexists(manifest) and not (
+            manifest.is_file() and re.search(rb'"(format_version|loss_mask)"', manifest.read_bytes())):
+        yield manifest
+    for path in (folder / split for split in SPLITS):
+        if path.is_symlink():  # what it leads to may be the folder of other data
+            yield path
+        elif path.is_dir():
+            yield from (each for each in path.iterdir()
+                        if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith(".")))
 
 
 def _npy_bytes(values: np.ndarray) -> bytes:
@@ -164,31 +161,27 @@ def _npy_bytes(values: np.ndarray) -> bytes:
 
 def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
-    path, again = folder / MANIFEST, "; prepare the data again"
+    path = folder / MANIFEST
     if folder.is_file():
         raise UserError(f"{folder}: a file; prepare it first: python src/prepare_instruct_dataset.py --dataset "
                         f"{folder}")
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
                         f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")
-    if not path.is_file():
-        raise UserError(f"{path}: not a regular file{again}")
-    with errors_at(f"{path}: not a manifest of prepared data", Exception, advice=again):  # a forged one fails anyhow
-        data = path.read_bytes()
+    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anyhow
+        data = _regular(path).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
         if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format {manifest['format_version']!r:.40}, this version reads {FORMAT_VERSION}"
-                            f"{again}")
+            raise ValueError(f"format {manifest['format_version']!r:.40}, this version reads {FORMAT_VERSION}")
+        if manifest["template"] != TEMPLATE:
+            raise ValueError(f"prepared with template {manifest['template']!r:.40}, this version knows {TEMPLATE!r}")
         if data != manifest_bytes(manifest):
-            raise UserError(f"{path}: changed or damaged (its checksum does not fit){again}")
+            raise ValueError("changed or damaged (its checksum does not fit)")
         shards = [manifest["shards"][split] for split in SPLITS]
         if not all(shards) or not all(
                 _SHARD_NAME.fullmatch(shard["name"]) and shard["sha256"].keys() >= KINDS.keys()
                 and type(shard["tokens"]) is type(shard["examples"]) is int for shard in sum(shards, [])):
-            raise UserError(f"{path}: its shards are not as this program writes them{again}")
-    if manifest["template"] != TEMPLATE:
-        raise UserError(f"{folder}: prepared with template {manifest['template']!r}, this version knows {TEMPLATE!r}"
-                        f"{again}")
+            raise ValueError("its shards are not as this program writes them")
     return Prepared(folder, manifest)
 
 
@@ -200,27 +193,31 @@ def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) ->
         shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])
                  for kind in KINDS}
         tokens, _, starts = shard.values()
-        wrong, sizes = "", (entry["tokens"], entry["tokens"], entry["examples"])
-        if (any(array.dtype != dtype or array.shape != (size,)
-                for array, dtype, size in zip(shard.values(), KINDS.values(), sizes))
-                or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
-            wrong = "its arrays are not of the types and sizes that the manifest says"
-        elif tokens.max() >= min(vocab_size, VOCAB_SIZE):
-            wrong = f"it has token {tokens.max()}, the vocabulary has {vocab_size}"
-        if wrong:
-            raise UserError(f"{prepared.folder / split / entry['name']}: {wrong}; prepare the data again")
+        sizes = (entry["tokens"], entry["tokens"], entry["examples"])
+        with errors_at(prepared.folder / split / entry["name"], ValueError, advice=_AGAIN):
+            if (any(values.dtype != code or values.shape != (size,)
+                    for values, code, size in zip(shard.values(), KINDS.values(), sizes))
+                    or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
+                raise ValueError("its arrays are not of the types and sizes that the manifest says")
+            if tokens.max() >= min(vocab_size, VOCAB_SIZE):
+                raise ValueError(f"it has token {tokens.max()}, the vocabulary has {vocab_size}")
         shards.append(shard)
     return shards
 
 
 def _open_array(path: Path, sha256: str) -> np.ndarray:
-    digest, again = hashlib.sha256(), "; prepare the data again"
-    with errors_at(path, Exception, advice=again):  # a forged one fails anywhere in numpy's reader
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")  # but a pipe or a device, which may have no end
-        with path.open("rb") as file:
+    digest = hashlib.sha256()
+    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
+        with _regular(path).open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
         if digest.hexdigest() != sha256:
-            raise UserError(f"{path}: damaged or changed (its SHA-256 is not the manifest's){again}")
+            raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
         return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+
+
+def _regular(path: Path) -> Path:
+    """Raises ValueError for a pipe or a device, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    return path
