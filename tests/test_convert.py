@@ -43,7 +43,7 @@ def test_an_imported_folder_is_what_is_opened_there(published, tmp_path, capsys)
 def test_a_file_is_imported_with_its_heads(published, tmp_path):
     folder, reference = published
     torch.save(reference.state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(UserError, match="add --n_head N$"):
+    with pytest.raises(UserError, match="how many heads .* --n_head N "):
         import_to(tmp_path / "out.pt", tmp_path / "bare.pt")
     assert import_to(tmp_path / "out.pt", tmp_path / "bare.pt", "--n_head", "4") == 0
     assert import_to(tmp_path / "other.pt", folder / "model.safetensors") == 0  # config.json is beside it
@@ -78,7 +78,7 @@ def test_an_output_that_exists_is_not_replaced(published, tmp_path, capsys):
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "link", Path("/dev/null"), Path(), Path("/"), Path("..")):
         with pytest.raises(UserError, match=f"^{path}: a .*, not a file$"):
             import_to(path, folder, "--force")
-    for name in ("a.safetensors", "a.BIN", "a.gguf", "a.json", "a.txt"):  # what no command would take for a checkpoint
+    for name in ("a.safetensors", "a.BIN", "a.gguf", "a"):
         with pytest.raises(UserError, match=f"{name}: import writes a checkpoint; name it {tmp_path}/a.pt$"):
             import_to(tmp_path / name, folder)
     with pytest.raises(UserError, match="too long"):
@@ -93,5 +93,5 @@ def test_without_a_network_the_hub_is_one_line(tmp_path):
     assert (code, stderr) == (2, "error: gpt2: no such file or folder, and fetching it from the Hugging Face hub "
                                  "failed: check the network, or import a local file or folder\n")
     for source in ("no/such/folder", "/absent", "./gpt2", "gpt--2", "my model", "checkpoints/absent.pt", "~/gpt2"):
-        with pytest.raises(UserError, match=f"^{source}: no such file or folder$"):
+        with pytest.raises(UserError, match=f"^{source}: no such file or folder($|, and .* no public model of this )"):
             import_to(tmp_path / "out.pt", source)

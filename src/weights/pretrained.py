@@ -15,8 +15,8 @@ from torch import Tensor
 from errors import CheckpointError, UserError, errors_at
 from instruct_format import VOCAB_SIZE
 from model import GPTConfig
-from weights.checkpoint import BEST, FORMAT, FORMAT_VERSION, LATEST, check_weights, is_weight, step_files, verify
-from weights.safe_load import check_begin, check_is_file, load_any
+from weights.checkpoint import BEST, FORMAT, FORMAT_VERSION, LATEST, is_weight, step_files, verify
+from weights.safe_load import begin_of, load_any
 
 # Where the config.json of an exported folder says how the model was fine-tuned, and what it says.
 ABOUT, FINE_TUNED = "gpt2_instruct", ("template", "multi_turn", "data_source")
@@ -41,16 +41,16 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
             "that folder")
 
 
-def open_any(path: Path, n_head: int | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def open_any(path: Path, n_head: int = 0, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
     safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
-    a configuration: 0 when the user did not say it, None when there is no flag to say it. Rows of padding after GPT-2's
-    vocabulary, which training would count, are left out; say names their number. Raises UserError when there is no such
-    file or the number of heads is not known, CheckpointError when it is damaged, unsafe, or no GPT-2."""
-    part = _PART.fullmatch(path.name)
-    if path.is_file() and (part and int(part[2]) > 1 or path.name.endswith(("config.json", ".index.json"))):
+    a configuration, 0 when the user did not say it. Rows of padding after GPT-2's vocabulary, which training would
+    count, are left out; say names their number. Whether all weights are there and fit, model_of checks. Raises
+    UserError when there is no such file or the number of heads is not known, CheckpointError when it is damaged,
+    unsafe, or no GPT-2."""
+    if path.is_file() and (_PART.fullmatch(path.name) or path.name.endswith(("config.json", ".index.json"))):
         raise UserError(f"{path}: only a part of a model; name its folder: {path.parent}")
-    state = _read(path)
+    state = _read_folder(path) if path.is_dir() else _read_file(path)
     if state.get("format") == FORMAT:
         state = verify(state, path)
         if n_head and n_head != state["model_config"].get("n_head"):
@@ -85,20 +85,20 @@ def check_vocabulary(vocab_size: int, path: Path) -> None:
             f"{_LARGEST_VOCABULARY:,}), so it knows another tokenizer; use a model trained on GPT-2's tokens")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a file holds; the weights of a folder as {'model': ...}."""
-    if path.is_dir():
-        parts = [_read(file) for file in _files_of(path)]
-        weights = {name: tensor for part in parts for name, tensor in part.items()}
-        if len(weights) < sum(map(len, parts)):
-            raise CheckpointError(f"{path}: its files have some weights twice, so they are of two models; {_COPY}")
-        return {"model": weights}
+def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors":
         return load_any(path)
-    check_is_file(path)
+    begin_of(path)
     with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
-        check_begin(path)
         return load_file(path)
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    parts = list(map(_read_file, _files_of(folder)))
+    weights = {name: tensor for part in parts for name, tensor in part.items()}
+    if len(weights) < sum(map(len, parts)):
+        raise CheckpointError(f"{folder}: its files have some weights twice, so they are of two models; {_COPY}")
+    return {"model": weights}
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -109,58 +109,45 @@ def models_in(folder: Path) -> list[Path]:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files of weights of a Hugging Face folder, as transformers chooses them. Several are those that the index
-    names, or without one a whole set of parts."""
+    """The files of weights of a Hugging Face folder, as transformers chooses them: one, those that an index names, or
+    without one all, which have to be the parts of one model."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: {_ADAPTER}")
     if any(folder.glob("*.ckpt*.index")):
         raise CheckpointError(f"{folder}: a TensorFlow checkpoint; first make a folder of it with transformers 4 "
                               "(convert_gpt2_original_tf_checkpoint_to_pytorch.py), then import that")
-    found = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
     if not (folder / "config.json").exists():
-        if models := models_in(folder):
-            raise UserError(f"{folder} holds checkpoints; name one: {models[0]}")
-        files = sum(found, [])
-        alone = f", or import the weights alone: {_importing(files[0])}" if len(files) == 1 else ""
-        raise UserError(f"{folder}: no config.json in it; copy it there{alone}")
+        models = models_in(folder)
+        raise UserError(f"{folder} holds checkpoints; name one: {models[0]}" if models else
+                        f"{folder}: no config.json in it; copy it there, or name a checkpoint or a file of weights")
     _config_beside(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
             return _files_named(index)
-    for files in filter(None, found):
-        part = _PART.fullmatch(files[0].name)
-        whole = [files[0].with_name(f"{part[1]}{number:05}-of-{part[2]}{part[3]}")
-                 for number in range(1, int(part[2]) + 1)] if part else files[:1]
-        if odd := min({*files} ^ {*whole}, default=None):
-            raise CheckpointError(f"{folder}: no index.json says which files are the model, and {odd.name} is "
-                                  f"{'missing' if odd in whole else 'one too many'}; {_COPY}")
-        return files
-    raise UserError(f"{folder}: no .safetensors and no pytorch_model.bin in it; save the model with save_pretrained()")
-
-
-def _files_named(index: Path) -> list[Path]:
-    """The files that the index of a folder names. Raises CheckpointError when one is missing, or outside the folder."""
-    named = _json_of(index, "the index of a model").get("weight_map")
-    with errors_at(f"{index}: not the index of a model", TypeError, ValueError, AttributeError, raised=CheckpointError):
-        files = sorted({index.with_name(name) for name in named.values()})  # type: ignore[union-attr]
-        missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{index}: it names {len(files)} files, {missing[0]} is missing; copy it again")
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors and no pytorch_model.bin in it; save the model with "
+                        "save_pretrained()")
+    part, kinds = _PART.fullmatch(files[0].name), {_PART.sub(r"\1\2\3", file.name) for file in files}
+    if len(kinds) > 1 or part and len(files) < int(part[2]):
+        raise CheckpointError(f"{folder}: {files[0].name} and what is beside it are not all parts of one model, and no "
+                              f"index.json names those; {_COPY}")
     return files
 
 
-def _importing(path: Path) -> str:
-    """The command that takes weights which do not show their heads."""
-    return f"python src/convert_checkpoint.py import {shlex.quote(str(path))} --n_head N --output NEW.pt"
+def _files_named(index: Path) -> list[Path]:
+    """The files that the index of a folder names. Raises CheckpointError when one would be outside the folder."""
+    named = _json_of(index, "the index of a model").get("weight_map")
+    with errors_at(f"{index}: not the index of a model", TypeError, ValueError, AttributeError, raised=CheckpointError):
+        return sorted({index.with_name(name) for name in named.values()})  # type: ignore[union-attr]
 
 
 def _json_of(path: Path, what: str) -> dict[str, Any]:
     """The object in a file of JSON. Raises UserError when it cannot be read."""
     with errors_at(f"{path}: not readable as {what}", ValueError, RecursionError):
-        check_is_file(path)
-        check_begin(path)
+        begin_of(path)
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not an object")
@@ -207,14 +194,14 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
 
 
 def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path,
-              n_head: int | None = None) -> GPTConfig:
+              n_head: int = 0) -> GPTConfig:
     """The model's sizes: what the weights show, and the number of heads, which they do not. named is what the file or
     its config.json says. Raises CheckpointError when that contradicts the weights or n_head, or is not GPT-2 as
     published; UserError when nothing says the number of heads and the sizes are not published ones."""
     vocab_size, n_embd = weights[_EMBEDDING].shape
     shown = {"context_length": weights["transformer.wpe.weight"].shape[0], "vocab_size": vocab_size, "n_embd": n_embd,
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
-             "n_head": n_head or 0}
+             "n_head": n_head}
     expected = {**_EXPECTED, "n_inner": (None, 4 * n_embd)}
     wrong = [f"{key} {named[key]!r:.60}" for key, values in expected.items() if key in named
              and named[key] not in values]
@@ -222,17 +209,12 @@ def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
         raise CheckpointError(f"{path}: not a GPT-2 as published: {', '.join(wrong)}{_OTHER}")
     for field, value in shown.items():
         said = next((named[name] for name in (field, *_NAMES.get(field, ())) if name in named), None)
-        if said is not None and type(said) is not int:
-            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}; write a whole number there")
         if said not in (None, value) and (field, value) != ("n_head", 0):
-            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, "
-                                  + (f"--n_head says {value}" if field == "n_head" else f"its weights have {value}"))
+            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, not {value}")
         shown[field] = said or value
     shown["n_head"] = shown["n_head"] or _PUBLISHED_HEADS.get((shown["n_layer"], n_embd), 0)
     if not shown["n_head"]:
-        advice = "add --n_head N" if n_head is not None else f"first run {_importing(path)}; then name NEW.pt"
         raise UserError(f"{path}: nothing says how many heads its {shown['n_layer']} layers of width {n_embd} have, "
-                        f"and the weights do not show it: {advice}")
-    config = GPTConfig(**shown)
-    check_weights(config, weights, path)
-    return config
+                        "and the weights do not show it; say it: python src/convert_checkpoint.py import "
+                        f"{shlex.quote(str(path))} --n_head N --output NEW.pt; then name NEW.pt")
+    return GPTConfig(**shown)
