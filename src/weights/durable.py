@@ -19,7 +19,12 @@ from typing import Any, BinaryIO
 from errors import UserError, errors_at
 
 TEMPORARY_SUFFIX, LOCK = ".tmp", ".lock"
+Say = Callable[[str], None]  # takes a line for the user
 _HOLDER = re.compile(r"(process \d+ on .*\n)?")  # what a lock of ours holds
+
+
+def say_nothing(line: str) -> None:
+    pass
 
 
 class _EarlyWriter(io.BufferedWriter):
@@ -29,9 +34,9 @@ class _EarlyWriter(io.BufferedWriter):
 
     def write(self, data: Any) -> int:
         self.waiting += len(data)
-        if self.waiting >= 1 << 25 and hasattr(os, "posix_fadvise"):
+        if self.waiting >= 1 << 25:
             self.flush()
-            with suppress(OSError):  # it is advice, and some file systems take none
+            with suppress(OSError, AttributeError):  # it is advice, which not every system takes
                 os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self.waiting = 0
         return super().write(data)
@@ -50,7 +55,6 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         with _EarlyWriter(io.FileIO(temporary, "wb")) as file:
             yield file
             file.flush()
-            needed = max(needed, file.tell())
             os.fsync(file.fileno())
         temporary.replace(path)
         before = ""
@@ -90,7 +94,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
-                warn: Callable[[str], None] = lambda text: None, is_named: bool = True) -> Iterator[None]:
+                warn: Say = say_nothing, is_named: bool = True) -> Iterator[None]:
     """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
     is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
     it, and naming the lock when it cannot be used."""

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from errors import CheckpointError, UserError, errors_at
 from instruct_format import VOCAB_SIZE
 from model import GPTConfig
 from weights.checkpoint import BEST, FORMAT, FORMAT_VERSION, LATEST, is_weight, step_files, verify
+from weights.durable import Say, say_nothing
 from weights.safe_load import begin_of, load_any
 
 # Where the config.json of an exported folder says how the model was fine-tuned, and what it says.
@@ -41,7 +42,7 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
             "that folder")
 
 
-def open_any(path: Path, n_head: int = 0, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def open_any(path: Path, n_head: int = 0, say: Say = say_nothing) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
     safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
     a configuration, 0 when the user did not say it. Rows of padding after GPT-2's vocabulary, which training would
