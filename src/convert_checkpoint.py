@@ -80,6 +80,10 @@ def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
         raise UserError(f"{output}: import writes a checkpoint; name it {output.with_suffix('.pt')}")
 
 
+def say(text: str) -> None:
+    print(printable_line(text))
+
+
 def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
     import torch
@@ -87,11 +91,11 @@ def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     from weights.checkpoint import model_of, save, size_of
     from weights.pretrained import open_any
 
-    state = open_any(path, n_head, lambda text: print(printable_line(text)))
+    state = open_any(path, n_head, say)
     sizes = model_of(state, path, torch.device("cpu")).config
-    save(output, state, lambda text: print(printable_line(text)))
-    print(f"wrote {printable_line(output)}: {size_of(state['model']) // 4:,} parameters, {sizes.n_layer} layers of "
-          f"{sizes.n_head} heads, width {sizes.n_embd}")
+    save(output, state, say)
+    say(f"wrote {output}: {size_of(state['model']) // 4:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, "
+        f"width {sizes.n_embd}")
 
 
 def export_weights(source: Path, output: Path, dtype: str) -> None:
@@ -100,7 +104,7 @@ def export_weights(source: Path, output: Path, dtype: str) -> None:
 
     _, state = open_model(source)
     (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, Settings()._asdict())
-    print(f"wrote {printable_line(output)}")
+    say(f"wrote {output}")
 
 
 def main(argv: list[str] | None = None) -> int:

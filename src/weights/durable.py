@@ -98,10 +98,9 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
     """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
     is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
     it, and naming the lock when it cannot be used."""
+    path = folder / LOCK
     with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    with errors_at(f"{path}: cannot lock the folder", advice=f"; choose another {flag}"):
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
                                       or not _HOLDER.fullmatch(path.read_text(errors="replace"))):
             raise UserError(f"{path}: not a lock of this program; move it away, or choose another {flag}")

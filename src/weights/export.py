@@ -46,7 +46,42 @@ _OLLAMA_ALL = """\
 
 ### Response:
 {{ else if and $asked (eq .Role "assistant") }}{{ .Content }}<|endoftext|>{{ end }}{{ end }}"""
+_MODELFILE = '''\
+FROM ./{gguf}
+TEMPLATE """{template}"""
+PARAMETER num_ctx {num_ctx}
+PARAMETER num_predict {max_new_tokens}
+PARAMETER temperature {temperature}
+PARAMETER top_k {top_k}
+PARAMETER top_p {top_p}
+PARAMETER repeat_penalty 1.0
+PARAMETER stop "<|endoftext|>"
+PARAMETER stop "### Instruction:"
+'''
 _ALPACA_GPT4 = "vicgalle/alpaca-gpt4"
+_LICENCES = {  # whether that is what it was trained on: a line of the head, and a sentence
+    True: ("license: cc-by-nc-4.0\n", "vicgalle/alpaca-gpt4 is CC BY-NC 4.0, not for commercial use, and its authors "
+           "ask that models trained on it be used for research only."),
+    False: ("", "The licence of these data holds for this model too: name it here before you publish it."),
+}
+_CARD = """\
+---
+{key}library_name: transformers
+pipeline_tag: text-generation
+---
+# GPT-2 of {n_layer} layers
+"""
+_TUNED_CARD = """
+Fine-tuned to follow instructions, on `{source}`. {licence}
+
+```python
+from transformers import pipeline
+
+ask = pipeline('text-generation', model='.')
+messages = [{{'role': 'user', 'content': 'Name three primary colours.'}}]
+print(ask(messages)[0]['generated_text'][-1]['content'])
+```
+"""
 _UNFINISHED = ".unfinished_export"  # in a folder while it is written
 
 
@@ -101,14 +136,11 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
     with _file_for_all(path, size_of(state["model"])) as file:
         writer = gguf.GGUFWriter(file.name, "gpt2")
         _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if kind == fp32 else f"MOSTLY_{_KINDS[dtype]}"])
-        names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.", "transformer.h.": "blk.",
-                 "transformer.ln_f.": "output_norm.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
-                 "mlp.c_proj": "ffn_down", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, sizes["n_layer"])
         for name, tensor in _weights(state, torch.float16 if dtype == "float16" else torch.float32).items():
             wanted = kind if tensor.dim() == 2 and "wpe" not in name else fp32
-            for ours, theirs in names.items():
-                name = name.replace(ours, theirs)
-            writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), wanted), raw_dtype=wanted)
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")),
+                              gguf.quants.quantize(tensor.float().numpy(), wanted), raw_dtype=wanted)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -233,26 +265,14 @@ def _chat_template(state: Mapping[str, Any]) -> str:
 
 def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any]) -> str:
     """The recipe of ollama for a GGUF file beside it: the template, and chat's settings."""
-    parameters = {"num_ctx": state["model_config"]["context_length"], "num_predict": settings["max_new_tokens"],
-                  **{name: settings[name] for name in ("temperature", "top_k", "top_p")}, "repeat_penalty": 1.0}
-    return "\n".join([
-        f"FROM ./{gguf}", f'TEMPLATE """{_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST}"""',
-        *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
-        *(f'PARAMETER stop "{text}"' for text in (END, "### Instruction:")), ""])
+    return _MODELFILE.format(gguf=gguf, template=_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST,
+                             num_ctx=state["model_config"]["context_length"], **settings)
 
 
 def _model_card(state: Mapping[str, Any]) -> str:
     """README.md: what the model is, whose data it was trained on, how to ask it."""
     source = "".join(letter if letter.isprintable() else " " for letter in state["data_source"].replace("`", "'"))
-    is_alpaca_gpt4 = _ALPACA_GPT4 in source
-    licence = (f"{_ALPACA_GPT4} is CC BY-NC 4.0, not for commercial use, and its authors ask that models trained on it "
-               "be used for research only." if is_alpaca_gpt4 else
-               "The licence of these data holds for this model too: name it here before you publish it.")
-    lines = ["---", *["license: cc-by-nc-4.0"] * is_alpaca_gpt4, "library_name: transformers",
-             "pipeline_tag: text-generation", "---", f"# GPT-2 of {state['model_config']['n_layer']} layers", ""]
-    if state["template"]:
-        lines += [f"Fine-tuned to follow instructions, on `{source or 'data that are not known'}`. {licence}", "",
-                  "```python", "from transformers import pipeline", "", "ask = pipeline('text-generation', model='.')",
-                  "messages = [{'role': 'user', 'content': 'Name three primary colours.'}]",
-                  "print(ask(messages)[0]['generated_text'][-1]['content'])", "```", ""]
-    return "\n".join(lines)
+    key, licence = _LICENCES[_ALPACA_GPT4 in source]
+    card = _CARD.format(key=key, n_layer=state["model_config"]["n_layer"])
+    tuned = _TUNED_CARD.format(source=source or "data that are not known", licence=licence)
+    return card + tuned * bool(state["template"])

@@ -20,7 +20,7 @@ from weights.durable import Say, say_nothing
 from weights.safe_load import begin_of, load_any
 
 # Where the config.json of an exported folder says how the model was fine-tuned, and what it says.
-ABOUT, FINE_TUNED = "gpt2_instruct", ("template", "multi_turn", "data_source")
+ABOUT, FINE_TUNED = "gpt2_instruct", {"template": None, "multi_turn": False, "data_source": ""}  # of another model
 # Under what name programs save the weights (else the file is the state dict itself), and the sizes of the model.
 _WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config", "model_args", "config")
 # What other trainers call the sizes.
@@ -71,7 +71,7 @@ def open_any(path: Path, n_head: int = 0, say: Say = say_nothing) -> dict[str, A
             if named.get("vocab_size") == rows:
                 named = {**named, "vocab_size": VOCAB_SIZE}
         config = config_of(named, weights, path, n_head)
-        tuned = {"template": None, "multi_turn": False, "data_source": "", **named.get(ABOUT, {})}
+        tuned = {**FINE_TUNED, **named.get(ABOUT, {})}
     if rows > VOCAB_SIZE:
         say(f"left out {rows - VOCAB_SIZE:,} rows of padding after GPT-2's {VOCAB_SIZE:,} tokens")
     return verify({"format": FORMAT, "format_version": FORMAT_VERSION, "step": 0, "val_losses": [],
@@ -102,13 +102,6 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return {"model": weights}
 
 
-def models_in(folder: Path) -> list[Path]:
-    """The models in a folder that is none itself: checkpoints of runs, then the numbered folders of other trainers."""
-    ours = [folder / BEST, folder / LATEST, *step_files(folder), *sorted(folder.glob(f"*/{BEST}"))]
-    theirs = sorted((len(path.parent.name), path.parent) for path in folder.glob("*/config.json"))
-    return [path for path in (*ours, *(path for _, path in reversed(theirs))) if path.exists()]
-
-
 def _files_of(folder: Path) -> list[Path]:
     """The files of weights of a Hugging Face folder, as transformers chooses them: one, those that an index names, or
     without one all, which have to be the parts of one model."""
@@ -118,15 +111,19 @@ def _files_of(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: a TensorFlow checkpoint; first make a folder of it with transformers 4 "
                               "(convert_gpt2_original_tf_checkpoint_to_pytorch.py), then import that")
     if not (folder / "config.json").exists():
-        models = models_in(folder)
-        raise UserError(f"{folder} holds checkpoints; name one: {models[0]}" if models else
+        models = [folder / BEST, folder / LATEST, *step_files(folder), *sorted(folder.glob(f"*/{BEST}")),
+                  *(config.parent for config in sorted(folder.glob("*/config.json")))]
+        model = next(filter(Path.exists, models), None)
+        raise UserError(f"{folder} holds checkpoints; name one: {model}" if model else
                         f"{folder}: no config.json in it; copy it there, or name a checkpoint or a file of weights")
     _config_beside(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            return _files_named(index)
+            with errors_at(f"{index}: not the index of a model", LookupError, AttributeError, TypeError, ValueError,
+                           raised=CheckpointError):  # a name that leads out of the folder is a ValueError
+                return sorted({index.with_name(part) for part in _json_of(index)["weight_map"].values()})
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder}: no .safetensors and no pytorch_model.bin in it; save the model with "
@@ -138,16 +135,9 @@ def _files_of(folder: Path) -> list[Path]:
     return files
 
 
-def _files_named(index: Path) -> list[Path]:
-    """The files that the index of a folder names. Raises CheckpointError when one would be outside the folder."""
-    named = _json_of(index, "the index of a model").get("weight_map")
-    with errors_at(f"{index}: not the index of a model", TypeError, ValueError, AttributeError, raised=CheckpointError):
-        return sorted({index.with_name(name) for name in named.values()})  # type: ignore[union-attr]
-
-
-def _json_of(path: Path, what: str) -> dict[str, Any]:
+def _json_of(path: Path) -> dict[str, Any]:
     """The object in a file of JSON. Raises UserError when it cannot be read."""
-    with errors_at(f"{path}: not readable as {what}", ValueError, RecursionError):
+    with errors_at(f"{path}: not readable as JSON", ValueError, RecursionError):
         begin_of(path)
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -159,7 +149,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     """The config.json of a folder, or beside a file; empty where there is none. Raises UserError when it cannot be
     read, CheckpointError when it describes another kind of model."""
     config = (path if path.is_dir() else path.parent) / "config.json"
-    sizes = _json_of(config, "a model's configuration") if config.exists() else {}
+    sizes = _json_of(config) if config.exists() else {}
     if sizes.get("model_type", "gpt2") != "gpt2":
         raise CheckpointError(f"{path}: not a GPT-2 as published: model_type {sizes['model_type']!r:.60}{_OTHER}")
     return sizes
@@ -179,18 +169,19 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds values of type {tensor.dtype}, not weights")
         weights[re.sub(f"^{re.escape(prefix)}", "transformer.", name)] = tensor.float()
-    embedding = weights[_EMBEDDING]
+    embedding, n_embd = weights[_EMBEDDING], weights[_EMBEDDING].shape[1]
     output = weights.pop(prefix.removesuffix("transformer.") + "lm_head.weight", None)
     if output is not None and not torch.equal(output[:VOCAB_SIZE], embedding[:VOCAB_SIZE]):
         raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train it "
                               "again with the two tied, as in GPT-2")
-    first = weights.get("transformer.h.0.attn.c_attn.weight")
-    if first is not None and first.shape == (embedding.shape[1], 3 * embedding.shape[1]):
-        for name in [name for name in weights if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)]:
+    first = weights.get("transformer.h.0.attn.c_attn.weight", embedding)
+    is_conv1d, has_biases = first.shape == (n_embd, 3 * n_embd), any(name.endswith(".bias") for name in weights)
+    for name in list(weights):
+        is_linear = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        if is_linear and is_conv1d:
             weights[name] = weights[name].t().contiguous()
-    if not any(name.endswith(".bias") for name in weights):
-        for name in [name for name in weights if ".ln_" in name or re.search(r"\.c_\w+\.weight$", name)]:
-            weights[name.removesuffix("weight") + "bias"] = torch.zeros(weights[name].shape[0])
+        if not has_biases and (is_linear or ".ln_" in name):
+            weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(weights[name]))
     return weights
 
 
