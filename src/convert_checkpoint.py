@@ -86,13 +86,11 @@ def say(text: str) -> None:
 
 def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
-    import torch
-
     from weights.checkpoint import model_of, save, size_of
     from weights.pretrained import open_any
 
-    state = open_any(path, n_head, say)
-    sizes = model_of(state, path, torch.device("cpu")).config
+    state = open_any(path, n_head)
+    sizes = model_of(state, path).config
     save(output, state, say)
     say(f"wrote {output}: {size_of(state['model']) // 4:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, "
         f"width {sizes.n_embd}")

@@ -303,13 +303,11 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(ask, tiny_checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("name, message", [
-    ("prepared", "{}: no config.json in it; copy it there, or name a checkpoint or a file of weights"),
-    ("run", "{}: no config.json in it; copy it there, or name a checkpoint or a file of weights"),
-    ("demo", "{} holds checkpoints; name one: {}/checkpoints/best_model.pt"),
-    ("demo/checkpoints", "{} holds checkpoints; name one: {}/best_model.pt"),
+    ("prepared", "{}: no config.json in it; name a checkpoint, a file of weights, or a folder that has one"),
+    ("run", "{}: no config.json in it; name a checkpoint, a file of weights, or a folder that has one"),
     ("rows.jsonl", "{}: not a loadable checkpoint: no file of torch.save, or cut off; name another, or copy it again")])
 def test_what_is_no_model_is_one_line_that_says_what_to_name(ask, tmp_path, name, message):
-    for file in ("prepared/dataset_info.json", "run/events.out", "demo/checkpoints/best_model.pt", "rows.jsonl"):
+    for file in ("prepared/dataset_info.json", "run/best_model.pt", "rows.jsonl"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     code, stdout, stderr = ask(checkpoint=tmp_path / name)

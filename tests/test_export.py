@@ -305,7 +305,7 @@ def test_a_gguf_file_holds_the_model_and_its_tokenizer(folders, checkpoints, tmp
 def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, tmp_path):
     """A name in capitals is one too; the Modelfile comes once the GGUF file is there."""
     pretrained = write_checkpoint(tmp_path / "a.pt", template=None)
-    with pytest.raises(UserError, match="multiples of 32|cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         (tmp_path / "B.GGUF.tmp").mkdir()
         export(checkpoints[True], tmp_path / "B.GGUF")
     assert not (tmp_path / "B.Modelfile").exists()
@@ -330,13 +330,15 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
     for name in ("README.md", "config.json"):
         (tmp_path / "theirs" / name).write_text('{"model_type": "gpt2"}')
+    small = GPTConfig(8, 50257, 1, 2, 40)
+    narrow = write_checkpoint(tmp_path / "w.pt", model_config=vars(small), model=small_model(config=small).state_dict())
     wide = small_model(config=CONFIG).state_dict()
     wide["transformer.ln_f.weight"] = torch.full((64,), 1e6)
     for checkpoint, output, flags, message, kind in [
             *((source, "mine", flags, r"mine: not a folder that was exported here \(notes.txt in it\)", UserError)
               for flags in ([], ["--force"])),
             (source, "theirs", ["--force"], r"that was exported here \(README.md, config.json in it\)", UserError),
-            (source, "file", ["--force"], "file: a file, not a folder", UserError),
+            (source, "file", ["--force"], "file: no folder that can be read: Not a directory", UserError),
             *((source, name, [], ": not a folder that was exported here", UserError) for name in ("/", "..")),
             (source, "a" * 300, [], "too long", UserError),
             (source, "file/x", [], "file/x: cannot write there: Not a directory", UserError),
@@ -346,6 +348,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             (source, "empty", [], "empty: exists; --force replaces it", UserError),
             (source, "b.gguf", [], "b.Modelfile: exists; --force replaces it", UserError),
             (source, "out", ["--dtype", "q8_0"], "q8_0 is for GGUF", UserError),
+            (narrow, "w.gguf", ["--dtype", "q8_0"], "w.gguf: Can.t quantize .* to Q8_0.* --dtype float16", UserError),
             (write_checkpoint(tmp_path / "c.pt", template="other/7"), "out", [], "fine-tuned with template 'other/7'",
              CheckpointError),
             (write_checkpoint(tmp_path / "d.pt", vocab_size=99), "out", [], "99 tokens, GPT-2's has", CheckpointError),

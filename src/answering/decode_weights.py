@@ -82,11 +82,10 @@ def for_decoding(model: GPT, form: type[OneRow | FewRows | OneRowInt8]) -> None:
     output = model.transformer.wte.weight
     if form is FewRows and not (torch.backends.mkldnn.is_available() and output.dtype is torch.float32):
         form = OneRow
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if form is OneRowInt8 or not isinstance(module, nn.Linear):  # else the form is a copy
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.clone()
-    for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, form(module.weight, module.bias))
     model.output = form(output, output.new_zeros(len(output)))

@@ -20,7 +20,7 @@ def open_model(path: Path) -> tuple[GPT, dict[str, Any]]:
     if state["template"] not in (TEMPLATE, None):
         raise CheckpointError(f"{path}: fine-tuned with template {state['template']!r:.60}, this version knows "
                               f"{TEMPLATE!r}")
-    model = model_of(state, path, torch.device("cpu"))
+    model = model_of(state, path)
     check_vocabulary(model.config.vocab_size, path)
     return model, state
 

@@ -129,7 +129,7 @@ def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
                                   "checkpoint")
 
 
-def model_of(state: Mapping[str, Any], path: Path, device: torch.device) -> GPT:
+def model_of(state: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> GPT:
     """The model of a state, for reading: on the CPU it shares the memory of the weights, which may be a mapped file.
     Raises CheckpointError when config and weights do not fit."""
     weights = state["model"]

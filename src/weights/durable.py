@@ -48,7 +48,6 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     folder is made if it is not there: somebody may have removed it in mid-run. Raises UserError when the disk does not
     take it, naming the path, the bytes needed (as the caller says, or as many as were written) and the bytes free."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    before = "; what was there before is untouched"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it may be a second name of another file
@@ -57,7 +56,6 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        before = ""
         sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):  # a disk that went read-only refuses these too
@@ -69,7 +67,7 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         if not isinstance(reason, OSError):
             raise
         raise UserError(f"{path}: cannot write it: {reason.strerror or reason} ({needed:,} bytes are needed, "
-                        f"{free_bytes(path.parent):,} are free){before}") from error
+                        f"{free_bytes(path.parent):,} are free)") from error
 
 
 def free_bytes(folder: Path) -> float:

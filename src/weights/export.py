@@ -87,9 +87,7 @@ _UNFINISHED = ".unfinished_export"  # in a folder while it is written
 
 def check_folder(folder: Path) -> None:
     """Raise UserError unless this folder is empty or an export of ours: in any other a README.md is somebody's."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: a file, not a folder")
-    with errors_at(f"{folder}: cannot read it"):
+    with errors_at(f"{folder}: no folder that can be read"):
         names, config = sorted(path.name for path in folder.iterdir()), folder / "config.json"
         is_ours = _UNFINISHED in names or config.is_file() and f'"{ABOUT}"'.encode() in config.read_bytes()
     if names and not is_ours:
@@ -112,12 +110,11 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
         (folder / _UNFINISHED).touch()
         for name in ("config.json", "chat_template.jinja"):
             (folder / name).unlink(missing_ok=True)
-    _write_safetensors(folder / "model.safetensors", tensors, dtype)
-    for name, text in texts.items():
-        if text:  # there is no template of a model that was not fine-tuned
-            with _file_for_all(folder / name) as file:
-                file.write(text.encode())
-    with errors_at(f"{folder}: cannot write there"):
+        _write_safetensors(folder / "model.safetensors", tensors, dtype)
+        for name, text in texts.items():
+            if text:  # there is no template of a model that was not fine-tuned
+                with _file_for_all(folder / name) as file:
+                    file.write(text.encode())
         (folder / _UNFINISHED).unlink(missing_ok=True)
 
 
@@ -129,14 +126,11 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
     except ImportError as error:
         raise UserError(f"{path}: writing GGUF needs one more package: pip install gguf") from error
     kind, fp32 = (gguf.GGMLQuantizationType[name] for name in (_KINDS[dtype], "F32"))
-    sizes = state["model_config"]
-    if dtype == "q8_0" and sizes["n_embd"] % 32:
-        raise UserError(f"{path}: q8_0 takes widths that are multiples of 32, this one is {sizes['n_embd']}; use "
-                        "--dtype float16")
-    with _file_for_all(path, size_of(state["model"])) as file:
+    with (errors_at(path, gguf.quants.QuantError, advice="; use --dtype float16"),
+          _file_for_all(path, size_of(state["model"])) as file):
         writer = gguf.GGUFWriter(file.name, "gpt2")
         _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if kind == fp32 else f"MOSTLY_{_KINDS[dtype]}"])
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, sizes["n_layer"])
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, state["model_config"]["n_layer"])
         for name, tensor in _weights(state, torch.float16 if dtype == "float16" else torch.float32).items():
             wanted = kind if tensor.dim() == 2 and "wpe" not in name else fp32
             writer.add_tensor(names.get_name(name, (".weight", ".bias")),

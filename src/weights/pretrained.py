@@ -15,12 +15,11 @@ from torch import Tensor
 from errors import CheckpointError, UserError, errors_at
 from instruct_format import VOCAB_SIZE
 from model import GPTConfig
-from weights.checkpoint import BEST, FORMAT, FORMAT_VERSION, LATEST, is_weight, step_files, verify
-from weights.durable import Say, say_nothing
+from weights.checkpoint import FORMAT, FORMAT_VERSION, is_weight, verify
 from weights.safe_load import begin_of, load_any
 
-# Where the config.json of an exported folder says how the model was fine-tuned, and what it says.
-ABOUT, FINE_TUNED = "gpt2_instruct", {"template": None, "multi_turn": False, "data_source": ""}  # of another model
+# Where the config.json of an exported folder says how the model was fine-tuned, and what holds for other models.
+ABOUT, FINE_TUNED = "gpt2_instruct", {"template": None, "multi_turn": False, "data_source": ""}
 # Under what name programs save the weights (else the file is the state dict itself), and the sizes of the model.
 _WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config", "model_args", "config")
 # What other trainers call the sizes.
@@ -42,13 +41,12 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
             "that folder")
 
 
-def open_any(path: Path, n_head: int = 0, say: Say = say_nothing) -> dict[str, Any]:
+def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
     safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
     a configuration, 0 when the user did not say it. Rows of padding after GPT-2's vocabulary, which training would
-    count, are left out; say names their number. Whether all weights are there and fit, model_of checks. Raises
-    UserError when there is no such file or the number of heads is not known, CheckpointError when it is damaged,
-    unsafe, or no GPT-2."""
+    count, are left out. Whether all weights are there and fit, model_of checks. Raises UserError when there is no such
+    file or the number of heads is not known, CheckpointError when it is damaged, unsafe, or no GPT-2."""
     if path.is_file() and (_PART.fullmatch(path.name) or path.name.endswith(("config.json", ".index.json"))):
         raise UserError(f"{path}: only a part of a model; name its folder: {path.parent}")
     state = _read_folder(path) if path.is_dir() else _read_file(path)
@@ -72,8 +70,6 @@ def open_any(path: Path, n_head: int = 0, say: Say = say_nothing) -> dict[str, A
                 named = {**named, "vocab_size": VOCAB_SIZE}
         config = config_of(named, weights, path, n_head)
         tuned = {**FINE_TUNED, **named.get(ABOUT, {})}
-    if rows > VOCAB_SIZE:
-        say(f"left out {rows - VOCAB_SIZE:,} rows of padding after GPT-2's {VOCAB_SIZE:,} tokens")
     return verify({"format": FORMAT, "format_version": FORMAT_VERSION, "step": 0, "val_losses": [],
                    **{name: tuned[name] for name in FINE_TUNED}, "model_config": vars(config), "model": weights}, path)
 
@@ -111,11 +107,8 @@ def _files_of(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: a TensorFlow checkpoint; first make a folder of it with transformers 4 "
                               "(convert_gpt2_original_tf_checkpoint_to_pytorch.py), then import that")
     if not (folder / "config.json").exists():
-        models = [folder / BEST, folder / LATEST, *step_files(folder), *sorted(folder.glob(f"*/{BEST}")),
-                  *(config.parent for config in sorted(folder.glob("*/config.json")))]
-        model = next(filter(Path.exists, models), None)
-        raise UserError(f"{folder} holds checkpoints; name one: {model}" if model else
-                        f"{folder}: no config.json in it; copy it there, or name a checkpoint or a file of weights")
+        raise UserError(f"{folder}: no config.json in it; name a checkpoint, a file of weights, or a folder that has "
+                        "one")
     _config_beside(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
@@ -185,8 +178,7 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     return weights
 
 
-def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path,
-              n_head: int = 0) -> GPTConfig:
+def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0) -> GPTConfig:
     """The model's sizes: what the weights show, and the number of heads, which they do not. named is what the file or
     its config.json says. Raises CheckpointError when that contradicts the weights or n_head, or is not GPT-2 as
     published; UserError when nothing says the number of heads and the sizes are not published ones."""

@@ -8,7 +8,6 @@ safely, but have no checksums: damage to their weights shows only where it leave
 
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
@@ -72,9 +71,8 @@ def load_any(path: Path) -> dict[str, Any]:
         else:
             named = _named_before_zip(path)
         _refuse_unsafe(named, path)
-        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in named]
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with torch.serialization.safe_globals([(_Inert, name) for name in named]):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except UnpicklingError as error:  # PyTorch's own words advise to load it unsafely
             raise CheckpointError(f"{path}: refused, it is more than tensors and plain values") from error
