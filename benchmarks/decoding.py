@@ -75,18 +75,18 @@ def products(folder: Path, form: str) -> Callable[[], object]:
 
     weights = load(folder / "ours.pt")["model"]
     layer_of = OneRowInt8 if form == "int8" else OneRow
-    layers = [layer_of(tensor, weights.get(name.removesuffix("weight") + "bias"))
-              for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name]
+    layers = [(layer_of(tensor, weights.get(name.removesuffix("weight") + "bias", torch.zeros(len(tensor)))),
+               *tensor.shape) for name, tensor in weights.items() if tensor.dim() == 2 and "wpe" not in name]
     inputs = {(rows, size): torch.randn(rows, size) for rows in (1, len(PROMPT)) for size in (768, 3072)}
 
     @torch.inference_mode()
     def work() -> None:
-        for layer in layers:
-            if layer.n_out < 50_000:  # only the prompt's last token gets scores
-                layer(inputs[len(PROMPT), layer.n_in])
+        for layer, n_out, n_in in layers:
+            if n_out < 50_000:  # only the prompt's last token gets scores
+                layer(inputs[len(PROMPT), n_in])
         for _ in range(NEW):
-            for layer in layers:
-                layer(inputs[1, layer.n_in])
+            for layer, _, n_in in layers:
+                layer(inputs[1, n_in])
 
     return work
 

@@ -6,7 +6,6 @@
     python src/convert_checkpoint.py export checkpoints_instruct/best_model.pt my_model.gguf     (llama.cpp, ollama)
 """
 
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,9 +15,6 @@ from cli import Parser, number, printable_line, run
 from errors import UserError, errors_at
 
 GGUF = ".gguf"  # what an output of this kind ends with
-# What neither command writes: under such a name other programs, and this one, expect something else.
-OTHERS = (".safetensors", ".bin", ".json", ".jsonl", ".ndjson", ".txt", ".csv", ".parquet", ".gz", ".zip")
-HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -46,7 +42,7 @@ def fetch(source: str) -> Path:
     if path.exists():
         return path
     absent = f"{source}: no such file or folder"
-    if not HUB_NAME.fullmatch(source) or path.suffix in (".pt", ".pth", ".bin", ".safetensors", GGUF):
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors", GGUF):
         raise UserError(absent)
     import huggingface_hub
 
@@ -58,7 +54,7 @@ def fetch(source: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model*.bin*"])
         return folder
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError) as error:
         raise UserError(f"{absent}, and the Hugging Face hub has no public model of this name") from error
     except Exception as error:  # what the hub's library says is long, and for who calls it; the system's words help
         reason = f"{error.strerror}; " if isinstance(error, OSError) and error.strerror else ""
@@ -71,13 +67,8 @@ def is_gguf(output: Path) -> bool:
 
 
 def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
-    """Raise UserError where something is that may not be replaced, and for a name that means something else."""
-    name = output.name.lower()
-    if is_import and name.endswith((*OTHERS, GGUF)):
-        raise UserError(f"{output}: import writes a checkpoint; name it {output.with_suffix('.pt')}")
-    if not is_import and name.endswith((*OTHERS, ".pt", ".pth", ".ckpt")):
-        raise UserError(f"{output}: export writes a folder, or a file whose name ends in {GGUF}; name one of these")
-    for path in (output, *([output.with_suffix(".Modelfile")] if is_gguf(output) else [])):
+    """Raise UserError where something is that may not be replaced, and when an import has no name of a checkpoint."""
+    for path in (output, output.with_suffix(".Modelfile")) if is_gguf(output) else (output,):
         if path.exists():
             from weights.export import check_folder
             from weights.safe_load import check_is_file
@@ -85,18 +76,24 @@ def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
             (check_is_file if is_import or is_gguf(output) else check_folder)(path)
             if not is_forced:
                 raise UserError(f"{path}: exists; --force replaces it, another output leaves it")
+    if is_import and output.suffix != ".pt":
+        raise UserError(f"{output}: import writes a checkpoint; name it {output.with_suffix('.pt')}")
+
+
+def say(text: str) -> None:
+    print(printable_line(text))
 
 
 def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
-    from weights.checkpoint import save, size_of
+    from weights.checkpoint import model_of, save, size_of
     from weights.pretrained import open_any
 
-    state = open_any(path, n_head, lambda text: print(printable_line(text)))
-    save(output, state, lambda text: print(printable_line(text)))
-    sizes = state["model_config"]
-    print(f"wrote {printable_line(output)}: {size_of(state['model']) // 4:,} parameters, {sizes['n_layer']} layers of "
-          f"{sizes['n_head']} heads, width {sizes['n_embd']}")
+    state = open_any(path, n_head)
+    sizes = model_of(state, path).config
+    save(output, state, say)
+    say(f"wrote {output}: {size_of(state['model']) // 4:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, "
+        f"width {sizes.n_embd}")
 
 
 def export_weights(source: Path, output: Path, dtype: str) -> None:
@@ -105,7 +102,7 @@ def export_weights(source: Path, output: Path, dtype: str) -> None:
 
     _, state = open_model(source)
     (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, Settings()._asdict())
-    print(f"wrote {printable_line(output)}")
+    say(f"wrote {output}")
 
 
 def main(argv: list[str] | None = None) -> int:

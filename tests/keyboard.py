@@ -187,8 +187,8 @@ ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
     ("/input of a file", "/input @file.txt\r", r"\(input: 2 lines\) > $"),
     ("the question for it", "One?\r", {"input": "in a\nfile"}),
     ("a file that is not there", "/input @absent.txt\r", r"error: absent.txt: no such file"),
-    ("a folder", "/input @.\r", r"error: \.: not a file"),
-    ("a device", "/input @/dev/zero\r", r"error: /dev/zero: not a file"),
+    ("a folder", "/input @.\r", r"error: \.: a folder, not a file"),
+    ("a device", "/input @/dev/zero\r", r"error: /dev/zero: a pipe or a device, not a file"),
     ("a file that is no text", "/input @parrot.pt\r", r"error: parrot.pt: not UTF-8: byte 0x\w\w in column \d+"),
     ("a file in UTF-16", "/input @utf16.txt\r", r"error: utf16.txt: not UTF-8"),
     ("a question that is too long", paste("word " * 5000) + "\r", r"error: the question has 5\d+ tokens, "
@@ -199,9 +199,9 @@ ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
     ("no input after all", "/input\r", r"^/input\s+> $"),
     ("/save without a name", "/save\r", r"error: /save needs the name of a file"),
     ("/save in a folder that is not there", "/save absent/a.jsonl\r", r"error: absent/a.jsonl: No such file"),
-    ("/save over a file", "/save file.txt\r", r"error: file.txt: there is such a file already; choose another name"),
-    ("/save to a folder", "/save .\r", r"error: \.: a folder; choose another name"),
-    ("/save", "/save saved.jsonl\r", r"saved (\d+) turns to saved.jsonl, \1 of them cut"),
+    ("/save over a file", "/save file.txt\r", r"error: file.txt: File exists; choose another name"),
+    ("/save to a folder", "/save .\r", r"error: \.: (File exists|Is a directory); choose another name"),
+    ("/save", "/save saved.jsonl\r", r"saved (\d+) of \1 turns to saved.jsonl"),
     ("/clear", "/clear\r", "forgotten"),
     ("/regen without a question", "/regen\r", "error: there is no question yet"),
     ("/save without a turn", "/save none.jsonl\r", "error: there is nothing to save yet"),
@@ -255,7 +255,7 @@ STOPPED: Table = [
     ("/regen of the second", "/regen\r", r"word word word\s+\(cut at 3"),
     ("another limit", "/set max_new_tokens 2\r", "tokens +2 "),
     ("/regen after a cut answer", "/regen\r", r"word word\s+\(cut at 2"),
-    ("/save of the last version", "/save half.jsonl\r", "saved 1 turn to .*, 1 of them cut, without 1 stopped\\s"),
+    ("/save of the last version", "/save half.jsonl\r", r"saved 1 of 2 turns to .*half.jsonl\s"),
 ]
 MULTI: Table = [
     ("the first turn", "One?\r", {"prompt_tokens": 12}),
@@ -264,7 +264,7 @@ MULTI: Table = [
     ("the third", "Three?\r", {"prompt_tokens": 42}),
     ("the fourth", "Four?\r", {"prompt_tokens": 57}),
     ("the oldest turns are left out", "word " * 80 + "\r", r"\(the context is full: the oldest 2 of 4 turns are left"),
-    ("/save", "/save conversation.jsonl\r", "saved 5 turns to"),
+    ("/save", "/save conversation.jsonl\r", "saved 5 of 5 turns to"),
     ("/clear", "/clear\r", "forgotten"),
     ("the first again", "One?\r", {"prompt_tokens": 12}),
 ]

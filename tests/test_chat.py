@@ -303,21 +303,16 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(ask, tiny_checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("name, message", [
-    ("prepared", "prepared data; name a checkpoint, such as checkpoints_instruct/best_model.pt"),
-    ("run", "a folder without a model; name a checkpoint, such as checkpoints_instruct/best_model.pt"),
-    ("demo", "a folder without a model; name a checkpoint, such as {}/checkpoints/best_model.pt"),
-    ("demo/checkpoints", "{} holds checkpoints; name one: {}/best_model.pt"),
-    ("questions.txt", "not a model; name a checkpoint; this is for: ./chat.sh CHECKPOINT < {}"),
-    ("rows.jsonl", "not a model; name a checkpoint; this is for: ./chat.sh CHECKPOINT --jsonl < {}"),
-    ("rows.csv", "not a model; name a checkpoint; this is for: python src/prepare_instruct_dataset.py --dataset {}")])
+    ("prepared", "{}: no config.json in it; name a checkpoint, a file of weights, or a folder that has one"),
+    ("run", "{}: no config.json in it; name a checkpoint, a file of weights, or a folder that has one"),
+    ("rows.jsonl", "{}: not a loadable checkpoint: no file of torch.save, or cut off; name another, or copy it again")])
 def test_what_is_no_model_is_one_line_that_says_what_to_name(ask, tmp_path, name, message):
-    for file in ("prepared/dataset_info.json", "run/events.out", "demo/checkpoints/best_model.pt", "questions.txt",
-                 "rows.jsonl", "rows.csv"):
+    for file in ("prepared/dataset_info.json", "run/best_model.pt", "rows.jsonl"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     code, stdout, stderr = ask(checkpoint=tmp_path / name)
     message = message.replace("{}", str(tmp_path / name))
-    assert (code, stdout) == (2, "") and stderr in (f"error: {tmp_path / name}: {message}\n", f"error: {message}\n")
+    assert (code, stdout, stderr) == (3 if name == "rows.jsonl" else 2, "", f"error: {message}\n")
 
 
 def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130(ask, answers):

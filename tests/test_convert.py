@@ -43,23 +43,23 @@ def test_an_imported_folder_is_what_is_opened_there(published, tmp_path, capsys)
 def test_a_file_is_imported_with_its_heads(published, tmp_path):
     folder, reference = published
     torch.save(reference.state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(UserError, match="add --n_head N$"):
+    with pytest.raises(UserError, match="how many heads .* --n_head N "):
         import_to(tmp_path / "out.pt", tmp_path / "bare.pt")
     assert import_to(tmp_path / "out.pt", tmp_path / "bare.pt", "--n_head", "4") == 0
     assert import_to(tmp_path / "other.pt", folder / "model.safetensors") == 0  # config.json is beside it
     assert same_state(load(tmp_path / "out.pt"), load(tmp_path / "other.pt"))
 
 
-def test_padding_is_left_out_once_for_all(published, tmp_path, capsys):
+def test_padding_is_left_out_once_for_all(published, tmp_path):
     """Training and evaluation would count its rows, chat and export do not know them."""
     weights = published[1].state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = torch.cat([weights[name], torch.full((47, 48), torch.nan)])
     torch.save({"model": weights, "config": {"n_head": 4, "vocab_size": 50304}}, tmp_path / "a.pt")
     assert import_to(tmp_path / "out.pt", tmp_path / "a.pt") == 0
-    assert capsys.readouterr().out.startswith("left out 47 rows of padding after GPT-2's 50,257 tokens\nwrote ")
     assert same_state(load(tmp_path / "out.pt"), open_any(published[0]))
-    assert import_to(tmp_path / "again.pt", tmp_path / "out.pt") == 0 and "left out" not in capsys.readouterr().out
+    assert import_to(tmp_path / "again.pt", tmp_path / "out.pt") == 0
+    assert same_state(load(tmp_path / "again.pt"), open_any(published[0]))
 
 
 def test_an_output_that_exists_is_not_replaced(published, tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_an_output_that_exists_is_not_replaced(published, tmp_path, capsys):
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "link", Path("/dev/null"), Path(), Path("/"), Path("..")):
         with pytest.raises(UserError, match=f"^{path}: a .*, not a file$"):
             import_to(path, folder, "--force")
-    for name in ("a.safetensors", "a.BIN", "a.gguf", "a.json", "a.txt"):  # what no command would take for a checkpoint
+    for name in ("a.safetensors", "a.BIN", "a.gguf", "a"):
         with pytest.raises(UserError, match=f"{name}: import writes a checkpoint; name it {tmp_path}/a.pt$"):
             import_to(tmp_path / name, folder)
     with pytest.raises(UserError, match="too long"):
@@ -93,5 +93,5 @@ def test_without_a_network_the_hub_is_one_line(tmp_path):
     assert (code, stderr) == (2, "error: gpt2: no such file or folder, and fetching it from the Hugging Face hub "
                                  "failed: check the network, or import a local file or folder\n")
     for source in ("no/such/folder", "/absent", "./gpt2", "gpt--2", "my model", "checkpoints/absent.pt", "~/gpt2"):
-        with pytest.raises(UserError, match=f"^{source}: no such file or folder$"):
+        with pytest.raises(UserError, match=f"^{source}: no such file or folder($|, and .* no public model of this )"):
             import_to(tmp_path / "out.pt", source)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import re
 import stat
 import sys
 from itertools import islice
@@ -97,12 +96,14 @@ def test_the_vocabulary_and_the_merges_are_openais_to_the_byte(folders):
         assert hashlib.sha256((folders[False] / name).read_bytes()).hexdigest() == digest
 
 
-def test_the_modelfile_and_the_card(folders):
+def test_the_modelfile_and_the_card(folders, checkpoints, tmp_path):
     for multi_turn, folder in folders.items():
-        modelfile, card = (folder / "Modelfile").read_text(), (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        gguf_file = export(checkpoints[multi_turn], tmp_path / f"{multi_turn}.gguf")
+        modelfile = gguf_file.with_suffix(".Modelfile").read_text()
         assert all(f"\n{line}\n" in modelfile for line in (
             "PARAMETER num_ctx 96", "PARAMETER temperature 0.7", 'PARAMETER stop "<|endoftext|>"'))
-        assert re.match("# model.gguf is made by: .* export .*/model.gguf\nFROM ./model.gguf\nTEMPLATE ", modelfile)
+        assert modelfile.startswith(f"FROM ./{multi_turn}.gguf\nTEMPLATE ")
         assert "### Response:\n" in modelfile
         assert ("license: cc-by-nc-4.0\n" in card) == multi_turn == ("<|endoftext|>{{ end }}" in modelfile)
     assert "on `my 'rows'   .jsonl`. " in (folders[False] / "README.md").read_text()
@@ -265,7 +266,7 @@ def test_a_pretrained_model_goes_out_without_a_template(tmp_path, capsys):
     source, output = write_checkpoint(tmp_path / "a.pt", template=None), tmp_path / "new" / "out"
     assert capsys.readouterr().out == "" and export(source, output)
     assert capsys.readouterr().out == f"wrote {output}\n"
-    assert not (output / "Modelfile").exists() and not (output / "chat_template.jinja").exists()
+    assert not (output / "chat_template.jinja").exists()
     assert open_any(output)["template"] is None
     assert transformers.AutoTokenizer.from_pretrained(output).chat_template is None
 
@@ -304,7 +305,7 @@ def test_a_gguf_file_holds_the_model_and_its_tokenizer(folders, checkpoints, tmp
 def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, tmp_path):
     """A name in capitals is one too; the Modelfile comes once the GGUF file is there."""
     pretrained = write_checkpoint(tmp_path / "a.pt", template=None)
-    with pytest.raises(UserError, match="multiples of 32|cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         (tmp_path / "B.GGUF.tmp").mkdir()
         export(checkpoints[True], tmp_path / "B.GGUF")
     assert not (tmp_path / "B.Modelfile").exists()
@@ -313,7 +314,7 @@ def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, t
         path = export(source, tmp_path / "B.GGUF", "--force")
         folder = export(source, tmp_path / "folder", "--force")
         assert path.read_bytes().startswith(b"GGUF") and path.with_suffix(".Modelfile").exists() == is_tuned
-        assert all((folder / name).exists() == is_tuned for name in ("Modelfile", "chat_template.jinja"))
+        assert (folder / "chat_template.jinja").exists() == is_tuned
 
 
 # What is refused, and what a failure leaves
@@ -329,15 +330,15 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
     for name in ("README.md", "config.json"):
         (tmp_path / "theirs" / name).write_text('{"model_type": "gpt2"}')
+    small = GPTConfig(8, 50257, 1, 2, 40)
+    narrow = write_checkpoint(tmp_path / "w.pt", model_config=vars(small), model=small_model(config=small).state_dict())
     wide = small_model(config=CONFIG).state_dict()
     wide["transformer.ln_f.weight"] = torch.full((64,), 1e6)
     for checkpoint, output, flags, message, kind in [
             *((source, "mine", flags, r"mine: not a folder that was exported here \(notes.txt in it\)", UserError)
               for flags in ([], ["--force"])),
             (source, "theirs", ["--force"], r"that was exported here \(README.md, config.json in it\)", UserError),
-            (source, "file", ["--force"], "file: a file, not a folder", UserError),
-            *((source, name, ["--force"], f"{name}: export writes a folder, or a file whose name ends in", UserError)
-              for name in ("x.pt", "x.safetensors", "x.gguf.gz", "x.BIN", "x.json")),
+            (source, "file", ["--force"], "file: no folder that can be read: Not a directory", UserError),
             *((source, name, [], ": not a folder that was exported here", UserError) for name in ("/", "..")),
             (source, "a" * 300, [], "too long", UserError),
             (source, "file/x", [], "file/x: cannot write there: Not a directory", UserError),
@@ -347,6 +348,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             (source, "empty", [], "empty: exists; --force replaces it", UserError),
             (source, "b.gguf", [], "b.Modelfile: exists; --force replaces it", UserError),
             (source, "out", ["--dtype", "q8_0"], "q8_0 is for GGUF", UserError),
+            (narrow, "w.gguf", ["--dtype", "q8_0"], "w.gguf: Can.t quantize .* to Q8_0.* --dtype float16", UserError),
             (write_checkpoint(tmp_path / "c.pt", template="other/7"), "out", [], "fine-tuned with template 'other/7'",
              CheckpointError),
             (write_checkpoint(tmp_path / "d.pt", vocab_size=99), "out", [], "99 tokens, GPT-2's has", CheckpointError),

@@ -27,9 +27,8 @@ class Rows:
 
     def add(self, prompt: Sequence[int]) -> Tensor:
         """Read a prompt into the next row. Returns the scores of the token after it, (1, vocab_size)."""
-        self.alone.length = 0
+        self.alone.cached, self.alone.length = self.cached[:, :, len(self.lengths)], 0
         hidden = self.model.decode(torch.tensor(prompt, device=self.cached.device), self.alone)
-        self.cached[:, :, len(self.lengths), :, :len(prompt)] = self.alone.cached[..., :len(prompt), :]
         self.lengths.append(len(prompt))
         return self.model.logits(hidden[-1:])
 

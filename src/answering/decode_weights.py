@@ -18,33 +18,27 @@ class OneRow(nn.Module):
     """A linear layer for one row: its matrix is transposed, so that a product reads it in one piece, column after
     column. Several rows are as fast as in a linear layer."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.n_out, self.n_in = weight.shape
-        self.weight = weight.detach().t().clone(memory_format=torch.contiguous_format)
-        self.bias = None if bias is None else bias.detach().clone()
+        self.weight, self.bias = weight.detach().t().clone(memory_format=torch.contiguous_format), bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        return torch.addmm(self.bias, x, self.weight)
 
 
 class FewRows(nn.Module):
-    """A linear layer whose matrix is kept in the order in which oneDNN reads it: for eight rows about twice as fast as
-    the matrix as it was. In fp32 only; other types, and builds without oneDNN, take the matrix as it is."""
+    """A linear layer in fp32 whose matrix is kept in the order in which oneDNN reads it: for eight rows about twice as
+    fast as the matrix as it was."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.bias = None if bias is None else bias.detach().clone()
-        self.is_fast = torch.backends.mkldnn.is_available() and weight.dtype is torch.float32
-        self.weight = (torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), FEW_ROWS) if self.is_fast else
-                       weight.detach().clone())
+        self.weight = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach(), FEW_ROWS)
+        self.bias = bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
-        if self.is_fast:
-            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
 class OneRowInt8(nn.Module):
@@ -55,10 +49,10 @@ class OneRowInt8(nn.Module):
     rows are bytes between the row's smallest and largest value.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.n_out, self.n_in = weight.shape
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.weight, self.bias = weight.detach(), bias.detach()
         threads = torch.get_num_threads()
         n_parts = -(-self.n_out // (WIDTH * threads)) * threads
         width = -(-self.n_out // (n_parts * 16)) * 16  # whole vectors
@@ -77,20 +71,21 @@ class OneRowInt8(nn.Module):
         weights = torch.cat((x.view(-1),) * self.n_parts)
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
             self.table, self.rows, self.begins, False, 0, False, weights, None, False)
-        found = sums.view(1, -1)[:, :self.n_out]
-        return found if self.bias is None else found.add_(self.bias)
+        return sums.view(1, -1)[:, :self.n_out].add_(self.bias)
 
 
 @torch.no_grad()
 def for_decoding(model: GPT, form: type[OneRow | FewRows | OneRowInt8]) -> None:
-    """Give the model's matrices this form, in place. It can be read with afterwards, not trained or saved. Nothing of
-    it stays in the memory of the weights that it had, which may be a mapped file."""
-    for module in model.modules():
+    """Give the model's matrices this form, in place (OneRow in place of FewRows, where oneDNN does not take them). It
+    can be read with afterwards, not trained or saved. Nothing of it stays in the memory of the weights that it had,
+    which may be a mapped file."""
+    output = model.transformer.wte.weight
+    if form is FewRows and not (torch.backends.mkldnn.is_available() and output.dtype is torch.float32):
+        form = OneRow
+    for name, module in list(model.named_modules()):
         if form is OneRowInt8 or not isinstance(module, nn.Linear):  # else the form is a copy
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.clone()
-    for block in model.transformer.h:
-        for part, name in [(block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")]:
-            linear = getattr(part, name)
-            setattr(part, name, form(linear.weight, linear.bias))
-    model.output = form(model.transformer.wte.weight, None)
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, form(module.weight, module.bias))
+    model.output = form(output, output.new_zeros(len(output)))

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -123,21 +124,19 @@ class Lines:
         """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C, UnicodeDecodeError."""
         self.signals.interrupted = False  # it stopped the last answer
         text = self._line(prompt)
-        for command in ("", "/input "):
-            if text.lstrip().startswith(command + QUOTES):
-                text = command + self._quoted(text.lstrip().removeprefix(command + QUOTES), is_command=bool(command))
-                break
+        if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}(.*)", text, re.DOTALL):
+            text = self._quoted(*quoted.groups())
         if text.strip() and self.signals.edits:
             readline.add_history(text)
             self._history(text)
         return text
 
-    def _quoted(self, text: str, is_command: bool) -> str:
+    def _quoted(self, command: str, text: str) -> str:
         """Text up to the line that ends with quotes; of its own it is no command, even if it begins with a slash."""
         while not text.rstrip().endswith(QUOTES):
             text += "\n" + self._line("... ")
         text = text.rstrip().removesuffix(QUOTES).strip("\n")
-        return "/" * (text.startswith("/") and not is_command) + text
+        return (command or "/" * text.startswith("/")) + text
 
     def _line(self, prompt: str) -> str:
         if not self.signals.edits:

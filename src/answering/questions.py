@@ -32,11 +32,14 @@ def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
     """Of each line that is not blank: its number, its question as far as it is known, and what make makes of that, or
     why it cannot. input goes with the first."""
     for number, line in enumerate(iter(read_line, b""), 1):
-        if not line.removeprefix(codecs.BOM_UTF8).strip():
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
             continue
         question = Question("" if as_objects else line.decode(errors="replace").strip(), input)
         try:
-            question = _question_of(text_of(line)) if as_objects else Question(text_of(line).strip(), input)
+            text = text_of(line)
+            if as_objects:
+                question = _question_of(text)
             yield number, question, make(question)
         except UserError as error:
             yield number, question, error
@@ -47,13 +50,11 @@ def _question_of(text: str) -> Question:
     """Raises UserError unless text is an object with an instruction and perhaps an input; other names are ignored."""
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"cannot be read as JSON: {error.msg} in column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits too, lists in lists in lists
         raise UserError(f"cannot be read as JSON: {error}") from error
     if not isinstance(row, dict) or "instruction" not in row:
         raise UserError("expected an object with an instruction, and perhaps an input")
-    question = Question(row["instruction"], "" if row.get("input") is None else row["input"])
+    question = Question(row["instruction"], row.get("input") or "")
     for name, value in question._asdict().items():
         if not isinstance(value, str):
             raise UserError(f"{name!r} must be text")

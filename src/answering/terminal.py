@@ -21,6 +21,7 @@ from answering.settings import TABLE, Settings, changed
 from cli import printable, printable_line, write
 from errors import UserError, errors_at
 from model import GPT
+from weights.safe_load import check_is_file
 
 COMMANDS = {
     "/input": "TEXT or @FILE: what the next question is about; alone: nothing",
@@ -121,25 +122,26 @@ class Chat:
                 self.input = ""
             return
         command, rest = (re.split(r"\s", text, maxsplit=1) + [""])[:2]
-        if command == "/input":
-            self.input = _input_of(rest)
-        elif command == "/set":
-            self._set(*rest.split(None, 1))
-        elif command == "/regen":
-            if self.last is None:
-                raise UserError("there is no question yet")
-            self.turns = [turn for turn in self.turns if turn is not self.last]
-            self._ask(self.last.question)
-        elif command == "/save":
-            self._save(rest.strip())
-        elif command == "/clear":
-            self.turns, self.left_out, self.last, self.input = [], 0, None, ""
-            self.say("forgotten")
-        elif command == "/help":
-            self.say(HELP)
-        else:
-            raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, *LEAVING])}; /help lists them, // "
-                            "begins a question with a slash")
+        match command:
+            case "/input":
+                self.input = _input_of(rest)
+            case "/set":
+                self._set(*rest.split(None, 1))
+            case "/regen":
+                if self.last is None:
+                    raise UserError("there is no question yet")
+                self.turns = [turn for turn in self.turns if turn is not self.last]
+                self._ask(self.last.question)
+            case "/save":
+                self._save(rest.strip())
+            case "/clear":
+                self.turns, self.left_out, self.last, self.input = [], 0, None, ""
+                self.say("forgotten")
+            case "/help":
+                self.say(HELP)
+            case _:
+                raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, *LEAVING])}; /help lists them, // "
+                                "begins a question with a slash")
 
     def _ask(self, question: Question) -> None:
         """Answer, and remember it."""
@@ -178,16 +180,9 @@ class Chat:
             rows = [{"messages": [{"role": role, "content": text} for turn in turns for role, text in (
                 ("user", "\n\n".join(filter(None, turn.question))), ("assistant", turn.text))]}]
         path = Path(os.path.expanduser(name))
-        with errors_at(path, ValueError):
-            if path.exists():
-                raise UserError(f"{path}: {'a folder' if path.is_dir() else 'there is such a file already'}; choose "
-                                "another name")
-            file = path.open("x", encoding="ascii")
-        with errors_at(path), file:
+        with errors_at(path, ValueError, advice="; choose another name"), path.open("x", encoding="ascii") as file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)
-        n_cut, n_stopped = sum(turn.stopped != "end" for turn in turns), len(self.turns) - len(turns)
-        self.say(f"saved {len(turns)} turn{'s' * (len(turns) > 1)} to {printable_line(path)}"
-                 + f", {n_cut} of them cut" * (n_cut > 0) + f", without {n_stopped} stopped" * (n_stopped > 0))
+        self.say(f"saved {len(turns)} of {len(self.turns)} turns to {printable_line(path)}")
 
     def _complete(self, line: str) -> Iterable[str]:
         """What the last word of a line may be."""
@@ -242,8 +237,7 @@ def _input_of(text: str) -> str:
         return text.strip("\n")
     path = Path(os.path.expanduser(name[1:].strip()))
     with errors_at(path):
-        if not path.is_file():
-            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        check_is_file(path)
         try:
             return text_of(path.read_bytes()).rstrip("\r\n")
         except UserError as error:

@@ -18,15 +18,13 @@ from torch import Tensor
 
 from errors import CheckpointError, UserError, errors_at
 from model import GPT, GPTConfig
-from weights.durable import TEMPORARY_SUFFIX, durable_file, sync_folder
+from weights.durable import TEMPORARY_SUFFIX, Say, durable_file, say_nothing, sync_folder
 from weights.safe_load import load_any
 
 FORMAT = "gpt2-instruct"
 FORMAT_VERSION = 1
 LATEST, BEST = "latest.pt", "best_model.pt"
-_STEP_FILE = re.compile(r"step_(\d{6,})\.pt")
-_TEMPORARY = re.compile(rf"(step_\d{{6,}}|latest|best_model)\.pt{re.escape(TEMPORARY_SUFFIX)}")
-_LARGEST_SIZE = 1 << 24  # of anything in a model's configuration: beyond it, only a forged file
+_STEP_FILE = re.compile(r"step_\d{6,}\.pt")
 
 
 def is_weight(name: object, value: object) -> bool:
@@ -39,15 +37,19 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
 # What a checkpoint has besides its format, and how a usable value is known: a forged file has fitting checksums too.
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "val_losses": lambda value: isinstance(value, list) and all(
         isinstance(entry, list) and list(map(type, entry)) == [int, float] for entry in value),
-    "template": lambda value: value is None or isinstance(value, str),
-    "multi_turn": lambda value: isinstance(value, bool),
-    "data_source": lambda value: isinstance(value, str),
-    "model_config": lambda value: isinstance(value, dict),
+    "template": _is(str, type(None)),
+    "multi_turn": _is(bool),
+    "data_source": _is(str),
+    "model_config": _is(dict),
     "model": lambda value: isinstance(value, dict) and all(
         is_weight(*item) and item[1].is_floating_point() for item in value.items()),
 }
@@ -57,15 +59,15 @@ _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
     "position": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)),
     "skipped": _is_count,
     "name": lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,64}", value, re.ASCII) is not None,
-    "options": lambda value: isinstance(value, dict),
-    "data_fingerprint": lambda value: isinstance(value, str),
-    "optimizer": lambda value: isinstance(value, dict),
+    "options": _is(dict),
+    "data_fingerprint": _is(str),
+    "optimizer": _is(dict),
 }
 
 
-def save(path: Path, state: Mapping[str, Any], say: Callable[[str], None] = lambda text: None) -> None:
+def save(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -> None:
     """Write state to path durably; say names what is set aside for it. Raises UserError when the disk does not take
-    it, or something that is no file has its name."""
+    it."""
     _make_room(path, say)
     with durable_file(path, needed=size_of(state)) as file:
         torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)
@@ -115,38 +117,31 @@ def _require(fields: Mapping[str, Callable[[Any], bool]], state: Mapping[str, An
         raise CheckpointError(f"{path}: not a usable checkpoint: {', '.join(wrong)} missing or of another type")
 
 
-def check_weights(config: GPTConfig, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError unless the weights are exactly those of this configuration, by name and shape, and
-    finite."""
-    if config.n_layer > len(weights) or max(vars(config).values()) > _LARGEST_SIZE:
-        raise CheckpointError(f"{path}: its config does not fit its weights")
-    with torch.device("meta"):
-        expected = {name: list(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(f"{path}: weights do not fit: {name} is {found.get(name, 'absent')}, expected "
-                                  f"{expected.get(name, 'absent')}")
+def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless the weights have exactly the expected names and shapes, and are finite."""
+    for name in sorted(expected.keys() | weights.keys()):
+        found, wanted = (list(each[name].shape) if name in each else "absent" for each in (weights, expected))
+        if found != wanted:
+            raise CheckpointError(f"{path}: weights do not fit: {name} is {found}, expected {wanted}")
     for name, tensor in weights.items():
         if not tensor.sum(dtype=torch.float32).isfinite():  # five times as fast as asking each value
             raise CheckpointError(f"{path}: {name} has values that are not finite (NaN or infinite); use another "
                                   "checkpoint")
 
 
-def build_model(config: GPTConfig, weights: Mapping[str, Tensor], device: torch.device) -> GPT:
-    """A model of these weights, for reading: on the CPU it shares their memory, which may be a mapped file."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(dict(weights), assign=True)
-    return model.to(device).eval()
-
-
-def model_of(state: Mapping[str, Any], path: Path, device: torch.device) -> GPT:
-    """The model of a loaded checkpoint of ours. Raises CheckpointError when config and weights do not fit."""
-    with errors_at(f"{path}: no usable model configuration", TypeError, ValueError, raised=CheckpointError):
+def model_of(state: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> GPT:
+    """The model of a state, for reading: on the CPU it shares the memory of the weights, which may be a mapped file.
+    Raises CheckpointError when config and weights do not fit."""
+    weights = state["model"]
+    with (errors_at(f"{path}: no usable model configuration", TypeError, ValueError, RuntimeError,
+                    raised=CheckpointError), torch.device("meta")):
         config = GPTConfig(**state["model_config"])
-    check_weights(config, state["model"], path)
-    return build_model(config, state["model"], device)
+        if config.n_layer > len(weights):  # building so many would take for ever
+            raise ValueError(f"{len(weights)} weights are too few for {config.n_layer} layers")
+        model = GPT(config)
+    _check_weights(weights, model.state_dict(), path)
+    model.load_state_dict(dict(weights), assign=True)  # a copy: PyTorch writes notes into what it loads
+    return model.to(device).eval()
 
 
 def step_files(folder: Path) -> list[Path]:
@@ -163,8 +158,7 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def save_step(folder: Path, state: Mapping[str, Any], keep_last: int,
-              say: Callable[[str], None] = lambda text: None) -> None:
+def save_step(folder: Path, state: Mapping[str, Any], keep_last: int, say: Say = say_nothing) -> None:
     """Save the run's state as step_NNNNNN.pt, point latest.pt at it, and only then remove older step files, so that
     keep_last stay. Files of higher steps stay too. say that it is saved, and what is set aside for it."""
     path = step_file(folder, state["step"])
@@ -178,7 +172,7 @@ def save_step(folder: Path, state: Mapping[str, Any], keep_last: int,
     say(f"saved {path}")
 
 
-def point_latest(path: Path, state: Mapping[str, Any], say: Callable[[str], None] = lambda text: None) -> None:
+def point_latest(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -> None:
     """Make latest.pt a second name (hard link) of this file of the same folder, or a copy of state, which it holds,
     where the file system has no hard links. Raises UserError when the disk refuses."""
     latest, temporary = path.with_name(LATEST), path.with_name(LATEST + TEMPORARY_SUFFIX)
@@ -186,9 +180,9 @@ def point_latest(path: Path, state: Mapping[str, Any], say: Callable[[str], None
         return
     _make_room(latest, say)
     temporary.unlink(missing_ok=True)
-    with suppress(OSError):
+    try:
         os.link(path, temporary)
-    if not temporary.exists():  # a file system without hard links
+    except OSError:  # a file system without hard links
         return save(latest, state)
     with errors_at(f"{latest}: cannot replace it"):
         temporary.replace(latest)
@@ -198,8 +192,8 @@ def point_latest(path: Path, state: Mapping[str, Any], say: Callable[[str], None
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed save left. Only for the process that holds the folder."""
     with errors_at(f"{folder}: cannot remove what a killed save left"):
-        for path in folder.glob("*.pt" + TEMPORARY_SUFFIX):
-            if _TEMPORARY.fullmatch(path.name) and is_ours(path):
+        for name in ("step_*.pt", LATEST, BEST):
+            for path in filter(is_ours, folder.glob(name + TEMPORARY_SUFFIX)):
                 path.unlink(missing_ok=True)
 
 
@@ -215,26 +209,20 @@ def is_ours(path: Path) -> bool:
 
 def _set_aside(path: Path) -> Path:
     """Give a file a name that means nothing in a run's folder. Returns its new path."""
-    other = path
-    for number in count(1):
-        other = path.with_name(f"{path.stem}.abandoned{number}{path.suffix}")
-        if not os.path.lexists(other):
-            break
+    names = (path.with_name(f"{path.stem}.abandoned{number}{path.suffix}") for number in count(1))
+    other = next(name for name in names if not os.path.lexists(name))
     with errors_at(f"{path}: cannot rename it to {other.name}"):
         return path.rename(other)
 
 
-def _make_room(path: Path, say: Callable[[str], None]) -> None:
-    """Set aside the files and links that are not ours and would be replaced by a file of ours. Raises UserError where
-    anything else is: renamed, a device or a folder would be missed by whoever uses it."""
+def _make_room(path: Path, say: Say) -> None:
+    """Set aside what is not ours and would be replaced by a file of ours."""
     for each in (path, path.with_name(path.name + TEMPORARY_SUFFIX)):
         if os.path.lexists(each) and not is_ours(each):
-            if not each.is_symlink() and not each.is_file():
-                raise UserError(f"{each}: not a file, so nothing is written there; move it away")
             say(f"{each} was there: now {_set_aside(each).name}")
 
 
-def abandon_others(source: Path, step: int, say: Callable[[str], None]) -> None:
+def abandon_others(source: Path, step: int, say: Say) -> None:
     """Set aside the step files that are not of the branch of source, which a run goes on from: those beyond its step,
     or, when it has no name of a run's (it was set aside itself, say), all of them."""
     is_known = source.name == LATEST or _STEP_FILE.fullmatch(source.name)
@@ -247,16 +235,13 @@ def abandon_others(source: Path, step: int, say: Callable[[str], None]) -> None:
 
 def require_no_run(folder: Path) -> None:
     """Raise UserError where a run is already, or files that a new one would mix with its own."""
-    other = "another --checkpoint_dir starts a new one"
-    if (folder / LATEST).exists():
-        raise UserError(f"{folder / LATEST}: a run is here already; --resume latest (or auto) goes on with it, {other}")
-    for path in (*step_files(folder), folder / BEST):
+    for path in (folder / LATEST, *step_files(folder), folder / BEST):
         if os.path.lexists(path):
-            advice = "if they are yours, --resume latest goes on from the newest; " if path.name != BEST else ""
-            raise UserError(f"{path}: files of a run, but no {LATEST}; {advice}{other}")
+            advice = "" if path.name == BEST else "--resume latest (or auto) goes on with it, "
+            raise UserError(f"{path}: a run is here already; {advice}another --checkpoint_dir starts a new one")
 
 
-def newest_valid(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+def newest_valid(folder: Path, say: Say) -> tuple[Path, dict[str, Any]]:
     """The newest state of a run in a folder that loads, latest.pt first; say names each one that does not.
 
     Raises UserError when there is none at all, CheckpointError when none is valid.

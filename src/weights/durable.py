@@ -19,7 +19,12 @@ from typing import Any, BinaryIO
 from errors import UserError, errors_at
 
 TEMPORARY_SUFFIX, LOCK = ".tmp", ".lock"
+Say = Callable[[str], None]  # takes a line for the user
 _HOLDER = re.compile(r"(process \d+ on .*\n)?")  # what a lock of ours holds
+
+
+def say_nothing(line: str) -> None:
+    pass
 
 
 class _EarlyWriter(io.BufferedWriter):
@@ -29,9 +34,9 @@ class _EarlyWriter(io.BufferedWriter):
 
     def write(self, data: Any) -> int:
         self.waiting += len(data)
-        if self.waiting >= 1 << 25 and hasattr(os, "posix_fadvise"):
+        if self.waiting >= 1 << 25:
             self.flush()
-            with suppress(OSError):  # it is advice, and some file systems take none
+            with suppress(OSError, AttributeError):  # it is advice, which not every system takes
                 os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self.waiting = 0
         return super().write(data)
@@ -43,17 +48,14 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     folder is made if it is not there: somebody may have removed it in mid-run. Raises UserError when the disk does not
     take it, naming the path, the bytes needed (as the caller says, or as many as were written) and the bytes free."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    before = "; what was there before is untouched"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it may be a second name of another file
         with _EarlyWriter(io.FileIO(temporary, "wb")) as file:
             yield file
             file.flush()
-            needed = max(needed, file.tell())
             os.fsync(file.fileno())
         temporary.replace(path)
-        before = ""
         sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):  # a disk that went read-only refuses these too
@@ -65,7 +67,7 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         if not isinstance(reason, OSError):
             raise
         raise UserError(f"{path}: cannot write it: {reason.strerror or reason} ({needed:,} bytes are needed, "
-                        f"{free_bytes(path.parent):,} are free){before}") from error
+                        f"{free_bytes(path.parent):,} are free)") from error
 
 
 def free_bytes(folder: Path) -> float:
@@ -90,14 +92,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
-                warn: Callable[[str], None] = lambda text: None, is_named: bool = True) -> Iterator[None]:
+                warn: Say = say_nothing, is_named: bool = True) -> Iterator[None]:
     """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
     is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
     it, and naming the lock when it cannot be used."""
+    path = folder / LOCK
     with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    with errors_at(f"{path}: cannot lock the folder", advice=f"; choose another {flag}"):
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
                                       or not _HOLDER.fullmatch(path.read_text(errors="replace"))):
             raise UserError(f"{path}: not a lock of this program; move it away, or choose another {flag}")

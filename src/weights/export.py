@@ -24,7 +24,7 @@ from weights.pretrained import ABOUT, FINE_TUNED
 
 END = "<|endoftext|>"
 _SPECIAL_IDS = {name: END_OF_TEXT for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-_SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # as the files name them
 # What instruct_format and data.shapes make of a conversation, once more, in Jinja.
 _CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 # And as ollama's Go templates, which can strip nothing: for the last question, and for all.
@@ -46,15 +46,48 @@ _OLLAMA_ALL = """\
 
 ### Response:
 {{ else if and $asked (eq .Role "assistant") }}{{ .Content }}<|endoftext|>{{ end }}{{ end }}"""
+_MODELFILE = '''\
+FROM ./{gguf}
+TEMPLATE """{template}"""
+PARAMETER num_ctx {num_ctx}
+PARAMETER num_predict {max_new_tokens}
+PARAMETER temperature {temperature}
+PARAMETER top_k {top_k}
+PARAMETER top_p {top_p}
+PARAMETER repeat_penalty 1.0
+PARAMETER stop "<|endoftext|>"
+PARAMETER stop "### Instruction:"
+'''
 _ALPACA_GPT4 = "vicgalle/alpaca-gpt4"
+_LICENCES = {  # whether that is what it was trained on: a line of the head, and a sentence
+    True: ("license: cc-by-nc-4.0\n", "vicgalle/alpaca-gpt4 is CC BY-NC 4.0, not for commercial use, and its authors "
+           "ask that models trained on it be used for research only."),
+    False: ("", "The licence of these data holds for this model too: name it here before you publish it."),
+}
+_CARD = """\
+---
+{key}library_name: transformers
+pipeline_tag: text-generation
+---
+# GPT-2 of {n_layer} layers
+"""
+_TUNED_CARD = """
+Fine-tuned to follow instructions, on `{source}`. {licence}
+
+```python
+from transformers import pipeline
+
+ask = pipeline('text-generation', model='.')
+messages = [{{'role': 'user', 'content': 'Name three primary colours.'}}]
+print(ask(messages)[0]['generated_text'][-1]['content'])
+```
+"""
 _UNFINISHED = ".unfinished_export"  # in a folder while it is written
 
 
 def check_folder(folder: Path) -> None:
     """Raise UserError unless this folder is empty or an export of ours: in any other a README.md is somebody's."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: a file, not a folder")
-    with errors_at(f"{folder}: cannot read it"):
+    with errors_at(f"{folder}: no folder that can be read"):
         names, config = sorted(path.name for path in folder.iterdir()), folder / "config.json"
         is_ours = _UNFINISHED in names or config.is_file() and f'"{ABOUT}"'.encode() in config.read_bytes()
     if names and not is_ours:
@@ -64,27 +97,24 @@ def check_folder(folder: Path) -> None:
 def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: Mapping[str, Any]) -> None:
     """Write the model of a state, as open_any gives it, as a folder that transformers, vLLM, MLX and llama.cpp's
     converter read. settings are how chat answers. Raises UserError when the disk or the dtype does not take it."""
-    kind = getattr(torch, dtype)
     tensors = {name.removeprefix("transformer."):
                tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
-               for name, tensor in _weights(state, kind).items()}
+               for name, tensor in _weights(state, getattr(torch, dtype)).items()}
     template = _chat_template(state)
     texts = {**tokenizer_files(state["model_config"]["context_length"], template), "README.md": _model_card(state),
              "generation_config.json": _json({"do_sample": True, **_SPECIAL_IDS, **{
-                 name: settings[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}})}
-    if template:
-        made_by = "# model.gguf is made by: python src/convert_checkpoint.py export CHECKPOINT FOLDER/model.gguf\n"
-        texts |= {"Modelfile": made_by + _modelfile(state, "model.gguf", settings), "chat_template.jinja": template}
+                 name: settings[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}}),
+             "chat_template.jinja": template, "config.json": _json(_config(state, dtype))}
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _UNFINISHED).touch()
-        for name in ("config.json", "chat_template.jinja", "Modelfile"):  # the last two are of tuned models
+        for name in ("config.json", "chat_template.jinja"):
             (folder / name).unlink(missing_ok=True)
-    _write_safetensors(folder / "model.safetensors", tensors, kind)
-    for name, text in [*texts.items(), ("config.json", _json(_config(state, dtype)))]:
-        with _file_for_all(folder / name) as file:
-            file.write(text.encode())
-    with errors_at(f"{folder}: cannot write there"):
+        _write_safetensors(folder / "model.safetensors", tensors, dtype)
+        for name, text in texts.items():
+            if text:  # there is no template of a model that was not fine-tuned
+                with _file_for_all(folder / name) as file:
+                    file.write(text.encode())
         (folder / _UNFINISHED).unlink(missing_ok=True)
 
 
@@ -95,23 +125,16 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
         import gguf
     except ImportError as error:
         raise UserError(f"{path}: writing GGUF needs one more package: pip install gguf") from error
-    kind_name = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[dtype]
-    kind, fp32 = (gguf.GGMLQuantizationType[name] for name in (kind_name, "F32"))
-    sizes = state["model_config"]
-    if dtype == "q8_0" and sizes["n_embd"] % 32:
-        raise UserError(f"{path}: q8_0 takes widths that are multiples of 32, this one is {sizes['n_embd']}; use "
-                        "--dtype float16")
-    with _file_for_all(path, size_of(state["model"])) as file:
+    kind, fp32 = (gguf.GGMLQuantizationType[name] for name in (_KINDS[dtype], "F32"))
+    with (errors_at(path, gguf.quants.QuantError, advice="; use --dtype float16"),
+          _file_for_all(path, size_of(state["model"])) as file):
         writer = gguf.GGUFWriter(file.name, "gpt2")
-        _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{kind_name}"])
-        names = {"transformer.wte.": "token_embd.", "transformer.wpe.": "position_embd.", "transformer.h.": "blk.",
-                 "transformer.ln_f.": "output_norm.", "ln_1": "attn_norm", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
-                 "mlp.c_proj": "ffn_down", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
+        _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if kind == fp32 else f"MOSTLY_{_KINDS[dtype]}"])
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, state["model_config"]["n_layer"])
         for name, tensor in _weights(state, torch.float16 if dtype == "float16" else torch.float32).items():
             wanted = kind if tensor.dim() == 2 and "wpe" not in name else fp32
-            for ours, theirs in names.items():
-                name = name.replace(ours, theirs)
-            writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), wanted), raw_dtype=wanted)
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")),
+                              gguf.quants.quantize(tensor.float().numpy(), wanted), raw_dtype=wanted)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -132,13 +155,13 @@ def _weights(state: Mapping[str, Any], kind: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], kind: torch.dtype) -> None:
-    """The length of the header, the header, and the tensors one after another: no copy of the model in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """The length of the header, the header, and the tensors one after another: no copy of the model in memory, which
+    the library would make twice."""
+    kind, header, end = getattr(torch, dtype), dict[str, Any](__metadata__={"format": "pt"}), 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": _SAFETENSORS[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _KINDS[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     with _file_for_all(path, len(text) + end) as file:
@@ -236,26 +259,14 @@ def _chat_template(state: Mapping[str, Any]) -> str:
 
 def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any]) -> str:
     """The recipe of ollama for a GGUF file beside it: the template, and chat's settings."""
-    parameters = {"num_ctx": state["model_config"]["context_length"], "num_predict": settings["max_new_tokens"],
-                  **{name: settings[name] for name in ("temperature", "top_k", "top_p")}, "repeat_penalty": 1.0}
-    return "\n".join([
-        f"FROM ./{gguf}", f'TEMPLATE """{_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST}"""',
-        *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
-        *(f'PARAMETER stop "{text}"' for text in (END, "### Instruction:")), ""])
+    return _MODELFILE.format(gguf=gguf, template=_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST,
+                             num_ctx=state["model_config"]["context_length"], **settings)
 
 
 def _model_card(state: Mapping[str, Any]) -> str:
     """README.md: what the model is, whose data it was trained on, how to ask it."""
     source = "".join(letter if letter.isprintable() else " " for letter in state["data_source"].replace("`", "'"))
-    is_alpaca_gpt4 = _ALPACA_GPT4 in source
-    licence = (f"{_ALPACA_GPT4} is CC BY-NC 4.0, not for commercial use, and its authors ask that models trained on it "
-               "be used for research only." if is_alpaca_gpt4 else
-               "The licence of these data holds for this model too: name it here before you publish it.")
-    lines = ["---", *["license: cc-by-nc-4.0"] * is_alpaca_gpt4, "library_name: transformers",
-             "pipeline_tag: text-generation", "---", f"# GPT-2 of {state['model_config']['n_layer']} layers", ""]
-    if state["template"]:
-        lines += [f"Fine-tuned to follow instructions, on `{source or 'data that are not known'}`. {licence}", "",
-                  "```python", "from transformers import pipeline", "", "ask = pipeline('text-generation', model='.')",
-                  "messages = [{'role': 'user', 'content': 'Name three primary colours.'}]",
-                  "print(ask(messages)[0]['generated_text'][-1]['content'])", "```", ""]
-    return "\n".join(lines)
+    key, licence = _LICENCES[_ALPACA_GPT4 in source]
+    card = _CARD.format(key=key, n_layer=state["model_config"]["n_layer"])
+    tuned = _TUNED_CARD.format(source=source or "data that are not known", licence=licence)
+    return card + tuned * bool(state["template"])

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from errors import CheckpointError, UserError, errors_at
 from instruct_format import VOCAB_SIZE
 from model import GPTConfig
-from weights.checkpoint import BEST, FORMAT, FORMAT_VERSION, LATEST, check_weights, is_weight, step_files, verify
-from weights.safe_load import check_begin, check_is_file, load_any
+from weights.checkpoint import FORMAT, FORMAT_VERSION, is_weight, verify
+from weights.safe_load import begin_of, load_any
 
-# Where the config.json of an exported folder says how the model was fine-tuned, and what it says.
-ABOUT, FINE_TUNED = "gpt2_instruct", ("template", "multi_turn", "data_source")
+# Where the config.json of an exported folder says how the model was fine-tuned, and what holds for other models.
+ABOUT, FINE_TUNED = "gpt2_instruct", {"template": None, "multi_turn": False, "data_source": ""}
 # Under what name programs save the weights (else the file is the state dict itself), and the sizes of the model.
 _WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config", "model_args", "config")
 # What other trainers call the sizes.
@@ -41,16 +41,15 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
             "that folder")
 
 
-def open_any(path: Path, n_head: int | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
     safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
-    a configuration: 0 when the user did not say it, None when there is no flag to say it. Rows of padding after GPT-2's
-    vocabulary, which training would count, are left out; say names their number. Raises UserError when there is no such
+    a configuration, 0 when the user did not say it. Rows of padding after GPT-2's vocabulary, which training would
+    count, are left out. Whether all weights are there and fit, model_of checks. Raises UserError when there is no such
     file or the number of heads is not known, CheckpointError when it is damaged, unsafe, or no GPT-2."""
-    part = _PART.fullmatch(path.name)
-    if path.is_file() and (part and int(part[2]) > 1 or path.name.endswith(("config.json", ".index.json"))):
+    if path.is_file() and (_PART.fullmatch(path.name) or path.name.endswith(("config.json", ".index.json"))):
         raise UserError(f"{path}: only a part of a model; name its folder: {path.parent}")
-    state = _read(path)
+    state = _read_folder(path) if path.is_dir() else _read_file(path)
     if state.get("format") == FORMAT:
         state = verify(state, path)
         if n_head and n_head != state["model_config"].get("n_head"):
@@ -70,9 +69,7 @@ def open_any(path: Path, n_head: int | None = None, say: Callable[[str], None] =
             if named.get("vocab_size") == rows:
                 named = {**named, "vocab_size": VOCAB_SIZE}
         config = config_of(named, weights, path, n_head)
-        tuned = {"template": None, "multi_turn": False, "data_source": "", **named.get(ABOUT, {})}
-    if rows > VOCAB_SIZE:
-        say(f"left out {rows - VOCAB_SIZE:,} rows of padding after GPT-2's {VOCAB_SIZE:,} tokens")
+        tuned = {**FINE_TUNED, **named.get(ABOUT, {})}
     return verify({"format": FORMAT, "format_version": FORMAT_VERSION, "step": 0, "val_losses": [],
                    **{name: tuned[name] for name in FINE_TUNED}, "model_config": vars(config), "model": weights}, path)
 
@@ -85,82 +82,56 @@ def check_vocabulary(vocab_size: int, path: Path) -> None:
             f"{_LARGEST_VOCABULARY:,}), so it knows another tokenizer; use a model trained on GPT-2's tokens")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a file holds; the weights of a folder as {'model': ...}."""
-    if path.is_dir():
-        parts = [_read(file) for file in _files_of(path)]
-        weights = {name: tensor for part in parts for name, tensor in part.items()}
-        if len(weights) < sum(map(len, parts)):
-            raise CheckpointError(f"{path}: its files have some weights twice, so they are of two models; {_COPY}")
-        return {"model": weights}
+def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors":
         return load_any(path)
-    check_is_file(path)
+    begin_of(path)
     with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
-        check_begin(path)
         return load_file(path)
 
 
-def models_in(folder: Path) -> list[Path]:
-    """The models in a folder that is none itself: checkpoints of runs, then the numbered folders of other trainers."""
-    ours = [folder / BEST, folder / LATEST, *step_files(folder), *sorted(folder.glob(f"*/{BEST}"))]
-    theirs = sorted((len(path.parent.name), path.parent) for path in folder.glob("*/config.json"))
-    return [path for path in (*ours, *(path for _, path in reversed(theirs))) if path.exists()]
+def _read_folder(folder: Path) -> dict[str, Any]:
+    parts = list(map(_read_file, _files_of(folder)))
+    weights = {name: tensor for part in parts for name, tensor in part.items()}
+    if len(weights) < sum(map(len, parts)):
+        raise CheckpointError(f"{folder}: its files have some weights twice, so they are of two models; {_COPY}")
+    return {"model": weights}
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files of weights of a Hugging Face folder, as transformers chooses them. Several are those that the index
-    names, or without one a whole set of parts."""
+    """The files of weights of a Hugging Face folder, as transformers chooses them: one, those that an index names, or
+    without one all, which have to be the parts of one model."""
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: {_ADAPTER}")
     if any(folder.glob("*.ckpt*.index")):
         raise CheckpointError(f"{folder}: a TensorFlow checkpoint; first make a folder of it with transformers 4 "
                               "(convert_gpt2_original_tf_checkpoint_to_pytorch.py), then import that")
-    found = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")]
     if not (folder / "config.json").exists():
-        if models := models_in(folder):
-            raise UserError(f"{folder} holds checkpoints; name one: {models[0]}")
-        files = sum(found, [])
-        alone = f", or import the weights alone: {_importing(files[0])}" if len(files) == 1 else ""
-        raise UserError(f"{folder}: no config.json in it; copy it there{alone}")
+        raise UserError(f"{folder}: no config.json in it; name a checkpoint, a file of weights, or a folder that has "
+                        "one")
     _config_beside(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            return _files_named(index)
-    for files in filter(None, found):
-        part = _PART.fullmatch(files[0].name)
-        whole = [files[0].with_name(f"{part[1]}{number:05}-of-{part[2]}{part[3]}")
-                 for number in range(1, int(part[2]) + 1)] if part else files[:1]
-        if odd := min({*files} ^ {*whole}, default=None):
-            raise CheckpointError(f"{folder}: no index.json says which files are the model, and {odd.name} is "
-                                  f"{'missing' if odd in whole else 'one too many'}; {_COPY}")
-        return files
-    raise UserError(f"{folder}: no .safetensors and no pytorch_model.bin in it; save the model with save_pretrained()")
-
-
-def _files_named(index: Path) -> list[Path]:
-    """The files that the index of a folder names. Raises CheckpointError when one is missing, or outside the folder."""
-    named = _json_of(index, "the index of a model").get("weight_map")
-    with errors_at(f"{index}: not the index of a model", TypeError, ValueError, AttributeError, raised=CheckpointError):
-        files = sorted({index.with_name(name) for name in named.values()})  # type: ignore[union-attr]
-        missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{index}: it names {len(files)} files, {missing[0]} is missing; copy it again")
+            with errors_at(f"{index}: not the index of a model", LookupError, AttributeError, TypeError, ValueError,
+                           raised=CheckpointError):  # a name that leads out of the folder is a ValueError
+                return sorted({index.with_name(part) for part in _json_of(index)["weight_map"].values()})
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors and no pytorch_model.bin in it; save the model with "
+                        "save_pretrained()")
+    part, kinds = _PART.fullmatch(files[0].name), {_PART.sub(r"\1\2\3", file.name) for file in files}
+    if len(kinds) > 1 or part and len(files) < int(part[2]):
+        raise CheckpointError(f"{folder}: {files[0].name} and what is beside it are not all parts of one model, and no "
+                              f"index.json names those; {_COPY}")
     return files
 
 
-def _importing(path: Path) -> str:
-    """The command that takes weights which do not show their heads."""
-    return f"python src/convert_checkpoint.py import {shlex.quote(str(path))} --n_head N --output NEW.pt"
-
-
-def _json_of(path: Path, what: str) -> dict[str, Any]:
+def _json_of(path: Path) -> dict[str, Any]:
     """The object in a file of JSON. Raises UserError when it cannot be read."""
-    with errors_at(f"{path}: not readable as {what}", ValueError, RecursionError):
-        check_is_file(path)
-        check_begin(path)
+    with errors_at(f"{path}: not readable as JSON", ValueError, RecursionError):
+        begin_of(path)
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not an object")
@@ -171,7 +142,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     """The config.json of a folder, or beside a file; empty where there is none. Raises UserError when it cannot be
     read, CheckpointError when it describes another kind of model."""
     config = (path if path.is_dir() else path.parent) / "config.json"
-    sizes = _json_of(config, "a model's configuration") if config.exists() else {}
+    sizes = _json_of(config) if config.exists() else {}
     if sizes.get("model_type", "gpt2") != "gpt2":
         raise CheckpointError(f"{path}: not a GPT-2 as published: model_type {sizes['model_type']!r:.60}{_OTHER}")
     return sizes
@@ -191,30 +162,30 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds values of type {tensor.dtype}, not weights")
         weights[re.sub(f"^{re.escape(prefix)}", "transformer.", name)] = tensor.float()
-    embedding = weights[_EMBEDDING]
+    embedding, n_embd = weights[_EMBEDDING], weights[_EMBEDDING].shape[1]
     output = weights.pop(prefix.removesuffix("transformer.") + "lm_head.weight", None)
     if output is not None and not torch.equal(output[:VOCAB_SIZE], embedding[:VOCAB_SIZE]):
         raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train it "
                               "again with the two tied, as in GPT-2")
-    first = weights.get("transformer.h.0.attn.c_attn.weight")
-    if first is not None and first.shape == (embedding.shape[1], 3 * embedding.shape[1]):
-        for name in [name for name in weights if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)]:
+    first = weights.get("transformer.h.0.attn.c_attn.weight", embedding)
+    is_conv1d, has_biases = first.shape == (n_embd, 3 * n_embd), any(name.endswith(".bias") for name in weights)
+    for name in list(weights):
+        is_linear = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        if is_linear and is_conv1d:
             weights[name] = weights[name].t().contiguous()
-    if not any(name.endswith(".bias") for name in weights):
-        for name in [name for name in weights if ".ln_" in name or re.search(r"\.c_\w+\.weight$", name)]:
-            weights[name.removesuffix("weight") + "bias"] = torch.zeros(weights[name].shape[0])
+        if not has_biases and (is_linear or ".ln_" in name):
+            weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(weights[name]))
     return weights
 
 
-def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path,
-              n_head: int | None = None) -> GPTConfig:
+def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0) -> GPTConfig:
     """The model's sizes: what the weights show, and the number of heads, which they do not. named is what the file or
     its config.json says. Raises CheckpointError when that contradicts the weights or n_head, or is not GPT-2 as
     published; UserError when nothing says the number of heads and the sizes are not published ones."""
     vocab_size, n_embd = weights[_EMBEDDING].shape
     shown = {"context_length": weights["transformer.wpe.weight"].shape[0], "vocab_size": vocab_size, "n_embd": n_embd,
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
-             "n_head": n_head or 0}
+             "n_head": n_head}
     expected = {**_EXPECTED, "n_inner": (None, 4 * n_embd)}
     wrong = [f"{key} {named[key]!r:.60}" for key, values in expected.items() if key in named
              and named[key] not in values]
@@ -222,17 +193,12 @@ def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
         raise CheckpointError(f"{path}: not a GPT-2 as published: {', '.join(wrong)}{_OTHER}")
     for field, value in shown.items():
         said = next((named[name] for name in (field, *_NAMES.get(field, ())) if name in named), None)
-        if said is not None and type(said) is not int:
-            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}; write a whole number there")
         if said not in (None, value) and (field, value) != ("n_head", 0):
-            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, "
-                                  + (f"--n_head says {value}" if field == "n_head" else f"its weights have {value}"))
+            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, not {value}")
         shown[field] = said or value
     shown["n_head"] = shown["n_head"] or _PUBLISHED_HEADS.get((shown["n_layer"], n_embd), 0)
     if not shown["n_head"]:
-        advice = "add --n_head N" if n_head is not None else f"first run {_importing(path)}; then name NEW.pt"
         raise UserError(f"{path}: nothing says how many heads its {shown['n_layer']} layers of width {n_embd} have, "
-                        f"and the weights do not show it: {advice}")
-    config = GPTConfig(**shown)
-    check_weights(config, weights, path)
-    return config
+                        "and the weights do not show it; say it: python src/convert_checkpoint.py import "
+                        f"{shlex.quote(str(path))} --n_head N --output NEW.pt; then name NEW.pt")
+    return GPTConfig(**shown)

@@ -8,11 +8,10 @@ safely, but have no checksums: damage to their weights shows only where it leave
 
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from pickletools import genops
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -49,33 +48,32 @@ def check_is_file(path: Path) -> None:
                         else f"{path}: no such file")
 
 
-def check_begin(path: Path) -> None:
-    """Raise CheckpointError with what to do when a file begins as one of another program, whatever its name."""
+def begin_of(path: Path) -> bytes:
+    """The first bytes of a file. Raises UserError when it is none, CheckpointError with what to do when another program
+    wrote it, whatever its name."""
+    check_is_file(path)
     with path.open("rb") as file:
         begin = file.read(64)
     for start, advice in _ADVICE.items():
         if begin.startswith(start):
             raise CheckpointError(f"{path}: {advice}")
+    return begin
 
 
 def load_any(path: Path) -> dict[str, Any]:
     """The dictionary in a file of torch.save, its tensors on the CPU and memory-mapped. Raises UserError when there is
     no such file, CheckpointError when it is damaged, unsafe, or holds something else."""
-    check_is_file(path)
     # a damaged or hostile file fails anywhere in zip, pickle or tensor code
     with errors_at(f"{path}: not a loadable checkpoint", Exception, raised=CheckpointError):
-        check_begin(path)
-        with path.open("rb") as file:
-            begin = file.read(len(_BEFORE_ZIP))
-            named = _named_before_zip(file) if begin == _BEFORE_ZIP else None
-        if named is None:
+        if is_zip := not begin_of(path).startswith(_BEFORE_ZIP):
             _check_zip(path)
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        else:
+            named = _named_before_zip(path)
         _refuse_unsafe(named, path)
-        stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in named]
         try:
-            with torch.serialization.safe_globals(stand_ins):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=begin != _BEFORE_ZIP)
+            with torch.serialization.safe_globals([(_Inert, name) for name in named]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except UnpicklingError as error:  # PyTorch's own words advise to load it unsafely
             raise CheckpointError(f"{path}: refused, it is more than tensors and plain values") from error
     if not isinstance(state, dict):
@@ -93,29 +91,21 @@ def _refuse_unsafe(named: set[str], path: Path) -> None:
         raise CheckpointError(f"{path}: refused, it would run code that is not ours: {', '.join(refused)}")
 
 
-def _named_before_zip(file: BinaryIO) -> set[str]:
-    """The classes and functions that the four pickles at the start of such a file name (version, system, state, keys
+def _named_before_zip(path: Path) -> set[str]:
+    """The classes and functions that the four pickles after the mark of such a file name (version, system, state, keys
     of the storages), without those of PyTorch and OrderedDict: of these, torch.load refuses the unsafe ones itself."""
-    named = {str(argument).replace(" ", ".") for _ in range(4) for code, argument, _ in genops(file)
-             if code.name == "GLOBAL"}
+    with path.open("rb") as file:
+        file.seek(len(_BEFORE_ZIP))
+        named = {str(argument).replace(" ", ".") for _ in range(4) for code, argument, _ in genops(file)
+                 if code.name == "GLOBAL"}
     return {name for name in named if name.startswith("torch.nn.modules.")
             or not name.startswith(("torch.", "collections.OrderedDict", "_codecs.encode"))}
-
-
-def _instead_of_zip(path: Path) -> str:
-    """What a file is that has no end of a zip archive."""
-    with path.open("rb") as file:
-        begin = file.read(512)
-    if begin.startswith(b"PK\3\4"):
-        return "incomplete (no end of the archive); copy it again"
-    is_text = "".join(begin.decode("utf-8", "ignore").split()).isprintable()
-    return "it is empty" if not begin else "it is text" if is_text else "no file of torch.save"
 
 
 def _check_zip(path: Path) -> None:
     """Refuse a file whose bytes are not those that torch.save wrote, as far as they decide what is loaded."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(_instead_of_zip(path))
+        raise ValueError("no file of torch.save, or cut off; name another, or copy it again")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         # torch.save stores its tensors as they are: anything else is a zip bomb, or read otherwise by PyTorch.
