@@ -16,10 +16,9 @@ if __name__ == "__main__":  # Ctrl-C while the rest is imported ends without a w
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from answering.settings import Settings, add_flags
-from cli import Parser, printable_line, run
+from cli import Parser, run
 from errors import UserError
 
 PROJECT = Path(__file__).parent.parent
@@ -55,19 +54,6 @@ def find_checkpoint(path: Path | None) -> Path:
                     "demo (./start_instruct_training.sh demo, then ./chat.sh demo)")
 
 
-def summary(path: Path, state: dict[str, Any], device: str, ending: str) -> str:
-    """What the model is and how it takes questions, in a line of at most 80 columns."""
-    size = sum(tensor.numel() for tensor in state["model"].values()) / 1e6
-    losses = [loss for step, loss in state["val_losses"] if step == state["step"]]
-    facts = ["", f"{size:.{0 if size >= 10 else 1}f}M", *(f"val loss {loss:.4f}" for loss in losses[:1]), device]
-    text = ", ".join(facts) + ": " + ("pre-trained, not fine-tuned" if state["template"] is None else
-                                      "remembers the turns before" if state["multi_turn"] else
-                                      "each question stands alone") + ending
-    room = 80 - len(text)
-    name = printable_line(path if len(printable_line(path)) <= room else path.name)
-    return (name if len(name) <= room else f"{name[:room - 3]}...") + text
-
-
 def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
     if options.prompt is not None and not options.prompt.strip():
@@ -80,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     from answering.answer import Question
     from answering.opened import open_for_answers
     from answering.questions import text_of
-    from answering.terminal import Chat
+    from answering.terminal import Chat, first_line
     from errors import errors_at
     from training.precision import device_named, failures_explained
 
@@ -90,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         chat = Chat(model, str(path), Settings(**{name: getattr(options, name) for name in Settings._fields}),
                     remembers=state["multi_turn"], as_json=options.json or options.jsonl)
         is_conversation = sys.stdin.isatty() and options.prompt is None and not options.jsonl
-        chat.say(summary(path, state, model.transformer.wte.weight.device.type, "; /help" * is_conversation))
+        chat.say(first_line(path, state, model.transformer.wte.weight.device.type, "; /help" * is_conversation))
         del state
         if is_conversation:
             return chat.converse(options.input or "", not options.no_history)

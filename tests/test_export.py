@@ -105,6 +105,7 @@ def test_the_modelfile_and_the_card(folders, checkpoints, tmp_path):
             "PARAMETER num_ctx 96", "PARAMETER temperature 0.7", 'PARAMETER stop "<|endoftext|>"'))
         assert modelfile.startswith(f"FROM ./{multi_turn}.gguf\nTEMPLATE ")
         assert "### Response:\n" in modelfile
+        assert (folder / "Modelfile").read_text() == modelfile.replace(f"{multi_turn}.gguf", "model.gguf")
         assert ("license: cc-by-nc-4.0\n" in card) == multi_turn == ("<|endoftext|>{{ end }}" in modelfile)
     assert "on `my 'rows'   .jsonl`. " in (folders[False] / "README.md").read_text()
 
@@ -314,7 +315,7 @@ def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, t
         path = export(source, tmp_path / "B.GGUF", "--force")
         folder = export(source, tmp_path / "folder", "--force")
         assert path.read_bytes().startswith(b"GGUF") and path.with_suffix(".Modelfile").exists() == is_tuned
-        assert (folder / "chat_template.jinja").exists() == is_tuned
+        assert all((folder / name).exists() == is_tuned for name in ("Modelfile", "chat_template.jinja"))
 
 
 # What is refused, and what a failure leaves

@@ -5,7 +5,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -85,15 +85,6 @@ class Answer:
         """What of text[:end] was not shown yet."""
         begin, self.text = len(self.text), text[:end]
         return self.text[begin:]
-
-    def fields(self, checkpoint: str) -> dict[str, Any]:
-        """Everything about the answer, under the names that it has in JSON."""
-        settings = self.settings._asdict()
-        del settings["seed"]  # drawn or not, it stands beside them
-        return {**self.question._asdict(), "response": self.text, "tokens": self.tokens,
-                "seconds": round(self.seconds, 3), "stopped": self.stopped, "prompt_tokens": len(self.prompt),
-                "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1), "seed": self.seed,
-                "settings": settings, "checkpoint": checkpoint}
 
 
 def encode_question(context_length: int, question: Question) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from answering.answer import Answer, Question
 from answering.batch import WIDTH
@@ -164,7 +164,7 @@ class Chat:
             found = getattr(self.settings, shown)
             self.say(f"{shown:20}{'none' if found is None else found!s:8}{TABLE[shown][1]}")
         if self.last and not name:
-            last, context = self.last.fields(""), self.model.config.context_length
+            last, context = fields_of(self.last, ""), self.model.config.context_length
             self.say(f"last answer: {last['tokens']} tokens in {last['seconds']:.2f} s, the first after "
                      f"{self.last.first_seconds:.2f} s, {last['tokens_per_second']} tokens/s; context "
                      f"{last['prompt_tokens'] + last['tokens']} of {context}; seed {last['seed']}")
@@ -206,7 +206,7 @@ class Chat:
             if not self.as_json:
                 write(printable(piece), sys.stdout)
         if self.as_json:
-            self._write_json(answer.fields(self.checkpoint))
+            self._write_json(fields_of(answer, self.checkpoint))
         else:
             write("\n", sys.stdout)
             setting = f"{'/set ' if self.at_terminal else '--'}max_new_tokens"
@@ -223,6 +223,29 @@ class Chat:
 
     def _write_json(self, fields: dict[str, object]) -> None:
         write(json.dumps(fields).replace("\x7f", "\\u007f") + "\n", sys.stdout)
+
+
+def first_line(path: Path, state: dict[str, Any], device: str, ending: str) -> str:
+    """What the model is and how it takes questions, in a line of at most 80 columns."""
+    size = sum(tensor.numel() for tensor in state["model"].values()) / 1e6
+    losses = [loss for step, loss in state["val_losses"] if step == state["step"]]
+    facts = ["", f"{size:.{0 if size >= 10 else 1}f}M", *(f"val loss {loss:.4f}" for loss in losses[:1]), device]
+    text = ", ".join(facts) + ": " + ("pre-trained, not fine-tuned" if state["template"] is None else
+                                      "remembers the turns before" if state["multi_turn"] else
+                                      "each question stands alone") + ending
+    room = 80 - len(text)
+    name = printable_line(path if len(printable_line(path)) <= room else path.name)
+    return (name if len(name) <= room else f"{name[:room - 3]}...") + text
+
+
+def fields_of(answer: Answer, checkpoint: str) -> dict[str, Any]:
+    """Everything about an answer, under the names that it has in JSON."""
+    settings = answer.settings._asdict()
+    del settings["seed"]  # drawn or not, it stands beside them
+    return {**answer.question._asdict(), "response": answer.text, "tokens": answer.tokens,
+            "seconds": round(answer.seconds, 3), "stopped": answer.stopped, "prompt_tokens": len(answer.prompt),
+            "tokens_per_second": round(answer.tokens / max(answer.seconds, 1e-9), 1), "seed": answer.seed,
+            "settings": settings, "checkpoint": checkpoint}
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -104,15 +104,16 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
     texts = {**tokenizer_files(state["model_config"]["context_length"], template), "README.md": _model_card(state),
              "generation_config.json": _json({"do_sample": True, **_SPECIAL_IDS, **{
                  name: settings[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}}),
-             "chat_template.jinja": template, "config.json": _json(_config(state, dtype))}
+             "chat_template.jinja": template, "Modelfile": template and _modelfile(state, "model.gguf", settings),
+             "config.json": _json(_config(state, dtype))}
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _UNFINISHED).touch()
-        for name in ("config.json", "chat_template.jinja"):
+        for name in ("config.json", "chat_template.jinja", "Modelfile"):
             (folder / name).unlink(missing_ok=True)
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
         for name, text in texts.items():
-            if text:  # there is no template of a model that was not fine-tuned
+            if text:  # a model that was not fine-tuned has no template and no Modelfile
                 with _file_for_all(folder / name) as file:
                     file.write(text.encode())
         (folder / _UNFINISHED).unlink(missing_ok=True)
@@ -258,7 +259,8 @@ def _chat_template(state: Mapping[str, Any]) -> str:
 
 
 def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any]) -> str:
-    """The recipe of ollama for a GGUF file beside it: the template, and chat's settings."""
+    """The recipe of ollama for a GGUF file beside it: the template, and chat's settings. In a folder that file is still
+    to be made, by an export to FOLDER/model.gguf."""
     return _MODELFILE.format(gguf=gguf, template=_OLLAMA_ALL if state["multi_turn"] else _OLLAMA_LAST,
                              num_ctx=state["model_config"]["context_length"], **settings)
 
