@@ -94,6 +94,7 @@ def forged_parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for part, values in {
             "position": ["ab", [0, -5], [10**30, 0], None, [0, 4]],  # the last one is beyond the data
             "step": [-5, 10**30], "skipped": ["x"], "data_fingerprint": [7], "optimizer": [7],
+            "loss_scale": [0.5, -2.0, 1024, "1024", float("nan")],
             "name": ["../../escaped", "/tmp/escaped", 7, "a\0b", "\x1b[2J"],
             "options": [[1], {"max_steps": "x"}, {"mini_batch_size": -1}, {"learning_rate": float("nan")}],
             "model": [{"a": torch.ones(1, device="meta")}, {5: torch.ones(1)}, {"a": torch.zeros(1).expand(1 << 38)},
