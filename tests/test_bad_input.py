@@ -17,7 +17,6 @@ import pytest
 
 import cli
 import helpers
-from conftest import run_script
 from data.advice import CUT
 from data.shards import MANIFEST
 from data_files import HARD_ROWS, lines, listed, parquet, row
@@ -50,11 +49,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     **{f"no rows in {name} {text!r}": (name, text, NOTHING) for name, text in (
         ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.json", b"{}"),
         ("a.csv", table()))},
-    "nothing kept": ("a.jsonl", lines(*(row(n, output="") for n in range(3))),
-                     r"nothing to train on \(3 rows read, 3 left out: empty output\)"),
     "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
                  r"one: .* \(3 rows read, 1 left out: empty output, 1 left out: exact repeat\)$"),
-    "one prompt": ("a.jsonl", lines(*(row(output=str(n)) for n in range(9))), r"train and val .*only one.*9 rows read"),
     "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 left out: test split"),
     "unknown kind": ("a.log", LINES, r"unknown kind of file; use \.json, \.jsonl, .*\.parquet, also as \.gz, or pipe"),
     "unknown kind, no text": ("a.bin", b"\1\0\2", r"unknown kind of file; use .*\.parquet, also as \.gz$"),
@@ -65,25 +61,19 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         ("a.jsonl.gz", gzip.compress(b"\x28\xb5\x2f\xfd...")))},
     "no gzip": ("a.jsonl.gz", b"Q\xf8\0" * 9, ".*: byte 0xf8 in column 2; it is no text and no gzip: download"),
     "a picture": ("a.jsonl", b"\x89PNG\r\n\x1a\n\0\0", "line 1: not UTF-8: byte 0x89 in column 1; it is no text"),
-    "no text": ("a.jsonl", b"Q\xf8\0" * 9, "line 1: not UTF-8: .*; it is no text: download it again, or "),
-    "prose": ("a.txt", b"Once upon a time\nthere was\n", r"line 2: no column for the instruction .*'Once upon a time'"
-              r"\); the first line of a table, and each row of JSON, has to n"),
     "no names": ("a.csv", table("Who is it?,It is me", header="What is it?,It is that"),
                  r"line 2: no column .* 'It is that'\); the first line of a table, and each row of JSON, has to n"),
     "not JSON, in a list": ("a.json", LISTED.replace(b'"Answer 4"', b"Answer 4"), NO_JSON + "line 6 column 54$"),
     "not JSON, line": ("a.jsonl", LINES + b"hello\n", r"line 13: cannot be read as JSON: Expecting value: column 1 \("),
     "cut, line": ("a.jsonl", LINES[:-9], r"line 12: cannot be read as JSON: Unterminated .*: column 55; " + CUT),
-    "cut, list in a line": ("a.json", json.dumps(GOOD).encode()[:-30], r".*: column \d+; " + CUT),
     "first line cut": ("a.jsonl", lines(row())[:-2] + b"\n" + LINES, "line 1: " + NO_JSON),
     "first line cut after a comma": ("a.jsonl", b'{"instruction": "a",\n' + LINES, "line 1: " + NO_JSON),
-    "a list a line": ("a.jsonl", lines(["q", "a"], ["r", "b"]), "line 1: expected an object .*found a list"),
     "rows under an unknown key": ("a.json", json.dumps({"train": GOOD, "held_out": GOOD}).encode(),
                                   r"rows under 'train', 'held_out', of which 'held_out' is no known name; put them"),
     "two columns of one name": ("a.csv", table("a,b,c", header="instruction,output,output "),
                                 "line 1: two columns 'output'; give each"),
     "two columns of one name, Parquet": ("a.parquet", twice(), "two columns 'output'; give each"),
     "not JSON, first line": ("a.jsonl", b"{'instruction': 1}\n" + LINES, "line 1: " + NO_JSON),
-    "one object over many lines": ("a.json", json.dumps(row(), indent=1).encode(), r"train and val .*1 row read"),
     "many objects over many lines": ("a.json", json.dumps(row(), indent=1).encode() * 2, NO_JSON + "line 5 column 2$"),
     "list not closed": ("a.json", LISTED.rstrip()[:-1], NO_JSON + r"line 13 column \d+; " + CUT),
     "UTF-16 list without mark": ("a.json", LISTED.decode().encode("utf-16-le"),
@@ -95,28 +85,22 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "gzip damaged": ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), r".*CRC.*; " + CUT),
     "Windows text": ("a.csv", TABLE + "prix,,10 €\n".encode("cp1252"),
                      r"line 14: .*byte 0x80 in column 10; .*iconv -f "),
-    "0xff in a list": ("a.json", LISTED.replace(b"r 3", b"\xff"), "line 5: not UTF-8: byte 0xff in column 60"),
     "0xff in a line": ("a.jsonl", LINES.replace(b"r 3", b"\xff"), "line 4: not UTF-8: byte 0xff in column 60"),
-    "0xff in a table": ("a.csv", TABLE.replace(b"r 1\n", b"\xff\n"), "line 3: not UTF-8: byte 0xff in column 18"),
     "0xff in a quoted field": ("a.csv", table('"a', 'b",,c').replace(b'b"', b'\xff"'), "line 3: not UTF-8: byte 0xff"),
     "cut inside a character": ("a.jsonl", LINES + '{"instruction": "é'.encode()[:-1],
                                rf"line 13: not UTF-8: .*; {CUT}, or, if it is whole: save it as UTF-8, or: iconv"),
-    "no column, lines": ("a.jsonl", lines(row(), {"prompt": "x"}), r"line 2: no column for the output .*'prompt'"),
     "no column, table": ("a.csv", table("x,y", header="instruction,reply"), r"line 2: no column for the output "
                          r"\(found: 'instruction', 'reply'\); say which it is: --columns instruction=NAME output=NAME"),
     "no column, parquet": ("a.parquet", parquet({"text": "x"}), r"row 1: no column for the instruction and for the "
                            r"output \(found: 'text'\).*such as philschmid/guanaco-sharegpt-style"),
     "a list": ("a.jsonl", lines(row(), row(output=["a", "b"])), r"line 2: column 'output' must be text, found a list"),
-    "an object": ("a.jsonl", lines(row(input={"a": 1})), r"row 1: column 'input' must be text, found an object; make"),
     "row is a list": ("a.json", listed(row(), ["x", "", "y"]), r"row 2: expected an object .*found a list"),
     "nested deeply, list": ("a.json", DEEP, "nested too deeply"),
     "nested deeply, line": ("a.jsonl", lines(row()) + DEEP, "line 2: nested too deeply"),
-    "NUL in a line": ("a.jsonl", LINES.replace(b"Answer 1", b"Answ\0er", 1), "line 2: " + NO_JSON),
     "a million blanks": ("a.json", listed(row(), row(output=BLANKS)), r"row 2: column 'output' has 100,000 blanks"),
     "lone surrogate": ("a.jsonl", lines(row(), row(output="a\ud800b")), r"line 2: column 'output' .*surrogate"),
     "unknown split": ("a.jsonl", lines(row(split="val"), row(1, split="b")), "line 2: column 'split' must be train, "
                       "val or test, found 'b'; --columns split= ignores that column$"),
-    "split of a list": ("a.jsonl", lines(row(split="dev"), row(split=["val"])), "line 2: column 'split' must be "),
     "too many fields": ("a.csv", TABLE + b"a,b,c,d\n", r"line 14: expected 3 columns .* found 4"),
     "quote not closed": ("a.csv", TABLE + b'a,,"b\n' + b"c,,d\n" * 9, "line 14: unexpected end .*quote is not clos"),
     "closed by the next": ("a.csv", table('a,,"two', 'lines"', 'b,,"c', 'd,,"e"'), "line 4: .*quote is not closed"),
@@ -144,10 +128,10 @@ def prepare(data: Path, *flags: object) -> dict[str, Any]:
 
 
 # Where --skip_bad is offered: never for the first row, which the others may be like, an encoding, or a broken file
-SINGLE_ROWS = ("not JSON, line", "cut, line", "NUL in a line", "no column, lines", "a list", "row is a list",
-               "nested deeply, line", "a million blanks", "lone surrogate", "too many fields")
-BROKEN = ("list not closed", "0xff in a line", "0xff in a table", "0xff in a list", "quote not closed",
-          "no column, table", "Parquet not UTF-8")  # --skip_bad does not help
+SINGLE_ROWS = ("not JSON, line", "cut, line", "a list", "row is a list", "nested deeply, line",
+               "a million blanks", "lone surrogate", "too many fields")
+BROKEN = ("list not closed", "0xff in a line", "quote not closed", "no column, table",
+          "Parquet not UTF-8")  # --skip_bad does not help
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -162,13 +146,6 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capfd, case):
         assert err.endswith("\n") and err[:-1].isprintable()  # so it is one line
         assert ("--skip_bad" in err) == (case in SINGLE_ROWS)
         assert not (tmp_path / "out" / MANIFEST).exists()
-
-
-def test_an_unknown_hub_dataset_is_one_line(tmp_path):
-    code, _, stderr = run_script("prepare_instruct_dataset.py", "--dataset", "nobody/nothing", "--output_dir",
-                                 tmp_path / "out", env={"HF_HOME": str(tmp_path / "hf")})
-    assert (code, stderr.count("\n")) == (2, 1)
-    assert stderr.startswith("error: nobody/nothing: not a local file, and loading it from the Hugging Face hub failed")
 
 
 @pytest.mark.parametrize("output", ["file", "file/below"])
@@ -206,7 +183,7 @@ def test_harmless_variants_are_read(tmp_path, case):
     ("a.jsonl", lines(*GOOD, 7, row(output={"a": 1}), {}, row(output="\ud800"), row(99, split="val"), None)
      + b"{\n" + DEEP, 8),
     ("a.jsonl", lines(row())[:-2] + b"\n" + LINES, 1),
-    ("a.json", listed(*GOOD, 7, row(output=[1, 2]), {}, row(output="\ud800"), None), 5),
+    ("a.json", listed(*GOOD, 7, row(output=[1, 2]), {}), 3),
     ("a.csv", TABLE + b"a\na,b,c,d\n", 2),
     ("a.parquet", parquet(*({**each, "split": None} for each in GOOD), row(output="\0" * 7, split="val")), 1),
 ], ids=["lines", "first line", "list", "table", "parquet"])
