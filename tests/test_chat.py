@@ -35,25 +35,20 @@ tokens_of = tokenizer().encode_ordinary
 
 
 @pytest.fixture
-def ask(tiny_checkpoint, monkeypatch, capsys) -> Callable[..., Outcome]:
+def ask(tiny_checkpoint, monkeypatch, run_main) -> Callable[..., Outcome]:
     """Run chat in this process with the tiny model; stdin is what a pipe would hold."""
     def run(*flags: str, stdin: str | bytes = "", checkpoint: Path = tiny_checkpoint) -> Outcome:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.run(lambda: chat.main(["--checkpoint", str(checkpoint), "--max_new_tokens", "8", *flags]))
-        return Outcome(int(left.value.code or 0), *capsys.readouterr())
+        return run_main(chat.main, "--checkpoint", checkpoint, "--max_new_tokens", 8, *flags)
 
     return run
 
 
 def check_refused(ask: Callable[..., Outcome], path: Path, code: int, message: str = "") -> None:
     """Chat says nothing but one line about this checkpoint, and nothing that a terminal obeys."""
-    outcome = ask(checkpoint=path)
-    assert (outcome.code, outcome.stdout, len(outcome.error_lines)) == (code, "", 1)
-    assert outcome.stderr.startswith(f"error: {cli.printable_line(path)}: ") and message in outcome.stderr
-    assert not RAW.search(outcome.stderr)
+    said = ask(checkpoint=path).refusal(code)
+    assert said.startswith(f"error: {cli.printable_line(path)}: ") and message in said and not RAW.search(said)
 
 
 @pytest.fixture
@@ -139,7 +134,7 @@ def test_input_goes_with_one_question_only_in_the_prompt_of_training(ask, answer
     assert [json.loads(line)["prompt_tokens"] for line in many.stdout.splitlines()] == [
         len(encode_prompt("Two?", "a\nb")), len(encode_prompt("Three?"))]
     for flags in (("--prompt", "a", "--jsonl"), ("--input", "a", "--jsonl"), ("--prompt", " "), ("--prompt", "")):
-        assert (refused := ask(*flags)).code == 2 and len(refused.error_lines) == 1  # before the model is loaded
+        ask(*flags).refusal()  # before the model is loaded
     assert ask("--input", "a", stdin="\n").error_lines[1:] == ["error: no question for the --input"]
 
 
@@ -307,9 +302,9 @@ def test_what_is_no_model_is_one_line_that_says_what_to_name(ask, tmp_path, name
                  "rows.jsonl", "rows.csv"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
-    code, stdout, stderr = ask(checkpoint=tmp_path / name)
     message = message.replace("{}", str(tmp_path / name))
-    assert (code, stdout) == (2, "") and stderr in (f"error: {tmp_path / name}: {message}\n", f"error: {message}\n")
+    assert ask(checkpoint=tmp_path / name).refusal().removeprefix(f"error: {tmp_path / name}: ").removeprefix(
+        "error: ") == f"{message}\n"
 
 
 def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130(ask, answers):
@@ -339,41 +334,19 @@ def test_ctrl_c_ends_a_batch_with_the_answers_that_are_whole(ask, tmp_path, monk
     assert (found.code, len(whole), len(chosen)) == (130, n_whole, n_tokens)
 
 
-@pytest.fixture
-def converse(monkeypatch) -> Callable[..., list[list[int]]]:
-    """A conversation in this process, of lines that are typed and of what the model answers; returns the prompts.
-    Ctrl-C comes as this prompt shows, before the next line is waited for."""
-    def run(lines: str, replies: list[str], interrupted_at: str | None = None) -> list[list[int]]:
-        prompts = []
-
-        def fake(_, prompt: list[int], *rest: Any) -> Iterator[int]:
-            prompts.append(prompt)
-            yield from tokens_of(replies.pop(0))
-
-        class Screen(io.StringIO):
-            def write(self, text: str) -> int:
-                if text == interrupted_at:
-                    signal.raise_signal(signal.SIGINT)
-                return super().write(text)
-
-        monkeypatch.setattr(answering.answer, "generate", fake)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        monkeypatch.setattr(sys, "stderr", Screen())
-        talk = Chat(small_model(config=GPTConfig(256, 50257, 1, 2, 32)), "a.pt", Settings(), remembers=True,
-                    as_json=False)
-        assert talk.converse("", keep_history=False) == 0 and not replies
-        return prompts
-
-    return run
-
-
-def test_ctrl_c_between_two_lines_of_a_message_discards_it(converse):
-    assert converse('"""\nTwo?\n', ["Yes"], "... ") == [encode_prompt("Two?")]
-
-
-def test_regen_answers_the_last_question_after_the_turns_before_it(converse):
+def test_regen_answers_the_last_question_after_the_turns_before_it(monkeypatch):
     """Also when that was not kept, because its answer was empty, and the question before it was the same."""
-    first, second, again, more = converse("One?\nOne?\n/regen\n/regen\n", ["Yes", "", "No", "Well"])
+    prompts, replies = list[list[int]](), ["Yes", "", "No", "Well"]
+
+    def fake(_, prompt: list[int], *rest: Any) -> Iterator[int]:
+        prompts.append(prompt)
+        yield from tokens_of(replies.pop(0))
+
+    monkeypatch.setattr(answering.answer, "generate", fake)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nOne?\n/regen\n/regen\n"))
+    model = small_model(config=GPTConfig(256, 50257, 1, 2, 32))
+    assert Chat(model, "a.pt", Settings(), remembers=True, as_json=False).converse("", keep_history=False) == 0
+    first, second, again, more = prompts
     assert second == again == more == encode_example("One?", "", "Yes")[0] + first
 
 
@@ -414,9 +387,9 @@ def test_the_launcher_finds_files_where_the_user_stands(tmp_path, tiny_checkpoin
         found = run_command(ROOT / "chat.sh", *arguments, "--prompt", "Hi", "--max_new_tokens", "1", cwd=tmp_path,
                             env=environment)
         assert found.code == 0, found.stderr
-    code, _, stderr = run_command(ROOT / "chat.sh", "absent.pt", cwd=tmp_path, env=environment)
-    assert (code, stderr) == (2, "error: absent.pt: no such checkpoint\n")
+    found = run_command(ROOT / "chat.sh", "absent.pt", cwd=tmp_path, env=environment)
+    assert found.refusal() == "error: absent.pt: no such checkpoint\n"
     for name in ("chat.sh", "src", "requirements.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    code, _, stderr = run_command(tmp_path / "chat.sh", "demo", env=environment)
-    assert (code, stderr) == (2, "error: no demo yet; run ./start_instruct_training.sh demo first\n")
+    found = run_command(tmp_path / "chat.sh", "demo", env=environment)
+    assert found.refusal() == "error: no demo yet; run ./start_instruct_training.sh demo first\n"
