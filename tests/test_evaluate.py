@@ -12,10 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2LMHeadModel
 
 import answering.scores
-import cli
 import evaluate_instruct
 from answering.generate import generate
-from answering.scores import repetition
 from conftest import run_script, write_checkpoint, write_jsonl
 from data_files import row
 from helpers import small_model, transformers_model, write_data
@@ -96,12 +94,6 @@ def test_the_shares_equal_a_direct_count(folder, capsys, monkeypatch, tmp_path, 
     assert [case["answers"][0]["text"] for case in report["answers"]] == list(map(tokenizer().decode, answers))
 
 
-def test_repetition_of_answers_made_by_hand():
-    assert repetition([]) == repetition([[1, 2, 3]]) == repetition([[1, 2, 3, 4]] * 5) == 0  # within an answer only
-    assert repetition([[7] * 13]) == 0.9
-    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5, 5]]) == pytest.approx(1 / 5)
-
-
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     """What the models say instead of decoding, taken from the front of this list; an ! at its end means no end."""
@@ -168,7 +160,7 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["good.pt", "--dataset", "good.jsonl", "--split", "val"], 2, "--split is for prepared data, not for --data"),
     (["good.pt", "--json", "--markdown"], 2, "argument --markdown: not allowed with argument --json"),
 ])
-def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, run_main):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("good.pt"))
     Path("damaged.pt").write_bytes(b"\xff no checkpoint")
@@ -177,18 +169,13 @@ def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, mo
     write_jsonl(Path("rows.jsonl"), [row(), [1]])
     write_jsonl(Path("good.jsonl"), [row()])
     write_jsonl(Path("dpo.jsonl"), [{"prompt": "a", "chosen": "b"}])
-    with pytest.raises(SystemExit) as left:
-        cli.run(lambda: evaluate_instruct.main([*flags, "--max_new_tokens", "2"]))
-    out, err = capsys.readouterr()
-    assert (left.value.code, out, err.count("\n")) == (code, "", 1) and err.startswith(f"error: {message}"), err
+    assert run_main(evaluate_instruct.main, *flags, "--max_new_tokens", 2).refusal(code).startswith(f"error: {message}")
 
 
-def test_ctrl_c_ends_with_130(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_with_130(tiny_checkpoint, tmp_path, monkeypatch, run_main):
     (tmp_path / "q.txt").write_text("What?\n")
     monkeypatch.setattr(answering.scores, "finished", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit) as left:
-        cli.run(lambda: evaluate_instruct.main([str(tiny_checkpoint), "--prompts", str(tmp_path / "q.txt")]))
-    assert left.value.code == 130 and capsys.readouterr() == ("", "")
+    assert run_main(evaluate_instruct.main, tiny_checkpoint, "--prompts", tmp_path / "q.txt") == (130, "", "")
 
 
 def test_the_script_takes_the_two_usual_checkpoints(tmp_path, tiny_checkpoint):
