@@ -17,6 +17,7 @@ import pytest
 
 import cli
 import helpers
+import prepare_instruct_dataset
 from data.advice import CUT
 from data.shards import MANIFEST
 from data_files import HARD_ROWS, lines, listed, parquet, row
@@ -135,25 +136,15 @@ BROKEN = ("list not closed", "0xff in a line", "quote not closed", "no column, t
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capfd, case):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_main, case):
     name, content, expected = BAD[case]
     data = write(tmp_path, name, content)
     for flags in ([], ["--skip_bad"])[:1 + (case in BROKEN)]:
-        with pytest.raises(SystemExit) as left:
-            cli.run(lambda flags=flags: int(not prepare(data, *flags)))
-        start, (out, err) = f"error: {cli.printable_line(data)}: ", capfd.readouterr()
-        assert (left.value.code, out) == (2, "") and re.match(re.escape(start) + expected, err)
-        assert err.endswith("\n") and err[:-1].isprintable()  # so it is one line
-        assert ("--skip_bad" in err) == (case in SINGLE_ROWS)
+        said = run_main(prepare_instruct_dataset.main, "--dataset", data, "--output_dir", tmp_path / "out",
+                        "--num_proc", 1, "--val_fraction", 0.5, *flags).refusal()
+        assert re.match(re.escape(f"error: {cli.printable_line(data)}: ") + expected, said)
+        assert said[:-1].isprintable() and ("--skip_bad" in said) == (case in SINGLE_ROWS)
         assert not (tmp_path / "out" / MANIFEST).exists()
-
-
-@pytest.mark.parametrize("output", ["file", "file/below"])
-def test_an_output_dir_that_is_a_file_is_refused(tmp_path, output):
-    (tmp_path / "file").write_text("the user's")
-    with pytest.raises(UserError, match=f"/{output}: cannot write there: .*; choose another --output_dir$"):
-        helpers.prepare(write(tmp_path, "a.jsonl", LINES), tmp_path / output)
-    assert (tmp_path / "file").read_text() == "the user's"
 
 
 FINE: dict[str, tuple[str, bytes]] = {
