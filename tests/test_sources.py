@@ -106,7 +106,7 @@ def typed(data: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["lines", "list", "semicolon", "Parquet", "data"])
+@pytest.mark.parametrize("name", ["lines", "list", "semicolon", "Parquet"])
 def test_standard_input_and_pipes_are_read_by_their_content(tmp_path, expected, monkeypatch, name):
     content = TEXTS[name][1]
     data = content if isinstance(content, bytes) else content.encode()
@@ -142,16 +142,13 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
 
 @pytest.mark.parametrize(("names", "told"), [
     (["*.xyz"], r"\*\.xyz: no file matches"), (["absent.csv"], "absent.csv: no such file"),
-    (["my data/absent"], "my data/absent: no such file"), (["a/b/c"], "a/b/c: no such file"),
+    (["a/b/c"], "a/b/c: no such file"),
     ([".", "a.jsonl"], r"\.: not a file; for all in it: --dataset './\*\*/\*\.jsonl' './\*\*/\*\.csv\.gz'$"),
     (["empty"], "empty: not a file; nor is one of .json, "), ([""], "an empty name: no such file"),
-    (["empty/train.txt"], "empty/train.txt: no such file"), (["./absent"], "./absent: no such file"),
     (["empty/absent"], "empty/absent: no such file"), (["absent.zst"], "absent.zst: no such file"),
-    (["a.jsonl", "--dataset", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
     (["a.jsonl", "--subset", "x"],
      "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),
-    (["a.jsonl", "--streaming"], "a.jsonl: --split, --subset"),
-    (["-"], r"-: nothing to train on \(0 rows read\)"), (["-", "-"], r"-, -: nothing to train on \(0 rows read\)"),
+    (["-"], r"-: nothing to train on \(0 rows read\)"),
     (["a.jsonl", "--output_dir", "a.jsonl"], "a.jsonl: cannot write there: File exists; choose another --output_dir$"),
     (["a.jsonl", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
 ])
