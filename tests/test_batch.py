@@ -9,7 +9,6 @@ import answering.batch
 from answering.batch import WIDTH, finished
 from answering.decode_weights import FewRows, for_decoding
 from answering.generate import generate
-from answering.settings import Settings
 from helpers import small_model
 from model import GPT, GPTConfig
 
@@ -56,14 +55,6 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(count, form):
         with pytest.raises(ValueError, match=f"{len(unfit)} tokens does not fit a context of 48"):
             together(model, [[1], unfit], 1)
     assert together(model, [], 1) == []
-
-
-def test_sampled_tokens_depend_on_each_prompts_generator_alone():
-    model, prompts, settings = small_model(config=CONFIG).double(), prompts_of(20), Settings(temperature=1.5)
-    alone = [list(generate(model, prompt, 30, settings, generator=torch.Generator().manual_seed(number)))
-             for number, prompt in enumerate(prompts)]
-    generators = [torch.Generator().manual_seed(number) for number in range(20)]
-    assert together(model, prompts, 30, settings, generators=generators) == alone
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])
