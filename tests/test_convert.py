@@ -29,17 +29,6 @@ def import_to(output: Path, source: Path | str, *flags: str) -> int:
     return convert_checkpoint.main(["import", str(source), "--output", str(output), *flags])
 
 
-def test_an_imported_folder_is_what_is_opened_there(published, tmp_path, capsys):
-    folder, reference = published
-    output = tmp_path / "checkpoints" / "best_model.pt"
-    assert import_to(output, folder) == 0
-    assert capsys.readouterr().out == (f"wrote {output}: {reference.num_parameters():,} parameters, 3 layers of 4 "
-                                       "heads, width 48\n")
-    assert same_state(load(output), open_any(folder))
-    assert load(output)["model_config"] == {"context_length": 32, "vocab_size": 50257, "n_layer": 3, "n_head": 4,
-                                            "n_embd": 48}
-
-
 def test_a_file_is_imported_with_its_heads(published, tmp_path):
     folder, reference = published
     torch.save(reference.state_dict(), tmp_path / "bare.pt")
