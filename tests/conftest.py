@@ -77,6 +77,13 @@ def run_launcher(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
     return run_command(sys.executable, "-m", "training.launch", *arguments, cwd=cwd, env={"PYTHONPATH": str(SRC)})
 
 
+def launch(folder: Path, script: str, *arguments: object, cwd: Path | None = None, **variables: str) -> Outcome:
+    """A launcher of this folder, with this interpreter's environment as the active one unless variables say other."""
+    return run_command(folder / script, *map(str, arguments), cwd=cwd, env={
+        "VIRTUAL_ENV": sys.prefix, "CONDA_PREFIX": "", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        **variables})
+
+
 def write_checkpoint(path: Path, **changes: Any) -> Path:
     """A checkpoint of ours with a random model of 2 layers and width 32; changes replace entries of its state,
     or with context_length / vocab_size those of its model."""
@@ -111,6 +118,17 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(int(left.value.code or 0), *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder like the project's, whose name has a space, without an environment, and with nothing to install."""
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    for name in ("start_instruct_training.sh", "chat.sh", "src"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "requirements.txt").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

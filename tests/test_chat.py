@@ -21,7 +21,7 @@ from answering.answer import Answer
 from answering.opened import open_for_answers
 from answering.settings import Settings
 from answering.terminal import Chat
-from conftest import ROOT, SRC, Outcome, run_command, write_checkpoint
+from conftest import SRC, Outcome, launch, run_command, write_checkpoint
 from errors import UserError
 from helpers import CPU, small_model
 from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, tokenizer
@@ -380,16 +380,11 @@ def test_streams_that_are_closed_or_full(shell, code, shown, tiny_checkpoint):
     assert found.code == code and shown in found.stderr and "Traceback" not in found.stderr
 
 
-def test_the_launcher_finds_files_where_the_user_stands(tmp_path, tiny_checkpoint):
+def test_the_launcher_finds_files_where_the_user_stands(tmp_path, project, tiny_checkpoint):
     (tmp_path / "latest.pt").symlink_to(tiny_checkpoint)
-    environment = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     for arguments in (["latest.pt"], ["--checkpoint", "latest.pt"], [tiny_checkpoint]):
-        found = run_command(ROOT / "chat.sh", *arguments, "--prompt", "Hi", "--max_new_tokens", "1", cwd=tmp_path,
-                            env=environment)
+        found = launch(project, "chat.sh", *arguments, "--prompt", "Hi", "--max_new_tokens", 1, cwd=tmp_path)
         assert found.code == 0, found.stderr
-    found = run_command(ROOT / "chat.sh", "absent.pt", cwd=tmp_path, env=environment)
-    assert found.refusal() == "error: absent.pt: no such checkpoint\n"
-    for name in ("chat.sh", "src", "requirements.txt"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    found = run_command(tmp_path / "chat.sh", "demo", env=environment)
-    assert found.refusal() == "error: no demo yet; run ./start_instruct_training.sh demo first\n"
+    for name, message in (("absent.pt", "absent.pt: no such checkpoint"),
+                          ("demo", "no demo yet; run ./start_instruct_training.sh demo first")):
+        assert launch(project, "chat.sh", name, cwd=tmp_path).refusal() == f"error: {message}\n"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, SRC, Outcome, run_command
+import conftest
+from conftest import SRC, Outcome, run_command
 from errors import UserError
 from training.precision import device_named
 
@@ -22,14 +23,9 @@ PYTHONS = {  # what each does with its arguments; all of them write these down f
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder like the project's without an environment, whose name has a space."""
-    folder = tmp_path / "my project"
-    folder.mkdir()
-    for name in ("start_instruct_training.sh", "chat.sh", "src"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "requirements.txt").write_text("# needed\ntorch==9.9\ntiktoken==9.9; python_version < '4'\n")
-    return folder
+def project(project: Path) -> Path:
+    (project / "requirements.txt").write_text("# needed\ntorch==9.9\ntiktoken==9.9; python_version < '4'\n")
+    return project
 
 
 def make_python(folder: Path, kind: str, name: str = "python") -> Path:
@@ -45,9 +41,8 @@ def launch(project: Path, command: str, python3: str = "uv", **variables: str) -
     """A launcher, with this kind of python3 and these variables."""
     if not (project.parent / "path").exists():
         make_python(project.parent / "path", python3, "python3")
-    script, *flags = command.split()
-    return run_command(project / script, *flags, env={
-        "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "PATH": f"{project.parent}/path/bin:/usr/bin:/bin", **variables})
+    return conftest.launch(project, *command.split(), **{
+        "VIRTUAL_ENV": "", "PATH": f"{project.parent}/path/bin:/usr/bin:/bin", **variables})
 
 
 COMMANDS = ["start_instruct_training.sh", "start_instruct_training.sh demo", "chat.sh"]
