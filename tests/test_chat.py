@@ -334,19 +334,41 @@ def test_ctrl_c_ends_a_batch_with_the_answers_that_are_whole(ask, tmp_path, monk
     assert (found.code, len(whole), len(chosen)) == (130, n_whole, n_tokens)
 
 
-def test_regen_answers_the_last_question_after_the_turns_before_it(monkeypatch):
+@pytest.fixture
+def converse(monkeypatch) -> Callable[..., list[list[int]]]:
+    """A conversation in this process, of lines that are typed and of what the model answers; returns the prompts.
+    Ctrl-C comes as this prompt shows, before the next line is waited for."""
+    def run(lines: str, replies: list[str], interrupted_at: str | None = None) -> list[list[int]]:
+        prompts = []
+
+        def fake(_, prompt: list[int], *rest: Any) -> Iterator[int]:
+            prompts.append(prompt)
+            yield from tokens_of(replies.pop(0))
+
+        class Screen(io.StringIO):
+            def write(self, text: str) -> int:
+                if text == interrupted_at:
+                    signal.raise_signal(signal.SIGINT)
+                return super().write(text)
+
+        monkeypatch.setattr(answering.answer, "generate", fake)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setattr(sys, "stderr", Screen())
+        talk = Chat(small_model(config=GPTConfig(256, 50257, 1, 2, 32)), "a.pt", Settings(), remembers=True,
+                    as_json=False)
+        assert talk.converse("", keep_history=False) == 0 and not replies
+        return prompts
+
+    return run
+
+
+def test_ctrl_c_between_two_lines_of_a_message_discards_it(converse):
+    assert converse('"""\nTwo?\n', ["Yes"], "... ") == [encode_prompt("Two?")]
+
+
+def test_regen_answers_the_last_question_after_the_turns_before_it(converse):
     """Also when that was not kept, because its answer was empty, and the question before it was the same."""
-    prompts, replies = list[list[int]](), ["Yes", "", "No", "Well"]
-
-    def fake(_, prompt: list[int], *rest: Any) -> Iterator[int]:
-        prompts.append(prompt)
-        yield from tokens_of(replies.pop(0))
-
-    monkeypatch.setattr(answering.answer, "generate", fake)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nOne?\n/regen\n/regen\n"))
-    model = small_model(config=GPTConfig(256, 50257, 1, 2, 32))
-    assert Chat(model, "a.pt", Settings(), remembers=True, as_json=False).converse("", keep_history=False) == 0
-    first, second, again, more = prompts
+    first, second, again, more = converse("One?\nOne?\n/regen\n/regen\n", ["Yes", "", "No", "Well"])
     assert second == again == more == encode_example("One?", "", "Yes")[0] + first
 
 
