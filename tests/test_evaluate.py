@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 import answering.scores
 import evaluate_instruct
 from answering.generate import generate
+from answering.scores import repetition
 from conftest import run_script, write_checkpoint, write_jsonl
 from data_files import row
 from helpers import small_model, transformers_model, write_data
@@ -92,6 +93,12 @@ def test_the_shares_equal_a_direct_count(folder, capsys, monkeypatch, tmp_path, 
     assert scores["tokens"] == sum(map(len, answers)) / 3
     assert scores["repeated"] == pytest.approx(1 - len(set(grams)) / max(1, len(grams)) if grams else 0)
     assert [case["answers"][0]["text"] for case in report["answers"]] == list(map(tokenizer().decode, answers))
+
+
+def test_repetition_of_answers_made_by_hand():
+    assert repetition([]) == repetition([[1, 2, 3]]) == repetition([[1, 2, 3, 4]] * 5) == 0  # within an answer only
+    assert repetition([[7] * 13]) == 0.9
+    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4], [5, 5]]) == pytest.approx(1 / 5)
 
 
 @pytest.fixture
