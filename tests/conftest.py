@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,11 @@ class Outcome(NamedTuple):
     def error_lines(self) -> list[str]:
         return self.stderr.splitlines()
 
+    def refusal(self, code: int = 2) -> str:
+        """The one line of a program that printed nothing else and left with this exit code."""
+        assert (self.code, self.stdout, self.stderr.count("\n")) == (code, "", 1), self
+        return self.stderr
+
 
 def run_command(*command: str | Path, cwd: Path | None = None, stdin: str | bytes = b"",
                 env: dict[str, str] | None = None, timeout: float = TIMEOUT) -> Outcome:
@@ -70,6 +75,13 @@ def run_script(name: str, *flags: str | Path, **how: Any) -> Outcome:
 def run_launcher(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
     """Run src/training/launch.py as start_instruct_training.sh does."""
     return run_command(sys.executable, "-m", "training.launch", *arguments, cwd=cwd, env={"PYTHONPATH": str(SRC)})
+
+
+def launch(folder: Path, script: str, *arguments: object, cwd: Path | None = None, **variables: str) -> Outcome:
+    """A launcher of this folder, with this interpreter's environment as the active one unless variables say other."""
+    return run_command(folder / script, *map(str, arguments), cwd=cwd, env={
+        "VIRTUAL_ENV": sys.prefix, "CONDA_PREFIX": "", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        **variables})
 
 
 def write_checkpoint(path: Path, **changes: Any) -> Path:
@@ -92,6 +104,31 @@ def write_checkpoint(path: Path, **changes: Any) -> Path:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a script's main in this process, as the command line does."""
+    import cli
+
+    def run(main: Callable[[list[str]], int], *flags: object) -> Outcome:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.run(lambda: main([str(flag) for flag in flags]))
+        return Outcome(int(left.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder like the project's, whose name has a space, without an environment, and with nothing to install."""
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    for name in ("start_instruct_training.sh", "chat.sh", "src"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "requirements.txt").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ os.environ.pop("LOCAL_RANK", None)
 from faults_disk import disk_full, soak  # noqa: E402
 from faults_hosts import ports, two_hosts  # noqa: E402
 from faults_kill import dies_before_it_began, hangs, kills, memory, rank_dies, rank_dies_early, write_order  # noqa: E402
-from faults_signals import hangup, one_rank_diverges, second_ctrl_c, signals, two_runs  # noqa: E402
+from faults_signals import hangup, one_rank_diverges, second_ctrl_c, signals  # noqa: E402
 
 FAULTS = {
     "kill": partial(kills, 200, in_saves=100),
@@ -31,7 +31,6 @@ FAULTS = {
     "rank_early": partial(rank_dies_early, 4),
     "begun": dies_before_it_began,
     "hangs": hangs,
-    "two_runs": partial(two_runs, 5),
     "two_hosts": two_hosts,
     "hangup": hangup,
     "memory": memory,

@@ -92,28 +92,6 @@ def second_ctrl_c(result: Result, here: Lab, phases: Sequence[str] = ("save", "s
     result.notes = f"slowest end {slowest:.1f} s after the second"
 
 
-@measurement("two runs on one folder")
-def two_runs(result: Result, here: Lab, times: int) -> None:
-    """A second run on the folder of a running one, and a run after the first was killed."""
-    slowest = 0.0
-    for number, processes in product(range(times), (1, 2)):
-        first = here.start(processes, "--checkpoint_freq", 5, "--keep_last", 2, phase="step", at=8, seconds=600)
-        first.wait_for(lambda first: first.step() >= 7)
-        holder, rank_0 = (first.folder / ".lock").read_text().strip(), first.ranks()[0]
-        second = first.again()
-        wrong, seconds = second.exits(2), time.monotonic() - second.begin
-        slowest, said = max(slowest, seconds), second.lines("error: ")
-        for pid in (first.process.pid, *first.ranks()):
-            os.kill(pid, signal.SIGKILL)
-        first.process.wait()
-        while first.orphans():  # the ranks have the signal, and hold the folder until they are gone
-            time.sleep(0.05)
-        result.check(f"{processes} processes, {number}", wrong, f"it took {seconds:.1f} s" * (seconds > 5),
-                     f"said {said}" * (len(said) != 1 or holder not in said[0]),
-                     f"rank 0 is {rank_0}, not {holder}" * (f"{rank_0} " not in holder), *first.goes_on())
-    result.notes = f"slowest refusal {slowest:.1f} s"
-
-
 DIVERGENCES = (([5], 0), ([5, 6, 9], 0), ([9, 10, 11], 4))  # bad steps, and the exit code
 
 

@@ -5,14 +5,16 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import prepare_instruct_dataset
+import train_instruct
 from conftest import ROOT, SRC
 from data.rows import open_sources
 from data.shapes import Example, Shapes
@@ -21,10 +23,13 @@ from dataloader_instruct import InstructData
 from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
 from model import GPT, GPTConfig
 from training.options import parse_options
+from training.processes import Processes
+from training.step import Learner
 from weights import checkpoint
 
 VOCAB = 1009  # a prime: real token ids modulo this keep the real lengths and masks
 SMALL = GPTConfig(context_length=1024, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
+CPU = torch.device("cpu")
 
 
 def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], list[int]]]]) -> Path:
@@ -90,6 +95,15 @@ def small_model(seed: int = 0, config: GPTConfig = SMALL) -> GPT:
     return model
 
 
+def loud_model() -> GPT:
+    """Weights so large that the gradients overflow fp16 at the highest scale."""
+    model = small_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
 def write_pretrained(path: Path, model: GPT) -> Path:
     checkpoint.save(path, {"step": 0, "val_losses": [], "template": None, "model_config": vars(model.config),
                            "model": model.state_dict()})
@@ -138,10 +152,56 @@ def resume_flags(data_dir: Path, pretrained: Path) -> list[str]:
         "--checkpoint_freq", 1, "--keep_last", 100, "--log_freq", 1, "--device", "cpu")]
 
 
-def without(name: str, flags: list[str]) -> list[str]:
-    """The flags without one and its value."""
-    place = flags.index(name)
-    return [*flags[:place], *flags[place + 2:]]
+def train(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
+    """A run of resume_flags and others in this process; its checkpoints and logs go to the folder."""
+    usual = resume_flags(*inputs)
+    for flag, excluded in (("--from_scratch", "--pretrained_model"), ("--epochs", "--max_steps")):
+        if flag in flags:
+            place = usual.index(excluded)
+            del usual[place:place + 2]
+    return train_instruct.main([*usual, *to(folder, *flags)])
+
+
+def resume(folder: Path, source: object, *flags: object) -> int:
+    return train_instruct.main(to(folder, "--resume", source, *flags))
+
+
+def learner_of(model: GPT | None = None, *flags: object, device: torch.device = CPU,
+               say: Callable[[str], None] = print) -> Learner:
+    """Of one process, for small_model() without a model; gradients are not clipped unless the flags say so."""
+    options = options_of("--grad_clip", 1e9, *flags)
+    return Learner((model or small_model()).to(device), options, Processes(0, 1, device), say)
+
+
+def gradients_of(learner: Learner) -> torch.Tensor:
+    """All of a step, in a row."""
+    return torch.cat([learner.gradients[each].flatten().cpu() for each in learner.model.parameters()])
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The length of the difference, of the expected one's."""
+    found, expected = (each.detach().double().cpu() for each in (found, expected))
+    return float((found - expected).norm() / expected.norm())
+
+
+def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ours in transformers' layout, or theirs in ours."""
+    return {name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
+            for name, tensor in tensors.items()}
+
+
+def transformers_model(model: GPT) -> Any:
+    """Their GPT2LMHeadModel, without dropout, with the weights of this one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, n_positions=config.context_length,
+                                           n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager"))
+    missing, unexpected = reference.load_state_dict(transposed(model.state_dict()), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    reference.tie_weights()
+    return reference.eval()
 
 
 def same_state(one: object, other: object) -> bool:

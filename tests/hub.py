@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_HEAD
 
     def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
         fault = next((faults.pop(0) for key, faults in self.server.faults.items() if key in path and faults), None)
         if isinstance(fault, float):
@@ -76,12 +76,12 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             self.send(401, b'{"error": "Repository not found"}', **{"X-Error-Code": "RepoNotFound"})
         elif where == "api":
-            self.send_api(name, files, rest, body)
+            self.send_api(name, files, rest)
         else:
             self.send_resolved(name, files, "/".join(rest[2:]))
 
-    def send_api(self, name: str, files: dict[str, bytes], rest: list[str], body: bytes) -> None:
-        """About a repository, all its files, or some of them."""
+    def send_api(self, name: str, files: dict[str, bytes], rest: list[str]) -> None:
+        """About a repository, or what is in one of its folders."""
         entries: Any = [entry(path, data) for path, data in files.items()]
         what = rest[0] if rest else "revision"
         if what == "revision":
@@ -89,17 +89,10 @@ class Handler(BaseHTTPRequestHandler):
                        "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in files]}
         elif what == "tree":
             folder = "".join(f"{part}/" for part in rest[2:])
-            entries = [each for each in entries if each["path"].startswith(folder)]
-            if "recursive=true" not in self.path.lower():
-                folders = {folder + path[len(folder):].split("/")[0] for path in files
-                           if path.startswith(folder) and "/" in path[len(folder):]}
-                entries = [each for each in entries if "/" not in each["path"][len(folder):]]
-                entries += [{"type": "directory", "path": path, "oid": COMMIT, "size": 0} for path in folders]
-            if not entries:
-                return self.send(404, b"{}", **{"X-Error-Code": "EntryNotFound"})
-        elif what == "paths-info":
-            wanted = json.loads(body)["paths"]
-            entries = [each for each in entries if each["path"] in wanted]
+            below = [path.removeprefix(folder) for path in files if path.startswith(folder)]
+            entries = [entry(folder + path, files[folder + path]) for path in below if "/" not in path]
+            entries += [{"type": "directory", "path": f"{folder}{name}", "oid": COMMIT, "size": 0}
+                        for name in {path.split("/")[0] for path in below if "/" in path}]
         self.send(200, json.dumps(entries).encode(), **{"Content-Type": "application/json"})
 
     def send_resolved(self, name: str, files: dict[str, bytes], path: str) -> None:

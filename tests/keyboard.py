@@ -152,16 +152,12 @@ ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
     ("tab in a question", "a\tb\r", {"instruction": "ab"}),
     ("a command with a slip", "/hlep\r", r"error: no command /hlep, did you mean /help\?; /help lists them"),
     ("no command at all", "/etc/passwd holds what?\r", r"error: no command /etc/passwd; /help lists them, // begins"),
-    ("a command like no other", "/wat\r", r"error: no command /wat; /help lists"),
     ("a command like a sequence", "/\x16\x1b[2J\r", r"error: no command /\\x1b\[2J"),
     ("/set", "/set\r", r"max_new_tokens +2 (.|\n)*temperature +1.5 (.|\n)*seed +none (.|\n)*last answer: 2 tokens in "
                        r"\d+\.\d\d s, the first after \d+\.\d\d s, \d+\.\d tokens/s; context \d+ of 4096; seed \d+"),
     ("/set with a name", "/set top_p\r", r"top_p +0.95 .*above 0, at most 1"),
     ("a temperature below 0", "/set temperature -1\r", r"temperature stays 1.5: '-1' is not possible \(.*at least 0"),
-    ("a temperature that is no number", "/set temperature hot\r", r"temperature stays 1.5: 'hot' is not .*at least 0"),
-    ("a top_k with a fraction", "/set top_k 1.5\r", r"top_k stays 50: '1.5' is not .*at least 0"),
     ("a top_p of 0", "/set top_p 0\r", r"top_p stays 0.95: '0' is not .*above 0, at most 1"),
-    ("a length of 0", "/set max_new_tokens 0\r", r"max_new_tokens stays 2: '0' is not .*at least 1"),
     ("a penalty below 1", "/set repetition_penalty .5\r", r"y stays 1.0: '.5' is not .*1 \(off\) to 10"),
     ("a seed below 0", "/set seed -1\r", r"seed stays None: '-1' is not .*none"),
     ("an unknown setting", "/set temprature 1\r", r"no setting temprature, did you mean temperature\?; there are"),
@@ -190,7 +186,6 @@ ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
     ("a folder", "/input @.\r", r"error: \.: a folder, not a file"),
     ("a device", "/input @/dev/zero\r", r"error: /dev/zero: a pipe or a device, not a file"),
     ("a file that is no text", "/input @parrot.pt\r", r"error: parrot.pt: not UTF-8: byte 0x\w\w in column \d+"),
-    ("a file in UTF-16", "/input @utf16.txt\r", r"error: utf16.txt: not UTF-8"),
     ("a question that is too long", paste("word " * 5000) + "\r", r"error: the question has 5\d+ tokens, "
      "too many for a context of 4096; shorten it"),
     ("input that is too long", "/input @long.txt\r", r"\(input: 1 line\) > $"),
@@ -228,18 +223,8 @@ def closed(number: int) -> Callable[[], object]:
     return lambda: os.close(number)
 
 
-def redirected(number: int, path: str) -> Callable[[], object]:
-    return lambda: os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-
-
-def unread(number: int) -> Callable[[], object]:
-    """A pipe whose reader has left."""
-    def connect() -> None:
-        reading, writing = os.pipe()
-        os.close(reading)
-        os.dup2(writing, number)
-
-    return connect
+def into_a_file() -> None:
+    os.dup2(os.open("answers.txt", os.O_WRONLY | os.O_CREAT), 1)
 
 
 def without_readline() -> None:
@@ -279,7 +264,6 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
     ("the end, at once", {}, [], ["\x04"], 0),
     ("the end, after a line was taken back", {}, [], ["abc", "\x15", "\x04"], 0),
     ("the end, after an answer", {}, [ANSWER], ["\x04"], 0),
-    ("the end, after an error", {}, [("an error", "/no\r", "error: no command /no")], ["\x04"], 0),
     ("the end, after Ctrl-C", {}, [("a hint", "\x03", "again leaves")], ["\x04"], 0),
     ("the end, while input waits", {}, [("input", "/input a\r", "line")], ["\x04"], 0),
     ("the end, between quotes", {}, [], ['"""abc\r', "\x04"], 0),
@@ -301,17 +285,11 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
     ("stdout closed", {"before": closed(1)}, [("an answer that nobody sees", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
     ("stderr closed", {"before": closed(2)}, [ANSWER], ["exit\r"], 0),
     ("stdin closed", {"before": closed(0)}, [], [], 0),
-    ("stdout full", {"before": redirected(1, "/dev/full")}, [], ["One?\r"], 2),
-    ("stderr full", {"before": redirected(2, "/dev/full")}, [ANSWER], ["exit\r"], 0),
-    ("stdout in a file", {"before": redirected(1, "answers.txt")}, [("notes", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
-    ("the reader of stdout has left", {"before": unread(1)}, [], ["One?\r"], 0),
-    ("the reader of stderr has left", {"before": unread(2)}, [ANSWER], ["exit\r"], 0),
+    ("stdout in a file", {"before": into_a_file}, [("notes", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
     ("no history", {"environment": {"HOME": "/proc"}}, [
         ("one warning", "One?\r", r"warning: /proc/.gpt2_instruct_history.jsonl: the history is not kept: "),
         ("and no more", "Two?\r", r"^(?!.*warning)")], ["exit\r"], 0),
 ]
-
-
 
 
 def play(name: str, flags: tuple[str, ...], rows: Table, leaving: list[str], code: int, **how: Any) -> Iterator[
@@ -418,7 +396,6 @@ def main() -> None:
         write_parrot(FOLDER / name, word, context_length, **changes)
     write_parrot(FOLDER / "accent.pt", tokenizer().encode_ordinary("\u00e9")[0])
     (FOLDER / "file.txt").write_bytes(b"\xef\xbb\xbfin a\nfile\n")
-    (FOLDER / "utf16.txt").write_bytes("One?".encode("utf-16"))
     (FOLDER / "long.txt").write_text("word " * 5000)
     asking = (*ENDLESS, "--json", "--max_new_tokens", "2", "--temperature", "0.7")
     found = [*play("asking", asking, ASKING, ["/bye\r"], 0)]

@@ -4,16 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import answering.batch
 from answering.batch import WIDTH, finished
 from answering.decode_weights import FewRows, for_decoding
 from answering.generate import generate
-from answering.settings import Settings
 from helpers import small_model
 from model import GPT, GPTConfig
-from weights.pretrained import normalize_weights
 
 CONFIG = GPTConfig(48, 301, 2, 4, 64)
 
@@ -54,51 +51,21 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(count, form):
         alone = [list(generate(model, *one, stop_token=stop_token)) for one in zip(prompts, each)]
         assert together(model, prompts, limit, stop_token=stop_token) == alone
     assert any(len(prompt) + len(answer) < 48 for prompt, answer in zip(prompts, alone)) or count == 1
-
-
-def test_greedy_tokens_are_those_of_transformers():
-    torch.manual_seed(0)
-    reference = GPT2LMHeadModel(GPT2Config(vocab_size=301, n_positions=48, n_layer=2, n_head=4, n_embd=64)).eval()
-    with torch.no_grad():
-        for parameter in reference.double().parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model, prompts = small_model(config=CONFIG).double(), prompts_of(20)
-    model.load_state_dict({name: tensor.double() for name, tensor in
-                           normalize_weights(reference.state_dict(), "transformers").items()})
-    reference.load_state_dict({name: tensor.float() for name, tensor in reference.state_dict().items()})
-    for prompt, found in zip(prompts, together(model, prompts, 100)):
-        tokens = torch.tensor([prompt])
-        theirs = reference.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=48 - len(prompt),
-                                    do_sample=False, pad_token_id=0, eos_token_id=None)
-        assert prompt + found == theirs[0].tolist()
-
-
-def test_sampled_tokens_depend_on_each_prompts_generator_alone():
-    model, prompts, settings = small_model(config=CONFIG).double(), prompts_of(20), Settings(temperature=1.5)
-    alone = [list(generate(model, prompt, 30, settings, generator=torch.Generator().manual_seed(number)))
-             for number, prompt in enumerate(prompts)]
-    generators = [torch.Generator().manual_seed(number) for number in range(20)]
-    assert together(model, prompts, 30, settings, generators=generators) == alone
+    for unfit in ([], [0] * 48):  # before anything is computed
+        with pytest.raises(ValueError, match=f"{len(unfit)} tokens does not fit a context of 48"):
+            together(model, [[1], unfit], 1)
+    assert together(model, [], 1) == []
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_answers_come_as_they_end_from_rows_that_are_filled_again(width, monkeypatch):
     model, prompts = small_model(config=CONFIG).double(), prompts_of(10)
-    found = list(finished(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4], width=width))
-    assert dict(found) == dict(enumerate(together(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4])))
-    assert len(found) == 10
+    how = model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4]
+    found, whole = list(finished(*how, width=width)), together(*how)
+    assert len(found) == 10 and dict(found) == dict(enumerate(whole))
     row_bytes = 2 * 2 * 64 * 48 * 8  # keys and values of two layers for a full context, in fp64
-    monkeypatch.setattr(answering.batch, "LARGEST_CACHE", width * row_bytes + 7)
-    assert list(finished(model, prompts, [3, 1, 9, 2, 40, 5, 1, 8, 2, 4])) == found  # as many as there is memory for
-    monkeypatch.setattr(answering.batch, "LARGEST_CACHE", 1)
-    assert dict(finished(model, prompts[:2], 3)) == dict(enumerate(together(model, prompts[:2], 3)))
+    for bytes_there, expected in ((width * row_bytes + 7, found), (1, list(finished(*how, width=1)))):
+        monkeypatch.setattr(answering.batch, "LARGEST_CACHE", bytes_there)
+        assert list(finished(*how)) == expected  # as many as there is memory for
     if width == 1:
         assert [number for number, _ in found] == sorted(range(10), key=lambda n: -len(prompts[n]))
-
-
-def test_prompts_that_do_not_fit_are_refused_before_anything_is_computed():
-    model = small_model(config=CONFIG)
-    for prompt in ([], [0] * 48):
-        with pytest.raises(ValueError, match=f"{len(prompt)} tokens does not fit a context of 48"):
-            together(model, [[1], prompt], 1)
-    assert together(model, [], 1) == []

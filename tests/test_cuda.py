@@ -11,33 +11,34 @@ from torch._dynamo.utils import counters
 
 import bare  # noqa: F401  # before what shows and logs
 import chat
-import train_instruct
 from conftest import ROOT, write_checkpoint
 from dataloader_instruct import InstructData
 from errors import UserError
 from helpers import (
+    CPU,
     SMALL,
     VOCAB,
+    gradients_of,
+    learner_of,
+    loud_model,
     open_data,
-    options_of,
     random_examples,
-    resume_flags,
-    run_inputs,
+    relative,
+    resume,
     run_ranks,
     same_state,
     small_model,
-    to,
+    train,
     write_data,
 )
-from model import GPT, Documents, GPTConfig, KVCache, attend_packed, takes_packed
+from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
 from training.memory import needed_bytes
-from training.processes import Processes
 from training.step import HIGHEST_SCALE, Learner, evaluate, most_tokens, train_step
 from training.threads import copied
 from weights import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
-GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+GPU = torch.device("cuda:0")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,34 +57,25 @@ def data(tmp_path_factory) -> dict[str, InstructData]:
     return open_data(write_data(tmp_path_factory.mktemp("data"), splits), 256)
 
 
-def learner_of(device: torch.device, *flags: object, model: GPT | None = None) -> Learner:
-    common = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 4096, "--grad_clip", 1e9)
-    return Learner((model or small_model()).to(device), options_of(*common, *flags), Processes(0, 1, device), print)
+FLAGS = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 4096)
+
+
+def on(device: torch.device, *flags: object, model: GPT | None = None) -> Learner:
+    return learner_of(model, *FLAGS, *flags, device=device)
 
 
 def computed(learner: Learner, data: dict[str, InstructData]) -> tuple[float, float, torch.Tensor]:
     """The val loss, then loss and gradients, in a row, of a step of all of the train split."""
     plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("val", "train")]
     val_loss = evaluate(learner, data["val"], plans[0])
-    loss = train_step(learner, data["train"], plans[1], 1e-3).loss
     assert val_loss is not None
-    return val_loss, loss, torch.cat([learner.gradients[p].flatten().cpu() for p in learner.model.parameters()])
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    return float((found - expected).norm() / expected.norm())
+    return val_loss, train_step(learner, data["train"], plans[1], 1e-3).loss, gradients_of(learner)
 
 
 def needs(precision: str, head_size: int = 64) -> None:
     """Skip where this GPU has no packed kernel for the type."""
     if not takes_packed(GPU, TYPES[precision], head_size):
         pytest.skip(f"{torch.cuda.get_device_name(GPU)} has no packed attention in {precision}")
-
-
-@pytest.fixture(scope="module")
-def on_the_cpu(data) -> tuple[float, float, torch.Tensor]:
-    return computed(learner_of(CPU, "--precision", "fp32"), data)
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128])
@@ -102,53 +94,43 @@ def test_the_packed_kernel_equals_a_call_for_each_document_in_fp32(precision, to
     assert max(map(relative, found, expected)) < tolerance
 
 
-def test_a_head_size_without_packed_kernel_takes_a_call_for_each_document(data):
-    """12 is no multiple of 8."""
-    config = GPTConfig(SMALL.context_length, VOCAB, 2, 2, 24)
-    found, expected = (computed(learner_of(device, model=small_model(config=config)), data) for device in (GPU, CPU))
-    assert found[:2] == pytest.approx(expected[:2], rel=1e-3) and relative(found[2], expected[2]) < 0.02
-
-
 @pytest.mark.parametrize("recompute", ["nothing", "gelu", "blocks"])
-@pytest.mark.parametrize("precision", ["fp32", "auto", "fp16"])
-def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, on_the_cpu, precision, recompute):
-    learner = learner_of(GPU, "--precision", precision)
+@pytest.mark.parametrize("precision, n_embd", [("fp32", 32), ("auto", 32), ("fp16", 32), ("auto", 24)])
+def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, precision, n_embd, recompute):
+    """A head size of 12, which is no multiple of 8, has no packed kernel: a call for each document."""
+    config = GPTConfig(SMALL.context_length, VOCAB, 2, 2, n_embd)
+    expected = computed(on(CPU, "--precision", "fp32", model=small_model(config=config)), data)
+    learner = on(GPU, "--precision", precision, model=small_model(config=config))
     learner.computing.transformer.recompute = recompute
-    val_loss, loss, gradients = computed(learner, data)
+    found = computed(learner, data)
     of_losses, of_gradients = (1e-5, 1e-4) if precision == "fp32" else (1e-3, 0.02)
-    assert (val_loss, loss) == pytest.approx(on_the_cpu[:2], rel=of_losses)
-    assert relative(gradients, on_the_cpu[2]) < of_gradients
+    assert found[:2] == pytest.approx(expected[:2], rel=of_losses) and relative(found[2], expected[2]) < of_gradients
     assert all(each.grad.device == GPU and each.grad.dtype == torch.float32 for each in learner.model.parameters())
 
 
 def test_the_same_step_twice_is_nearly_the_same(data):
     """Bits may differ, as kernels add in any order, and some sums are rounded to 8 bits afterwards."""
-    one, two = (computed(learner_of(GPU), data) for _ in range(2))
+    one, two = (computed(on(GPU), data) for _ in range(2))
     assert one[:2] == pytest.approx(two[:2], rel=1e-5) and relative(one[2], two[2]) < 5e-3
 
 
 def test_fp16_overflows_halve_the_scale_and_repeat_the_step(data):
     """The step is that of a run which began with that scale; the optimizer moved once."""
-    def loud(scale: float) -> Learner:
-        model = small_model()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(4)
-        learner = learner_of(GPU, "--precision", "fp16", model=model)
-        learner.set_loss_scale(scale)
-        return learner
-
-    learner, plan = loud(HIGHEST_SCALE), data["train"].plan(range(10), 512, 1)
-    result = train_step(learner, data["train"], plan, 1e-3)
-    assert result.is_finite and 1 < learner.loss_scale < HIGHEST_SCALE
-    expected = train_step(loud(learner.loss_scale), data["train"], plan, 1e-3)
-    assert (result.loss, result.gradient_norm) == pytest.approx((expected.loss, expected.gradient_norm), rel=1e-3)
-    assert {float(state["step"]) for state in learner.optimizer.state.values()} == {1.0}
+    plan = data["train"].plan(range(10), 512, 1)
+    learners = [on(GPU, "--precision", "fp16", model=loud_model()) for _ in range(2)]
+    found = []
+    for learner, scale in zip(learners, (HIGHEST_SCALE, None)):
+        learner.set_loss_scale(scale or learners[0].loss_scale)
+        result = train_step(learner, data["train"], plan, 1e-3)
+        assert result.is_finite and 1 < learner.loss_scale < HIGHEST_SCALE
+        found.append((result.loss, result.gradient_norm))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert {float(state["step"]) for state in learners[0].optimizer.state.values()} == {1.0}
 
 
 def test_a_step_waits_for_the_gpu_once(data):
     """And its micro-batches never: nothing is copied or read there in a way that waits."""
-    learner = learner_of(GPU)
+    learner = on(GPU)
     plan = data["train"].plan(range(80), most_tokens(learner.options), 1)
     train_step(learner, data["train"], plan, 1e-3)  # what is done only once
     torch.cuda.set_sync_debug_mode("error")
@@ -167,9 +149,9 @@ def test_a_step_waits_for_the_gpu_once(data):
 def test_compiled_it_computes_the_same_in_two_graphs(data, capfd):
     """By Inductor and Triton."""
     needs("bf16", SMALL.head_size)
-    expected = computed(learner_of(GPU), data)
+    expected = computed(on(GPU), data)
     counters.clear()
-    learner = learner_of(GPU, "--compile")
+    learner = on(GPU, "--compile")
     learner.computing.transformer.recompute = "nothing"
     found = computed(learner, data)
     assert "going on without" not in capfd.readouterr().out
@@ -188,8 +170,7 @@ def test_a_step_takes_the_memory_that_is_expected(tmp_path, size, recompute):
     data = open_data(write_data(tmp_path, {"train": examples, "val": examples[:1]}))["train"]
     model = GPT(GPTConfig())
     model.init_weights(0)
-    options = options_of("--context_length", 1024, "--mini_batch_size", size)
-    learner = Learner(model.to(GPU), options, Processes(0, 1, GPU))
+    learner = learner_of(model, "--context_length", 1024, "--mini_batch_size", size, device=GPU)
     learner.computing.transformer.recompute = recompute
     plan = data.plan(range(size), size * 1024, 1)
     train_step(learner, data, plan, 1e-5)  # makes the moments
@@ -219,32 +200,30 @@ def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("begins, ends", [("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_run_goes_on_from_gpu_to_cpu_and_back(tmp_path, begins, ends):
+def test_a_run_goes_on_from_gpu_to_cpu_and_back(inputs, tmp_path, begins, ends):
     """Saved there, resumed here: in the weights, the losses and the order of the examples as if it had not moved."""
-    flags = [*resume_flags(*run_inputs(tmp_path)), "--max_steps", "12", "--precision", "fp32"]
-    assert train_instruct.main([*flags, *to(tmp_path / "whole")]) == 0
-    assert train_instruct.main([*flags, *to(tmp_path / "moved"), "--device", begins]) == 0
-    middle = checkpoint.load(tmp_path / "moved" / "step_000006.pt")
-    assert all(tensor.device == CPU for tensor in middle["model"].values())
+    flags = ["--max_steps", 12, "--precision", "fp32"]
+    for folder, device in (("whole", "cpu"), ("moved", begins)):
+        assert train(inputs, tmp_path / folder, *flags, "--device", device) == 0
     source = tmp_path / "moved" / "step_000006.pt"
-    assert train_instruct.main(to(tmp_path / "end", "--resume", source, "--device", ends)) == 0
+    assert all(tensor.device == CPU for tensor in checkpoint.load(source)["model"].values())
+    assert resume(tmp_path / "end", source, "--device", ends) == 0
     whole, end = (checkpoint.load(tmp_path / name / "latest.pt") for name in ("whole", "end"))
     assert end["position"] == whole["position"]
     assert [loss for _, loss in end["val_losses"]] == pytest.approx([loss for _, loss in whole["val_losses"]], rel=1e-3)
     assert max(relative(end["model"][name], tensor) for name, tensor in whole["model"].items()) < 0.01
 
 
-def test_a_run_with_what_fits_this_gpu_saves_while_it_goes_on(tmp_path, capsys):
+def test_a_run_with_what_fits_this_gpu_saves_while_it_goes_on(inputs, tmp_path):
     """--mini_batch_size 0, the type that this GPU multiplies fastest, a save after each step."""
-    flags = [*resume_flags(*run_inputs(tmp_path)), "--max_steps", "8", "--mini_batch_size", "0", "--device", "cuda"]
-    assert train_instruct.main([*flags, *to(tmp_path / "run")]) == 0
-    assert [checkpoint.load_run(path)["step"] for path in checkpoint.step_files(tmp_path / "run")] == [*range(8, 0, -1)]
-    losses = [loss for _, loss in checkpoint.load(tmp_path / "run" / "latest.pt")["val_losses"]]
+    assert train(inputs, tmp_path, "--max_steps", 8, "--mini_batch_size", 0, "--device", "cuda") == 0
+    assert [checkpoint.load_run(path)["step"] for path in checkpoint.step_files(tmp_path)] == [*range(8, 0, -1)]
+    losses = [loss for _, loss in checkpoint.load(tmp_path / "latest.pt")["val_losses"]]
     assert losses[-1] == pytest.approx(losses[0], rel=0.2) and losses[-1] != losses[0]
 
 
 def test_a_copy_of_the_state_is_the_state(data):
-    learner = learner_of(GPU)
+    learner = on(GPU)
     computed(learner, data)
     state = {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict()["state"]}
     found = copied(state)
@@ -256,11 +235,11 @@ def test_a_copy_of_the_state_is_the_state(data):
     assert same_state(found["optimizer"], again["optimizer"]) and not same_state(found["model"], again["model"])
 
 
-def test_out_of_memory_is_one_line_that_says_what_to_do(tmp_path):
+def test_out_of_memory_is_one_line_that_says_what_to_do(inputs, tmp_path):
     torch.cuda.set_per_process_memory_fraction(0.0001)
     try:
         with pytest.raises(UserError, match="^out of memory on cuda:0: "):
-            train_instruct.main([*resume_flags(*run_inputs(tmp_path)), *to(tmp_path), "--device", "cuda"])
+            train(inputs, tmp_path, "--device", "cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -274,17 +253,3 @@ def test_chat_on_the_gpu_answers_as_on_the_cpu(tmp_path, capsys):
         assert chat.main([str(flag) for flag in flags]) == 0
         answers.append(capsys.readouterr().out.split('"seconds"')[0])
     assert answers[0] == answers[1] and len(answers[0]) > 40
-
-
-def test_scores_of_all_tokens_are_those_of_the_cpu():
-    """Of a whole prompt at once and a token at a time, with the cache."""
-    tokens, scores = torch.randint(VOCAB, (300,), generator=torch.Generator().manual_seed(0)), []
-    for device, pieces in ((GPU, (299, 1)), (GPU, (100, *[1] * 200)), (CPU, (300,))):
-        model = small_model().to(device).eval()
-        with torch.no_grad():
-            cache, hidden = KVCache(SMALL, device), []
-            for piece in tokens.to(device).split(pieces):
-                hidden.append(model.decode(piece, cache))
-            scores.append(model.logits(torch.cat(hidden)).cpu())
-    torch.testing.assert_close(scores[0], scores[2], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(scores[1], scores[2], atol=1e-3, rtol=1e-3)

@@ -1,6 +1,7 @@
 """Damage to files: none of it leads to another state, or to other data, without anybody being told."""
 
 import hashlib
+import os
 import random
 import shutil
 from collections import Counter
@@ -11,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_instruct
 from conftest import run_script
 from data.shards import MANIFEST
 from errors import CheckpointError, UserError
-from helpers import open_data, random_examples, resume_flags, same_state, small_model, write_data, write_pretrained
+from helpers import open_data, random_examples, resume, run_inputs, same_state, train, write_data
 from model import KVCache
 from weights.checkpoint import BEST, LATEST, load, load_run, model_of, newest_valid, save, save_step
 from weights.pretrained import open_any
@@ -173,17 +173,17 @@ def test_pieces_lost_doubled_or_of_another_checkpoint_lead_to_no_other_state(sma
 
 
 def test_410_damages_to_prepared_data_are_noticed(tmp_path):
-    """Named, exit code 2: six arrays, all larger than a page, and the manifest, every byte of it."""
+    """Named, exit code 2: six arrays, all larger than a page, and the manifest, every byte of it. Missing ones too."""
     write_data(tmp_path, {"train": random_examples(1100, 30), "val": random_examples(600, 30, seed=1)})
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(files) == 7 and tmp_path / MANIFEST in files
     originals = {path: path.read_bytes() for path in files}
-    for _, path, data in damages(files):
-        overwrite(path, data)
+    for _, path, data in [*damages(files), *(("missing", path, None) for path in files)]:
+        path.unlink() if data is None else overwrite(path, data)
         with pytest.raises(UserError, match=path.name) as caught:
             open_data(tmp_path)
         assert caught.value.exit_code == 2
-        overwrite(path, originals[path])
+        path.write_bytes(originals[path]) if data is None else overwrite(path, originals[path])
     open_data(tmp_path)
 
 
@@ -201,22 +201,22 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path):
 
 
 def test_a_run_resumes_past_damage_and_stops_at_damaged_data(tmp_path, capsys):
-    data = write_data(tmp_path / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
-    pretrained, folder = write_pretrained(tmp_path / "pretrained.pt", small_model()), tmp_path / "run"
-    flags = [*resume_flags(data, pretrained), "--max_steps", "3", "--checkpoint_dir", str(folder),
-             "--tensorboard_dir", str(tmp_path / "runs")]
-    assert train_instruct.main(flags) == 0
-    newest, [shard] = folder / "step_000003.pt", data.glob("train/*.tokens.npy")
+    inputs, folder = run_inputs(tmp_path), tmp_path / "run"
+    assert train(inputs, folder, "--max_steps", 3) == 0
+    newest, [shard] = folder / "step_000003.pt", inputs[0].glob("train/*.tokens.npy")
     for path in (newest, shard):  # in the middle are weights, and tokens; latest.pt is a second name of the newest
         overwrite(path, flipped(path.read_bytes(), 4 * path.stat().st_size))
     with pytest.raises(UserError, match=f"{shard}: damaged or changed") as caught:
-        train_instruct.main([*flags, "--resume", "latest"])
+        resume(folder, "latest")
     assert caught.value.exit_code == 2
     overwrite(shard, flipped(shard.read_bytes(), 4 * shard.stat().st_size))
-    code, stdout, stderr = run_script("train_instruct.py", "--resume", newest)
-    assert (code, stdout, stderr.count("\n")) == (3, "", 1) and stderr.startswith(f"error: {newest}: damaged")
+    assert run_script("train_instruct.py", "--resume", newest).refusal(3).startswith(f"error: {newest}: damaged")
     capsys.readouterr()
-    assert train_instruct.main([*flags, "--resume", "latest"]) == 0
+    assert resume(folder, "latest") == 0
     told = capsys.readouterr().out
     assert all(f"skipped {path}: damaged or not loadable\n" in told for path in (folder / LATEST, newest))
     assert f"resumed from {folder}/step_000002.pt at step 2" in told and load(folder / LATEST)["step"] == 3
+    for path in folder.glob("*.pt"):
+        os.truncate(path, 100)
+    with pytest.raises(CheckpointError, match="none of its 4 checkpoints is valid"):
+        resume(folder, "latest")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, SRC, Outcome, run_command
+import conftest
+from conftest import SRC, Outcome, run_command
 from errors import UserError
 from training.precision import device_named
 
@@ -22,14 +23,9 @@ PYTHONS = {  # what each does with its arguments; all of them write these down f
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder like the project's without an environment, whose name has a space."""
-    folder = tmp_path / "my project"
-    folder.mkdir()
-    for name in ("start_instruct_training.sh", "chat.sh", "src"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "requirements.txt").write_text("# needed\ntorch==9.9\ntiktoken==9.9; python_version < '4'\n")
-    return folder
+def project(project: Path) -> Path:
+    (project / "requirements.txt").write_text("# needed\ntorch==9.9\ntiktoken==9.9; python_version < '4'\n")
+    return project
 
 
 def make_python(folder: Path, kind: str, name: str = "python") -> Path:
@@ -45,9 +41,8 @@ def launch(project: Path, command: str, python3: str = "uv", **variables: str) -
     """A launcher, with this kind of python3 and these variables."""
     if not (project.parent / "path").exists():
         make_python(project.parent / "path", python3, "python3")
-    script, *flags = command.split()
-    return run_command(project / script, *flags, env={
-        "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "PATH": f"{project.parent}/path/bin:/usr/bin:/bin", **variables})
+    return conftest.launch(project, *command.split(), **{
+        "VIRTUAL_ENV": "", "PATH": f"{project.parent}/path/bin:/usr/bin:/bin", **variables})
 
 
 COMMANDS = ["start_instruct_training.sh", "start_instruct_training.sh demo", "chat.sh"]
@@ -61,9 +56,8 @@ COMMANDS = ["start_instruct_training.sh", "start_instruct_training.sh demo", "ch
 ])
 def test_an_active_environment_that_lacks_something_is_named_and_not_changed(project, command, kind, variable, said):
     environment = make_python(project.parent / "environment", kind)
-    code, stdout, stderr = launch(project, command, **{variable: str(environment)})
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert f"error: the active environment {environment} lacks {said.format(environment)}" in stderr
+    found = launch(project, command, **{variable: str(environment)})
+    assert f"error: the active environment {environment} lacks {said.format(environment)}" in found.refusal()
     assert "install" not in Path(f"{environment}.calls").read_text() and not (project / ".venv").exists()
 
 
@@ -108,8 +102,7 @@ def test_where_there_is_no_environment_one_line_says_what_to_do(project, command
         make_python(project / ".venv", venv)
     if python3 == "complete":  # but for torch
         (project / "requirements.txt").write_text("nowhere==1\n")
-    code, stdout, stderr = launch(project, command, python3, **variables)
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and said in stderr
+    assert said in launch(project, command, python3, **variables).refusal()
     assert (project / ".venv").exists() == bool(venv)
 
 
@@ -133,9 +126,9 @@ def test_another_system_is_told_what_works(project, system, code, said):
 
 
 def test_python_on_windows_is_one_line():
-    code, _, stderr = run_command(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(SRC)!r}]; "
-                                  "sys.platform = 'win32'; import cli")
-    assert (code, stderr.count("\n")) == (2, 1) and stderr.startswith("error: this needs Linux; on Windows use WSL2")
+    found = run_command(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(SRC)!r}]; sys.platform = 'win32'; "
+                        "import cli")
+    assert found.refusal().startswith("error: this needs Linux; on Windows use WSL2")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])

@@ -3,20 +3,21 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import answering.scores
-import cli
 import evaluate_instruct
 from answering.generate import generate
 from answering.scores import repetition
 from conftest import run_script, write_checkpoint, write_jsonl
-from helpers import small_model, write_data, write_pretrained
+from data_files import row
+from helpers import small_model, transformers_model, write_data
 from instruct_format import END_OF_TEXT, encode_example, encode_prompt, tokenizer
 from model import GPTConfig
 
@@ -43,8 +44,7 @@ def folder(tmp_path_factory) -> Path:
     a fine-tuned one."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_data(folder / "data", {"train": documents()[:1], "val": [*documents(), ([5] * 97, [0] * 90 + [1] * 7)]})
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_positions=96, n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "base")
+    transformers_model(small_model(0, CONFIG)).save_pretrained(folder / "base")
     write_checkpoint(folder / "tuned.pt", model=small_model(3, CONFIG).state_dict(), model_config=vars(CONFIG))
     return folder
 
@@ -55,7 +55,7 @@ def reference_loss(model: GPT2LMHeadModel, documents: list[tuple[list[int], list
     mask = pad_sequence([torch.tensor(mask) for _, mask in documents], batch_first=True)
     present = pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids, _ in documents], batch_first=True)
     with torch.no_grad():
-        logits = model.eval()(tokens, attention_mask=present).logits[:, :-1]
+        logits = model(tokens, attention_mask=present).logits[:, :-1]
     return float(F.cross_entropy(logits.flatten(0, 1), tokens.where(mask == 1, -100)[:, 1:].flatten()))
 
 
@@ -63,15 +63,10 @@ def test_the_loss_is_that_of_transformers_before_and_after_fine_tuning(folder, c
     report = json.loads(evaluation(capsys, folder / "base", folder / "tuned.pt", "--data_dir", folder / "data",
                                    "--json", "--examples", 0, "--max_new_tokens", 2))
     one, two, last_one = documents()[1], documents()[2], documents()[-1]
-    base = GPT2LMHeadModel.from_pretrained(folder / "base")
-    tuned = GPT2LMHeadModel(base.config)
-    tuned.load_state_dict({name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-                           else tensor for name, tensor in small_model(3, CONFIG).state_dict().items()}, strict=False)
-    tuned.tie_weights()
     assert report["examples"] == len(documents()) == len(report["answers"]) and report["left_out"] == 1
     assert [scores["about"] for scores in report["checkpoints"]] == ["pre-trained", "step 3"]
-    for scores, reference in zip(report["checkpoints"], (base, tuned)):
-        loss = reference_loss(reference, documents())
+    for scores, seed in zip(report["checkpoints"], (0, 3)):
+        loss = reference_loss(transformers_model(small_model(seed, CONFIG)), documents())
         assert scores["loss"] == pytest.approx(loss, abs=1e-5)
         assert scores["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     first, *_, last = report["answers"]
@@ -124,7 +119,7 @@ def said(monkeypatch) -> list[str]:
 def test_the_terminal_shows_scores_and_answers_side_by_side(said, capsys, tmp_path, tiny_checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tuned.pt").symlink_to(tiny_checkpoint)
-    write_jsonl(Path("rows.jsonl"), [{"instruction": f"Question {n}", "input": "", "output": "yes"} for n in range(4)])
+    write_jsonl(Path("rows.jsonl"), [row(n, "yes") for n in range(4)])
     said += ["yes", "yes", "yes and no", "yes", "yes!", "\x1b[2J|\n<b>", "no", "yes " * 20]
     flags = ["tuned.pt", "tuned.pt", "--dataset", "rows.jsonl", "--show", 2, "--max_new_tokens", 25]
     out = evaluation(capsys, *flags).splitlines()
@@ -159,11 +154,8 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["absent.pt"], 2, "absent.pt: no such file"),
     ([], 2, "no checkpoints/best_model.pt or checkpoints_instruct/best_model.pt; name a checkpoint"),
     (["good.pt", "damaged.pt"], 3, "damaged.pt: not a loadable checkpoint"),
-    (["good.pt", "foreign.pt"], 3, "foreign.pt: fine-tuned with template 'chatml', this version knows"),
-    (["good.pt", "small.pt"], 3, "small.pt: its vocabulary has 1,009 tokens, GPT-2's has 50,257"),
     (["good.pt", "--data_dir", "absent"], 2, "absent/dataset_info.json: no prepared data there"),
     (["good.pt", "--prompts", "absent.txt"], 2, "absent.txt: No such file"),
-    (["good.pt", "--prompts", "damaged.pt"], 2, "damaged.pt: line 1: not UTF-8: byte 0xff in column 1"),
     (["good.pt", "--prompts", "long.txt"], 2, "long.txt: line 2: the question has 110 tokens, too many"),
     (["good.pt", "--prompts", "empty.txt"], 2, "empty.txt: nothing to evaluate that fits a context of "),
     (["good.pt", "--dataset", "rows.jsonl"], 2, "rows.jsonl: line 2: "),
@@ -173,38 +165,23 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["good.pt", "--prompts", "good.jsonl"], 2, "good.jsonl: not questions, a line each, but JSON; with answers, -"),
     (["good.pt", "--dataset", "good.jsonl", "--split", "val"], 2, "--split is for prepared data, not for --data"),
     (["good.pt", "--json", "--markdown"], 2, "argument --markdown: not allowed with argument --json"),
-    (["nan.pt", "--dataset", "good.jsonl"], 3, "nan.pt: transformer.wte.weight has values that are not finite"),
 ])
-def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, run_main):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("good.pt"))
-    write_checkpoint(Path("foreign.pt"), template="chatml")
-    write_pretrained(Path("small.pt"), small_model())
-    weights = torch.load("good.pt", weights_only=True)["model"]
-    write_checkpoint(Path("nan.pt"), model={name: tensor * math.nan for name, tensor in weights.items()})
     Path("damaged.pt").write_bytes(b"\xff no checkpoint")
     Path("long.txt").write_text("short\n" + "long " * 100 + "\n")
     Path("empty.txt").write_text(" \n")
-    row = {"instruction": "a", "input": "", "output": "b"}
-    write_jsonl(Path("rows.jsonl"), [row, [1]])
-    write_jsonl(Path("good.jsonl"), [row])
+    write_jsonl(Path("rows.jsonl"), [row(), [1]])
+    write_jsonl(Path("good.jsonl"), [row()])
     write_jsonl(Path("dpo.jsonl"), [{"prompt": "a", "chosen": "b"}])
-    with pytest.raises(SystemExit) as left:
-        cli.run(lambda: evaluate_instruct.main([*flags, "--max_new_tokens", "2"]))
-    out, err = capsys.readouterr()
-    assert (left.value.code, out, err.count("\n")) == (code, "", 1) and err.startswith(f"error: {message}"), err
+    assert run_main(evaluate_instruct.main, *flags, "--max_new_tokens", 2).refusal(code).startswith(f"error: {message}")
 
 
-def test_ctrl_c_ends_with_130(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_with_130(tiny_checkpoint, tmp_path, monkeypatch, run_main):
     (tmp_path / "q.txt").write_text("What?\n")
-
-    def interrupted(*arguments, **named):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(answering.scores, "finished", interrupted)
-    with pytest.raises(SystemExit) as left:
-        cli.run(lambda: evaluate_instruct.main([str(tiny_checkpoint), "--prompts", str(tmp_path / "q.txt")]))
-    assert left.value.code == 130 and capsys.readouterr() == ("", "")
+    monkeypatch.setattr(answering.scores, "finished", Mock(side_effect=KeyboardInterrupt))
+    assert run_main(evaluate_instruct.main, tiny_checkpoint, "--prompts", tmp_path / "q.txt") == (130, "", "")
 
 
 def test_the_script_takes_the_two_usual_checkpoints(tmp_path, tiny_checkpoint):

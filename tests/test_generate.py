@@ -23,35 +23,19 @@ def probabilities(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [0, 1, 2, 4, 100])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4, 50])
 @pytest.mark.parametrize("top_p", [0.01, 0.4, 0.7, 0.95, 1.0])
-def test_the_distribution_equals_a_direct_computation(temperature, top_k, top_p):
-    """One token at a time, in plain Python."""
-    weights = [float(torch.exp((value / temperature).double())) for value in LOGITS]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k or len(weights)]
-    kept, mass = [], 0.0
-    for token in order:
-        kept.append(token)
-        mass += weights[token] / sum(weights[i] for i in order)
-        if mass >= top_p:
-            break
-    expected = torch.tensor([weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(6)])
-    found = probabilities(LOGITS, sampling(temperature, top_k, top_p))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("settings", [
-    sampling(1.0), sampling(1.0, 0, 1.0), sampling(0.5, 20, 0.9), sampling(2.0, 0, 0.5)])
-def test_the_distribution_over_the_whole_vocabulary(settings):
-    """Against transformers' processors, whose order is the same."""
+def test_the_distribution_is_that_of_transformers(temperature, top_k, top_p):
+    """Of its processors, whose order is the same: over six tokens, and over the whole vocabulary."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    logits = 3 * torch.randn(50257, generator=torch.Generator().manual_seed(0))
-    scores = TemperatureLogitsWarper(settings.temperature)(None, logits[None].double())
-    if settings.top_k:
-        scores = TopKLogitsWarper(settings.top_k)(None, scores)
-    expected = TopPLogitsWarper(settings.top_p)(None, scores).softmax(1)[0]
-    torch.testing.assert_close(probabilities(logits, settings).double(), expected, atol=1e-7, rtol=1e-4)
+    for logits in (LOGITS, 3 * torch.randn(50257, generator=torch.Generator().manual_seed(0))):
+        scores = TemperatureLogitsWarper(temperature)(None, logits[None].double())
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        expected = TopPLogitsWarper(top_p)(None, scores).softmax(1)[0]
+        found = probabilities(logits, sampling(temperature, top_k, top_p)).double()
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-9, 1e9, 1e308])
@@ -73,20 +57,19 @@ def test_scores_that_are_not_finite_are_an_error(settings, bad):
 
 
 def test_repetition_penalty_weighs_the_last_64_tokens_of_the_answer():
-    """Against a direct computation, and transformers' on the same tokens; tokens of the prompt are not weighed."""
+    """Against transformers' on the same tokens; tokens of the prompt are not weighed."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    penalized = GREEDY._replace(repetition_penalty=1.8)
+    penalized = sampling(1.0, 0, 1.0)._replace(repetition_penalty=1.8)
     for answer in ([0], [0, 1, 1], [0, 1, 2, 3], [5] + [4] * 64, []):
         recent = torch.tensor([answer[-64:]], dtype=torch.int64)
         expected = RepetitionPenaltyLogitsProcessor(1.8)(recent, LOGITS[None].clone())[0] if answer else LOGITS
-        assert choose(LOGITS, penalized, answer=answer) == int(expected.argmax())
-        drawn = penalized._replace(temperature=1.0, top_k=0, top_p=1.0)
         draws = [[choose(scores, settings, torch.Generator().manual_seed(seed), answer) for seed in range(50)]
-                 for scores, settings in ((LOGITS, drawn), (expected, drawn._replace(repetition_penalty=1.0)))]
+                 for scores, settings in ((LOGITS, penalized), (expected, sampling(1.0, 0, 1.0)))]
         assert draws[0] == draws[1]
-    model = small_model(config=GPTConfig(128, 97, 2, 2, 32))
-    assert list(generate(model, [5], 60, penalized)) != list(generate(model, [5], 60))
+        assert choose(LOGITS, penalized._replace(temperature=0.0), answer=answer) == int(expected.argmax())
+    model, greedy = small_model(config=GPTConfig(128, 97, 2, 2, 32)), GREEDY._replace(repetition_penalty=1.8)
+    assert list(generate(model, [5], 60, greedy)) != list(generate(model, [5], 60))
 
 
 def test_a_long_prompt_is_read_in_pieces_between_which_it_stops(monkeypatch):
@@ -178,8 +161,3 @@ def test_int8_rounds_a_weight_by_half_a_step_at_most_and_neither_inputs_nor_bias
         assert found.dtype == torch.float32 and bool(((found - exact).abs() <= bound).all())
         assert not torch.equal(found, exact)
         assert torch.allclose(layer(x.expand(3, 64)), exact.expand(3, n_out), atol=2e-3, rtol=0)
-
-
-def test_an_int8_model_answers():
-    for_decoding(model := small_model(), OneRowInt8)
-    assert len(list(generate(model, [1, 2, 3], 10))) == 10

@@ -2,18 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-import cli
 import convert_checkpoint
 import prepare_instruct_dataset
 from answering.answer import Answer
 from answering.settings import Settings
 from cli import printable, printable_line
-from conftest import write_jsonl
-from helpers import prepare, small_model, texts_of
+from conftest import Outcome, write_jsonl
+from helpers import prepare, small_model, texts_of, transformers_model
 from instruct_format import END_OF_TEXT, prompt_text, tokenizer
+from model import GPTConfig
 
 # Texts that look like the template, or like special tokens
 
@@ -60,50 +61,40 @@ RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028
                  "\U000e0000-\U000e007f]")
 
 
-def exit_code(main, *flags: object) -> object:
-    """Run a script's main as the command line does."""
-    with pytest.raises(SystemExit) as left:
-        cli.run(lambda: main([str(flag) for flag in flags]))
-    return left.value.code
-
-
 @pytest.mark.parametrize("payload", PAYLOADS, ids=ascii)
-def test_preparation_prints_no_payload(tmp_path, capfd, payload):
+def test_preparation_prints_no_payload(tmp_path, run_main, payload):
     """In the fields of a sample, in its file's name and folder, in a column's name, in a bad value, in a bad line."""
     assert RAW.search(payload) and not RAW.search(printable(payload)) and len(printable(payload)) > len(payload)
     row = {name: f"{name}{payload}!" for name in FIELDS}
     name = payload.replace("/", "|")
     folder = tmp_path / f"x{name}"
     folder.mkdir()
+
+    def prepare(path: Path) -> Outcome:
+        return run_main(prepare_instruct_dataset.main, "--dataset", path, "--output_dir", folder / "out")
+
     rows = [{**row, "split": "train"}, {**row, "instruction": "", "split": "val"}]
-    prepare(write_jsonl(folder / f"y{name}.jsonl", rows), folder / "out")
-    out, _ = capfd.readouterr()
-    assert not RAW.search(out) and f"wrote {printable_line(folder)}/out/" in out
+    code, out, _ = prepare(write_jsonl(folder / f"y{name}.jsonl", rows))
+    assert code == 0 and not RAW.search(out) and f"wrote {printable_line(folder)}/out/" in out
     assert all(printable(text) in out for text in row.values())
     wrong = [{f"z{payload}": 1}, {**row, "split": payload}, {**row, "output": 7}]
     paths = [write_jsonl(folder / f"{number}{name}.jsonl", [row]) for number, row in enumerate(wrong)]
     paths += [folder / f"line{name}.jsonl", folder / f"kind{name}.txt", folder / f"missing{name}.jsonl"]
     for path in paths[-3:-1]:
         path.write_text(payload + "{\n", encoding="utf-8")
-    for path in paths:
-        assert exit_code(prepare_instruct_dataset.main, "--dataset", path, "--output_dir", folder / "out") == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == len(paths) and not RAW.search(err)
+    assert not RAW.search("".join(prepare(path).refusal() for path in paths))
 
 
 @pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "/" not in payload], ids=ascii)
-def test_an_import_prints_no_payload(tmp_path, capfd, payload):
+def test_an_import_prints_no_payload(tmp_path, run_main, payload):
     """File names, and names and values of a foreign configuration."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder, output = tmp_path / f"x{payload}", tmp_path / f"y{payload}.pt"
-    GPT2LMHeadModel(GPT2Config(n_positions=8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    capfd.readouterr()
-    for text, *force, code in ((None, 0), (None, 2), (json.dumps({**config, "model_type": payload}), "--force", 3),
-                               ("junk", "--force", 2)):
-        if text:
-            (folder / "config.json").write_text(text)
-        assert exit_code(convert_checkpoint.main, "import", folder, "--output", output, *force) == code
-    out, err = capfd.readouterr()
-    assert printable_line(output) in out and err.count("\n") == 3 and not RAW.search(out + err)
+    transformers_model(small_model(config=GPTConfig(8, 50257, 1, 1, 8))).save_pretrained(folder)
+    config, flags = folder / "config.json", ("import", folder, "--output", output)
+    code, out, err = run_main(convert_checkpoint.main, *flags)
+    assert (code, err) == (0, "") and printable_line(output) in out
+    said = [out, run_main(convert_checkpoint.main, *flags).refusal()]
+    for text, code in ((config.read_text().replace('"gpt2"', json.dumps(payload)), 3), ("junk", 2)):
+        config.write_text(text)
+        said.append(run_main(convert_checkpoint.main, *flags, "--force").refusal(code))
+    assert not RAW.search("".join(said))

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import instruct_format
 from conftest import SRC, Outcome, run_command
 from instruct_format import (
     END_OF_TEXT,
@@ -57,22 +56,7 @@ def test_a_conversation_is_one_example_after_another() -> None:
     assert [tokenizer().decode(tokens[start:stop]) for start, stop in trained_spans(mask)] == [
         "3<|endoftext|>", " 7<|endoftext|>", "Bye.<|endoftext|>"]
     assert encode_conversation(turns[:1]) == encode_example(*turns[0])
-
-
-@pytest.mark.parametrize(("mask", "spans"), [
-    ([], []), ([0, 0, 0], []), ([1], [(0, 1)]), ([1, 1, 1], [(0, 3)]), ([0, 1, 1, 0], [(1, 3)]),
-    ([1, 1, 0, 0, 1], [(0, 2), (4, 5)]), ([0, 1, 0, 1, 1, 0, 0, 1], [(1, 2), (3, 5), (7, 8)]),
-])
-def test_trained_spans_are_the_runs_of_ones(mask: list[int], spans: list[tuple[int, int]]) -> None:
-    assert trained_spans(mask) == trained_spans(np.array(mask, dtype=np.uint8)) == spans
-
-
-def test_tokens_are_gpt2s() -> None:
-    expected = {"Hello world": [15496, 995], "hello world": [31373, 995], " the": [262], "\n": [198], "\n\n": [628],
-                "!": [0], "": [], "### Instruction:\n": [21017, 46486, 25, 198],
-                "### Response:\n": [21017, 18261, 25, 198]}
-    assert {text: tokenizer().encode_ordinary(text) for text in expected} == expected
-    assert (tokenizer().n_vocab, tokenizer().eot_token) == (instruct_format.VOCAB_SIZE, END_OF_TEXT) == (50257, 50256)
+    assert trained_spans([]) == [] and trained_spans(np.array([1, 1, 0, 1, 0], np.uint8)) == [(0, 2), (3, 4)]
 
 
 OFFLINE = """import socket
@@ -101,6 +85,5 @@ def test_no_network_is_needed(tmp_path: Path) -> None:
     lambda ranks, data: shutil.rmtree(ranks.parent),
 ], ids=["flipped bit", "truncated", "missing", "no folder"])
 def test_damaged_ranks_are_one_line_and_exit_code_2(tmp_path: Path, damage: Callable[[Path, bytes], object]) -> None:
-    code, stdout, stderr = encode_offline(tmp_path, damage)
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert "/gpt2_ranks/" in stderr and ": the tokenizer's ranks are missing or damaged; restore them with" in stderr
+    said = encode_offline(tmp_path, damage).refusal()
+    assert "/gpt2_ranks/" in said and ": the tokenizer's ranks are missing or damaged; restore them with" in said

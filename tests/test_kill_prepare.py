@@ -130,8 +130,8 @@ def test_a_second_preparation_into_the_folder_is_refused(tmp_path, sources, monk
 
     monkeypatch.setattr(os, "fsync", meanwhile)
     fingerprint = prepare(sources["large"], output)
-    [(code, stdout, stderr)] = refusals
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert stderr.startswith(f"error: {output}: another preparation is writing there (process {os.getpid()} on ")
+    [refused] = refusals
+    assert refused.refusal().startswith(
+        f"error: {output}: another preparation is writing there (process {os.getpid()} on ")
     assert (output / LOCK).read_bytes() == b""
     assert fingerprint != prepare(source, output)

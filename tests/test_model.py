@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from answering.generate import generate
+from helpers import small_model, transformers_model
 from model import GPT, Documents, GPTConfig, KVCache
-from weights.pretrained import normalize_weights
 
 CONTEXT = 48
 CONFIG = GPTConfig(CONTEXT, vocab_size=301, n_layer=3, n_head=4, n_embd=64)
@@ -17,14 +16,9 @@ CONFIG = GPTConfig(CONTEXT, vocab_size=301, n_layer=3, n_head=4, n_embd=64)
 @pytest.fixture(scope="module")
 def pair():
     """Our model and transformers' with the same random weights, for reading."""
-    torch.manual_seed(0)
-    reference = GPT2LMHeadModel(GPT2Config(vocab_size=301, n_positions=CONTEXT, n_layer=3, n_head=4, n_embd=64)).eval()
+    model = small_model(config=CONFIG).eval()
     with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # so that biases and norms count too
-        model = GPT(CONFIG)
-        model.load_state_dict(normalize_weights(reference.state_dict(), "transformers"))
-        yield model.eval(), reference
+        yield model, transformers_model(model)
 
 
 def tokens_of(length: int, seed: int) -> torch.Tensor:
@@ -76,12 +70,6 @@ def test_neighbours_change_nothing(pair, lengths, which):
         states.append(packed(model, *documents).split(lengths)[which])
     assert torch.equal(*states)
     torch.testing.assert_close(states[0], packed(model, documents[which]), atol=2e-5, rtol=1e-5)
-
-
-def test_positions_restart_with_each_document():
-    documents = Documents.of([3, 1, 2])
-    assert documents.positions.tolist() == [0, 1, 2, 0, 0, 1]
-    assert documents.starts.tolist() == [0, 3, 4, 6]
 
 
 def test_impossible_sizes_and_a_context_that_overflows_are_refused(pair):

@@ -23,12 +23,11 @@ import train_instruct
 from conftest import write_jsonl
 from data_files import row
 from errors import CheckpointError, UserError
-from helpers import prepare, run_inputs, same_state, small_model, write_pretrained
+from helpers import CPU, prepare, same_state, small_model, train, write_pretrained
 from model import GPT, Documents, GPTConfig
 from weights.checkpoint import model_of
 from weights.pretrained import config_of, open_any
 
-CPU = torch.device("cpu")
 PADDED, CUT = (GPTConfig(64, vocab_size, 2, 4, 32) for vocab_size in (50304, 50257))
 Weights = dict[str, torch.Tensor]
 
@@ -112,12 +111,13 @@ def test_the_users_own_pretrained_file_loads_as_it_is(tmp_path, monkeypatch, wei
 # Folders of transformers
 
 
-def as_bin(model: GPT2LMHeadModel, folder: Path, parts: int = 1, is_zip: bool = True) -> None:
+def as_bin(model: GPT2LMHeadModel, folder: Path) -> list[str]:
+    """In two parts, without an index. Returns their names."""
     model.config.save_pretrained(folder)
-    items = list(model.state_dict().items())
-    for number in range(parts):
-        name = "pytorch_model.bin" if parts == 1 else f"pytorch_model-0000{number + 1}-of-0000{parts}.bin"
-        torch.save(dict(items[number::parts]), folder / name, _use_new_zipfile_serialization=is_zip)
+    items, names = list(model.state_dict().items()), [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    for number, name in enumerate(names):
+        torch.save(dict(items[number::2]), folder / name)
+    return names
 
 
 def without_head(model: GPT2LMHeadModel, folder: Path) -> None:
@@ -126,18 +126,13 @@ def without_head(model: GPT2LMHeadModel, folder: Path) -> None:
     bare.save_pretrained(folder)
 
 
-def beside_old_parts(model: GPT2LMHeadModel, folder: Path) -> None:
-    model.save_pretrained(folder)
-    torch.save({"wte.weight": torch.zeros(3)}, folder / "pytorch_model.bin")
-
-
 def parts_of_two(model: GPT2LMHeadModel, folder: Path) -> None:
     """The index says which of them are the model; a single file would come before it, the other index after."""
     other = GPT2LMHeadModel(model.config)
     other.save_pretrained(folder, max_shard_size="30KB")
     for path in folder.glob("model-*"):
         path.rename(path.with_name(path.name.replace("-of-0", "-of-1")))
-    as_bin(other, folder, parts=2)
+    as_bin(other, folder)
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "absent.bin"}}')
     model.save_pretrained(folder, max_shard_size="100KB")
 
@@ -148,8 +143,7 @@ def parts_without_index(model: GPT2LMHeadModel, folder: Path) -> None:
 
 
 def bin_with_index(model: GPT2LMHeadModel, folder: Path) -> None:
-    as_bin(model, folder, parts=2)
-    names = sorted(path.name for path in folder.glob("*.bin"))
+    names = as_bin(model, folder)
     torch.save({"wte.weight": torch.zeros(3)}, folder / "pytorch_model-00003-of-00003.bin")
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
         {"metadata": {}, "weight_map": dict(enumerate(names))}))
@@ -165,11 +159,8 @@ def whole_beside_index(model: GPT2LMHeadModel, folder: Path) -> None:
 
 FOLDERS: dict[str, Callable[[GPT2LMHeadModel, Path], None]] = {
     "safetensors": lambda model, folder: model.save_pretrained(folder),
-    "safetensors in parts": lambda model, folder: model.save_pretrained(folder, max_shard_size="100KB"),
-    "bin in parts": lambda model, folder: as_bin(model, folder, parts=2),
-    "bin before zip": lambda model, folder: as_bin(model, folder, is_zip=False),
-    "without head": without_head, "two kinds": beside_old_parts, "parts of two": parts_of_two,
-    "parts without index": parts_without_index, "bin with index": bin_with_index, "whole and index": whole_beside_index,
+    "without head": without_head, "parts of two": parts_of_two, "parts without index": parts_without_index,
+    "bin with index": bin_with_index, "whole and index": whole_beside_index,
 }
 
 
@@ -196,7 +187,7 @@ def test_folders_of_transformers_have_its_logits(tmp_path, reference, form, acti
     with torch.no_grad():
         ours, theirs = model.logits(model(tokens, Documents.of([32]))), reference(tokens[None]).logits[0]
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=0)
-    if "without index" not in form and form != "bin in parts":  # of these, transformers takes the same files
+    if "without index" not in form:  # else transformers takes the same files
         loaded = GPT2LMHeadModel.from_pretrained(folder).state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in reference.state_dict().items())
 
@@ -258,23 +249,15 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "a missing layer": (lambda weights: {"model": {name: tensor for name, tensor in weights.items() if name != NORM},
                                          "config": {"n_head": 4}}, f"do not fit: {NORM} is absent, expected "),
     "a wrong shape": (changed(NORM, lambda tensor: tensor[1:]), r"do not fit: .* is \[31\], expected \[32\]"),
-    "a scalar": (changed(NORM, lambda _: torch.tensor(1.0)), r"do not fit: .* is \[\], expected \[32\]"),
     "a scalar embedding": (changed(EMBEDDING, lambda _: torch.tensor(1.0)), "no GPT-2: "),
     "integers": (changed(NORM, lambda tensor: tensor.long()), "holds values of type torch.int64, not weights"),
-    "complex": (changed(NORM, lambda tensor: tensor + 1j), "holds values of type torch.complex64, not weights"),
     "NaN": (changed(NORM, lambda tensor: tensor / 0 * 0), f"{NORM} has values that are not finite"),
-    "infinite": (changed(EMBEDDING, lambda tensor: tensor / 0), f"{EMBEDDING} has values that are not finite"),
     "a config of other layers": (says(num_layers=5), "its config says n_layer 5, not 2"),
     "a config of other tokens": (says(vocab_size=50256), "its config says vocab_size 50256, not 50257"),
-    "a config of more": (says(vocab_size=50305), "its config says vocab_size 50305, not 50257"),
-    "a config of other things": (says(n_head=torch.ones(1)), "n_head must be a whole number of at l"),
     "a config of text": (says(n_head="4"), "n_head must be a whole number of at least 1, not '4'"),
-    "a config of fractions": (says(n_layer=2.0), "n_layer must be a whole number of at least 1, not 2.0"),
     "a config that is none": (lambda weights: {"model": weights, "config": 5}, "--n_head N --output NEW.pt"),
-    "heads that do not divide": (says(n_head=5), "not a multiple of n_head 5"),
     **{f"{key} {value}": (says(**{key: value}), f"not a GPT-2 as published: {key} {value!r}; .* take another trainer")
-       for key, value in {"activation_function": "relu", "tie_word_embeddings": False, "n_inner": 96,
-                          "scale_attn_by_inverse_layer_idx": True}.items()},
+       for key, value in {"activation_function": "relu", "n_inner": 96}.items()},
     "a small vocabulary": (changed(EMBEDDING, lambda tensor: tensor[:50256]), "50,256 tokens, GPT-2's has 50,257"),
     "a large vocabulary": (changed(EMBEDDING, lambda tensor: tensor.repeat(2, 1)), "100,608 tokens, GPT-2's has 50,25"),
     "no model": (lambda _: {"model": {"weights": 3}}, "no model weights in it"),
@@ -317,17 +300,13 @@ FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, wh
            ("two saves", ["a-00001-of-00001.safetensors", "b-00002-of-00004.safetensors"]),
            ("two halves", ["a-00001-of-00002.safetensors", "b-00002-of-00002.safetensors"]),
            ("two models", ["a.safetensors", "b.safetensors"]))},
-    "a run and a model": ({"config.json": b"{}", "latest.pt": b""}, r"no .safetensors and no pytorch_model", 2),
     "no weights": ({"config.json": b"{}"}, r"no .safetensors and no pytorch_model.bin", 2),
     "LLaMA": ({"config.json": b'{"model_type": "llama"}', "model.safetensors": b""}, "model_type 'llama'; .*TRL", 3),
     "not JSON": ({"config.json": b"["}, "not readable as JSON", 2),
     "a list": ({"config.json": b"[]"}, "not readable as JSON: not an object", 2),
-    "nested": ({"config.json": b'{"a":' * 100_000}, "not readable as JSON", 2),
-    "not UTF-8": ({"config.json": b"\xff\xfe\xff"}, "not readable as JSON", 2),
     "damaged": ({"config.json": b"{}", "model.safetensors": b"\xff" * 100}, "not a readable safetensors file", 3),
     "llm.c": ({"config.json": b"{}", "pytorch_model.bin": struct.pack("<2i", 20240326, 3)}, "dev/eval/export_hf.py", 3),
     "GGUF": ({"config.json": b"{}", "pytorch_model.bin": b"GGUF\3\0\0\0"}, "a GGUF file; import the", 3),
-    "HDF5": ({"config.json": b"{}", "pytorch_model.bin": b"\x89HDF\r\n\x1a\n"}, "a TensorFlow file; import the", 3),
     **{f"LFS {name}": ({"config.json": b"{}", name: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
                        f"{name}: a pointer of git LFS, .* run git lfs pull", 3)
        for name in ("model.safetensors", "pytorch_model.bin", "config.json")},
@@ -387,25 +366,18 @@ def test_a_damaged_file_from_before_zip_is_refused_or_loads_whole(tmp_path, weig
 # The trainer
 
 
-def train(folder: Path, data: Path, pretrained: Path, *flags: object) -> int:
-    return train_instruct.main([str(flag) for flag in (
-        "--data_dir", data, "--pretrained_model", pretrained, "--checkpoint_dir", folder / "checkpoints",
-        "--tensorboard_dir", folder / "runs", "--max_steps", 1, "--device", "cpu", *flags)])
-
-
-def test_the_trainer_takes_folders_and_heads_and_says_what_the_model_is(tmp_path, reference, capsys):
+def test_the_trainer_takes_folders_and_heads_and_says_what_the_model_is(inputs, tmp_path, reference, capsys):
     reference.save_pretrained(tmp_path / "model")
-    data, _ = run_inputs(tmp_path)
     torch.save(reference.state_dict(), tmp_path / "bare.pt")
-    for number, (source, flags) in enumerate([("model", []), ("bare.pt", ["--n_head", 4])]):
-        assert train(tmp_path / str(number), data, tmp_path / source, *flags, "--total_batch_size", 64) == 0
+    usual = ["--max_steps", 1, "--context_length", 32]
+    for source, flags in (("model", []), ("bare.pt", ["--n_head", 4])):
+        assert train((inputs[0], tmp_path / source), tmp_path / f"from_{source}", *usual, *flags) == 0
         assert "2 layers of 4 heads, width 48, context_length 32, weights of " in capsys.readouterr().out
     with pytest.raises(UserError, match="how many heads .* --n_head N "):
-        train(tmp_path / "2", data, tmp_path / "bare.pt")
+        train((inputs[0], tmp_path / "bare.pt"), tmp_path, *usual)
 
 
-def test_another_vocabulary_is_refused_at_the_start(tmp_path):
+def test_another_vocabulary_is_refused_at_the_start(inputs, tmp_path):
     prepare(write_jsonl(tmp_path / "a.jsonl", map(row, range(20))), tmp_path / "data")
-    pretrained = write_pretrained(tmp_path / "a.pt", small_model())
-    with pytest.raises(CheckpointError, match="a.pt: its vocabulary has 1,009 tokens, GPT-2's has 50,257"):
-        train(tmp_path, tmp_path / "data", pretrained)
+    with pytest.raises(CheckpointError, match="pretrained.pt: its vocabulary has 1,009 tokens, GPT-2's has 50,257"):
+        train((tmp_path / "data", inputs[1]), tmp_path)

@@ -6,38 +6,37 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_instruct
 from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
-from helpers import open_data, random_examples, resume_flags, run_ranks, same_state, to, trajectory, without, write_data
+from helpers import (
+    CPU,
+    learner_of,
+    open_data,
+    random_examples,
+    resume,
+    resume_flags,
+    run_ranks,
+    same_state,
+    to,
+    train,
+    trajectory,
+    write_data,
+)
 from training import step as training_step
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
-from training.processes import Processes
 from training.setup import open_run
 from weights import checkpoint
 
 FINAL = "step_000024.pt"
 VARYING = {"train/tokens_per_second", "train/data_wait", "train/memory_gb"}  # from run to run
 TRAINER = SRC / "train_instruct.py"
-
-
-def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
-    usual = resume_flags(*inputs)
-    if "--from_scratch" in flags:
-        usual = without("--pretrained_model", usual)
-    return train_instruct.main([*usual, *to(folder, *flags)])
-
-
-def resume(folder: Path, source: object, *flags: object) -> int:
-    return train_instruct.main(to(folder, "--resume", source, *flags))
 
 
 def start(folder: Path, *flags: object) -> subprocess.Popen[str]:
@@ -47,9 +46,11 @@ def start(folder: Path, *flags: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run that saved every step."""
+    """The folder of an uninterrupted run over several epochs that saved every step."""
     folder = tmp_path_factory.mktemp("whole")
-    assert run(inputs, folder) == 0
+    assert train(inputs, folder) == 0
+    state = checkpoint.load(folder / FINAL)
+    assert state["position"][0] >= 2 and [step for step, _ in state["val_losses"]] == [0, 4, 8, 12, 16, 20, 24]
     return folder
 
 
@@ -58,12 +59,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     accumulator.Reload()
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
             for tag in accumulator.Tags()["scalars"]}
-
-
-def test_the_run_spans_epochs_and_accumulates(whole):
-    state = checkpoint.load(whole / FINAL)
-    assert state["position"][0] >= 2
-    assert [step for step, _ in state["val_losses"]] == [0, 4, 8, 12, 16, 20, 24]
 
 
 @pytest.mark.parametrize("step", range(1, 24))
@@ -127,20 +122,12 @@ def two_processes(inputs, tmp_path_factory) -> Path:
     return folder
 
 
-def resume_two_processes(two_processes: Path, folder: Path, steps: Iterable[int]) -> None:
+@pytest.mark.parametrize("steps", [(1, 16), pytest.param(range(1, 24), marks=pytest.mark.slow)], ids=len)
+def test_two_processes_resume_to_the_same_bits(two_processes, tmp_path, steps):
     for step in steps:
         source = two_processes / f"step_{step:06d}.pt"
-        run_ranks(TRAINER, 2, *to(folder / str(step), "--resume", source, "--keep_last", 1))
-        assert same_state(trajectory(folder / str(step) / FINAL), trajectory(two_processes / FINAL))
-
-
-def test_two_processes_resume_to_the_same_bits(two_processes, tmp_path):
-    resume_two_processes(two_processes, tmp_path, (1, 16))
-
-
-@pytest.mark.slow
-def test_two_processes_resume_to_the_same_bits_at_every_step(two_processes, tmp_path):
-    resume_two_processes(two_processes, tmp_path, range(1, 24))
+        run_ranks(TRAINER, 2, *to(tmp_path / str(step), "--resume", source, "--keep_last", 1))
+        assert same_state(trajectory(tmp_path / str(step) / FINAL), trajectory(two_processes / FINAL))
 
 
 def test_the_number_of_processes_may_change(whole, two_processes, tmp_path):
@@ -232,7 +219,7 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
     before = (whole / "latest.pt").read_bytes()
     for flags, message, folder in cases:
         with pytest.raises(UserError, match=message):
-            run(inputs, folder, *flags)
+            train(inputs, folder, *flags)
     assert (whole / "latest.pt").read_bytes() == before
     assert {path.read_text() for path in tmp_path.glob("*/*.pt")} == {"somebody's"}
     damaged = tmp_path / "damaged.pt"
@@ -241,16 +228,14 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         resume(tmp_path, damaged)
 
 
-def test_a_restart_and_auto_go_on_where_a_run_is_and_begin_where_none_is(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, restart", [(("--resume", "auto"), "0"), ((), "1")])
+def test_a_restart_and_auto_go_on_where_a_run_is_and_begin_where_none_is(inputs, tmp_path, monkeypatch, capsys, flags,
+                                                                        restart):
     """The launcher's word for a restart is in the environment."""
-    for folder in (tmp_path / "auto", tmp_path / "restart"):
-        for flags in ((), ("--resume", "auto")):
-            if folder.name == "restart":
-                monkeypatch.setenv("INSTRUCT_IS_RESTART", "1")
-            resumed = (folder / "latest.pt").exists()
-            flags = () if folder.name == "restart" else ("--resume", "auto")
-            assert run(inputs, folder, "--max_steps", 2, *flags) == 0
-            assert ("resumed from" in capsys.readouterr().out) == resumed
+    monkeypatch.setenv("INSTRUCT_IS_RESTART", restart)
+    for is_there in (False, True):
+        assert train(inputs, tmp_path, "--max_steps", 2, *flags) == 0
+        assert ("resumed from" in capsys.readouterr().out) == is_there
 
 
 def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
@@ -282,7 +267,7 @@ def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypa
     monkeypatch.setattr(training_step.Learner, "gradients_of", gradients_of)
     told = r"3 steps in a row, up to step 7; the last good checkpoint is .*step_000004.pt"
     with pytest.raises(DivergedError, match=told) if ends else nullcontext():
-        assert run(inputs, tmp_path, "--max_steps", 9) == 0
+        assert train(inputs, tmp_path, "--max_steps", 9) == 0
     out = capsys.readouterr().out
     assert [f"step {step} skipped: loss nan" in out for step in range(1, 10)] == [s in bad_steps for s in range(1, 10)]
     assert "train examples [" in out
@@ -294,27 +279,20 @@ def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypa
 
 def test_a_val_loss_that_is_no_number_ends_a_run_that_was_not_skipped(inputs, tmp_path):
     with pytest.raises(DivergedError, match="^the val loss is nan, up to step 1; there is no checkpoint yet"):
-        run(inputs, tmp_path, "--learning_rate", 1e30, "--warmup_steps", 0, "--eval_freq", 1)
+        train(inputs, tmp_path, "--learning_rate", 1e30, "--warmup_steps", 0, "--eval_freq", 1)
     assert not checkpoint.step_files(tmp_path)
-
-
-def test_random_weights_and_small_models_train(inputs, tmp_path):
-    assert run(inputs, tmp_path, "--from_scratch", "1,1,8", "--max_steps", 2) == 0
-    assert checkpoint.load(tmp_path / "latest.pt")["model_config"]["n_embd"] == 8
-    assert (tmp_path / "best_model.pt").exists()
 
 
 def test_the_first_evaluation_saves_once_and_best_model_is_never_alone(inputs, whole, tmp_path, capsys):
     """It saves though no checkpoint is due; a kill between that and best_model.pt is made good by the resume."""
-    assert run(inputs, tmp_path, "--checkpoint_freq", 100, "--max_steps", 8, "--eval_examples", 3) == 0
+    assert train(inputs, tmp_path, "--checkpoint_freq", 100, "--max_steps", 8, "--eval_examples", 3) == 0
     out = capsys.readouterr().out
     assert [line.rsplit("/")[-1] for line in out.splitlines() if line.startswith("saved ")] == [
         "step_000004.pt", "step_000008.pt"]
     state = checkpoint.load(tmp_path / "step_000004.pt")
-    learner = training_step.Learner(checkpoint.model_of(state, tmp_path, torch.device("cpu")),
-                                       parse_options([]), Processes(0, 1, torch.device("cpu")))
     val = open_data(inputs[0], 64)["val"]
-    loss = training_step.evaluate(learner, val, val.plan(range(3), 512, 1))
+    loss = training_step.evaluate(learner_of(checkpoint.model_of(state, tmp_path, CPU)), val,
+                                  val.plan(range(3), 512, 1))
     assert state["val_losses"][1:] == [[4, pytest.approx(loss)]]
     best, folder = trajectory(whole / "best_model.pt"), shutil.copytree(whole, tmp_path / "killed")
     source = folder / f"step_{best['step']:06d}.pt"

@@ -15,12 +15,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import prepare_instruct_dataset
-import train_instruct
 from conftest import write_jsonl
 from data.shards import MANIFEST
+from data_files import row
 from errors import UserError
-from helpers import open_data, options_of, prepare, resume_flags, run_inputs
+from helpers import open_data, options_of, prepare, resume, train
 from training import setup
 from training.log import RunLog
 from training.progress import Progress, say
@@ -30,12 +29,10 @@ from weights.durable import LOCK
 
 
 @pytest.mark.parametrize("free, warns", [(4 * 10**6, False), (3 * 10**6, True)])
-def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(tmp_path, monkeypatch, capsys, free, warns):
+def test_a_run_warns_when_there_is_no_room_for_its_checkpoints(inputs, tmp_path, monkeypatch, capsys, free, warns):
     """Three step files and best_model.pt of a model with 362,112 bytes of weights: 3,621,120 bytes."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
-    flags = [*resume_flags(*run_inputs(tmp_path)), "--max_steps", "1", "--keep_last", "2", "--checkpoint_dir",
-             str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb")]
-    assert train_instruct.main(flags) == 0
+    assert train(inputs, tmp_path, "--max_steps", 1, "--keep_last", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ") and "room" in line]
     said = "3 step files and best_model.pt need 3,621,120 bytes, there is room for 3,000,000"
@@ -78,18 +75,18 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_preparation_refuses_a_folder_that_holds_anything_else(tmp_path, name):
     """Naming it. All that was there stays, also what lies where a link leads."""
-    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": f"{n}", "input": "", "output": "x"} for n in range(40)])
+    data = write_jsonl(tmp_path / "a.jsonl", map(row, range(40)))
     prepare(data, tmp_path / "out" / "elsewhere")
     (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
     FOREIGN[name](tmp_path / "out" / name)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=f"/out/{name}: not (of a preparation by|a lock of) this program"):
-        prepare_instruct_dataset.main(["--dataset", str(data), "--output_dir", str(tmp_path / "out")])
+        prepare(data, tmp_path / "out")
     assert contents(tmp_path).items() >= before.items()
 
 
 def test_a_preparation_leaves_hidden_files_and_replaces_a_damaged_manifest(tmp_path):
-    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": f"{n}", "input": "", "output": "x"} for n in range(40)])
+    data = write_jsonl(tmp_path / "a.jsonl", map(row, range(40)))
     prepare(data, tmp_path / "out")
     (tmp_path / "out/train/.DS_Store").write_text("the system's")
     (tmp_path / "out" / MANIFEST).write_bytes((tmp_path / "out" / MANIFEST).read_bytes()[:700])
@@ -97,17 +94,16 @@ def test_a_preparation_leaves_hidden_files_and_replaces_a_damaged_manifest(tmp_p
     assert (tmp_path / "out/train/.DS_Store").exists() and len(list((tmp_path / "out/train").iterdir())) == 4
 
 
-def test_a_run_replaces_and_removes_its_own_files_only(tmp_path):
+def test_a_run_replaces_and_removes_its_own_files_only(inputs, tmp_path):
     """In its folder are files of its names: where it would write one it has another name afterwards."""
-    inputs, folder = run_inputs(tmp_path), tmp_path / "run"
-    flags = ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(tmp_path / "tb"), "--keep_last", "1"]
-    assert train_instruct.main([*resume_flags(*inputs), *flags, "--max_steps", "4"]) == 0
+    folder = tmp_path / "run"
+    assert train(inputs, folder, "--max_steps", 4, "--keep_last", 1) == 0
     foreign = [*(f"step_00000{step}.pt" for step in (1, 5, 9)), "step_000006.pt.tmp", "latest.pt.tmp", "mine.pt.tmp"]
     for name in foreign:
         (folder / name).write_text(name)
     for path, target in (("step_000002.pt", folder / "step_000004.pt"), ("step_000007.pt", tmp_path / "absent")):
         (folder / path).symlink_to(target)
-    assert train_instruct.main([*flags, "--resume", "latest", "--max_steps", "8", "--override"]) == 0
+    assert resume(folder, "latest", "--max_steps", 8, "--override") == 0
     found = contents(folder)
     assert {data.decode() for data in found.values() if data.endswith((b".pt", b".tmp"))} == set(foreign)
     assert [found[name].decode() for name in ("step_000001.pt", "step_000009.pt", "mine.pt.tmp")] == [
@@ -131,7 +127,7 @@ def test_a_run_replaces_and_removes_its_own_files_only(tmp_path):
 def test_a_lock_that_cannot_be_used_is_named(tmp_path, make, reason):
     make(tmp_path / LOCK)
     with pytest.raises(UserError, match=rf"/{LOCK}: {reason}"):
-        train_instruct.main([*resume_flags(tmp_path, tmp_path), "--checkpoint_dir", str(tmp_path)])
+        train((tmp_path, tmp_path), tmp_path)
 
 
 # File systems that lack something
@@ -150,13 +146,12 @@ def refusing(code: int, real: Callable | None = None) -> Callable:
     *((fcntl, "flock", refusing(code), True) for code in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)),
     *((os, "fsync", refusing(code, os.fsync), False) for code in (errno.EINVAL, errno.ENOTSUP)),
     (os, "posix_fadvise", refusing(errno.EINVAL), False), (shutil, "disk_usage", refusing(errno.ENOSYS), False)])
-def test_a_file_system_that_lacks_something_ends_no_run(tmp_path, monkeypatch, capsys, module, name, refused, warns):
+def test_a_file_system_that_lacks_something_ends_no_run(inputs, tmp_path, monkeypatch, capsys, module, name, refused,
+                                                        warns):
     monkeypatch.setattr(module, name, refused)
-    data, pretrained = run_inputs(tmp_path)
-    flags = ["--checkpoint_dir", str(tmp_path / "run"), "--tensorboard_dir", str(tmp_path / "tb"), "--max_steps", "1"]
-    assert train_instruct.main([*resume_flags(data, pretrained), *flags]) == 0
+    assert train(inputs, tmp_path, "--max_steps", 1) == 0
     assert capsys.readouterr().out.count(f"{LOCK}: this file system has no locks") == warns
-    assert open_data(data) and checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 1
+    assert open_data(inputs[0]) and checkpoint.load(tmp_path / "latest.pt")["step"] == 1
 
 
 def test_a_folder_removed_in_mid_run_is_made_again(tmp_path, run_state):
@@ -166,13 +161,11 @@ def test_a_folder_removed_in_mid_run_is_made_again(tmp_path, run_state):
         shutil.rmtree(tmp_path / "a")
 
 
-def test_runs_that_start_in_the_same_second_have_logs_of_their_own(tmp_path, monkeypatch):
+def test_runs_that_start_in_the_same_second_have_logs_of_their_own(inputs, tmp_path, monkeypatch):
     moments = (datetime(2026, 1, 1, microsecond=number) for number in (1, 2))
     monkeypatch.setattr(setup, "datetime", Mock(now=lambda: next(moments)))
-    inputs = run_inputs(tmp_path)
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        flags = ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(tmp_path / "tb"), "--max_steps", "1"]
-        assert train_instruct.main([*resume_flags(*inputs), *flags]) == 0
+    for name in ("a", "b"):
+        assert train(inputs, tmp_path / name, "--max_steps", 1, "--tensorboard_dir", tmp_path / "tb") == 0
     assert len(list((tmp_path / "tb").iterdir())) == 2
 
 

@@ -18,19 +18,23 @@ from conftest import SRC, run_launcher
 from data.shards import open_prepared
 from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError
-from helpers import open_data, options_of, random_examples, resume_flags, small_model, to, without, write_data
+from helpers import (
+    gradients_of,
+    learner_of,
+    open_data,
+    options_of,
+    random_examples,
+    resume,
+    resume_flags,
+    small_model,
+    to,
+    train,
+    write_data,
+)
 from training.checks import doubt_about_weights, doubts
 from training.memory import fit
-from training.processes import Processes
 from training.step import Learner, train_step
 from weights import checkpoint
-
-CPU = Processes(0, 1, torch.device("cpu"))
-
-
-def run(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
-    """resume_flags without its --max_steps 24, which --epochs excludes."""
-    return train_instruct.main([*without("--max_steps", resume_flags(*inputs)), *to(folder, *flags)])
 
 
 @pytest.mark.parametrize("lengths, total", [([10] * 20, 1000), ([10] * 20, 101), (list(range(1, 60)), 256), ([7], 50)])
@@ -50,14 +54,13 @@ def test_epochs_are_the_fewest_steps_that_go_through_the_data_so_often(lengths, 
 
 def test_epochs_become_the_steps_of_the_run(inputs, tmp_path, capsys):
     """The checkpoint knows max_steps only; what would change it on resume needs --override."""
-    assert run(inputs, tmp_path, "--epochs", 1) == 0
+    assert train(inputs, tmp_path, "--epochs", 1) == 0
     steps = checkpoint.load(tmp_path / "latest.pt")["step"]
     assert f"{steps} steps = 1." in capsys.readouterr().out and steps > 2
-    again = to(tmp_path, "--resume", "latest", "--epochs")
-    assert train_instruct.main([*again, "1"]) == 0
+    assert resume(tmp_path, "latest", "--epochs", 1) == 0
     with pytest.raises(UserError, match=rf"--epochs 2 is \d+ steps, the run's --max_steps is {steps}: .* --override"):
-        train_instruct.main([*again, "2"])
-    assert train_instruct.main([*again, "2", "--override"]) == 0
+        resume(tmp_path, "latest", "--epochs", 2)
+    assert resume(tmp_path, "latest", "--epochs", 2, "--override") == 0
     assert checkpoint.load(tmp_path / "latest.pt")["step"] > steps
 
 
@@ -106,13 +109,14 @@ def test_a_dry_run_says_all_and_leaves_nothing(inputs, tmp_path, monkeypatch, ca
 
 
 def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
-    assert run(inputs, tmp_path, "--max_steps", 1) == 0
-    before = tree(tmp_path)
-    code, out, _ = run_launcher(2, *resume_flags(*inputs), *to(tmp_path, "--dry_run"))
-    assert code == 2 and re.search("failure  start .* a run is here already", out)
-    code, out, _ = run_launcher(2, *to(tmp_path, "--dry_run", "--resume", "latest"))
-    assert code == 0 and "cpu, 2 processes" in out and f"goes on from {tmp_path}/latest.pt at step 1" in out
-    assert [path for path, _ in tree(tmp_path)] == [path for path, _ in before]
+    assert train(inputs, tmp_path, "--max_steps", 1) == 0
+    before = [path for path, _ in tree(tmp_path)]
+    for flags, code, said in ((resume_flags(*inputs), 2, ["failure  start .* a run is here already"]),
+                              (["--resume", "latest"], 0, ["cpu, 2 processes",
+                                                           f"goes on from {tmp_path}/latest.pt at step 1"])):
+        found = run_launcher(2, *flags, *to(tmp_path, "--dry_run"))
+        assert found.code == code and all(re.search(line, found.stdout) for line in said)
+    assert [path for path, _ in tree(tmp_path)] == before
 
 
 def test_weights_of_no_language_model_are_told_by_their_first_loss():
@@ -150,23 +154,20 @@ def test_nothing_is_cut_on_a_terminal(inputs, tmp_path, columns):
 
 def test_patience_ends_a_run_that_gains_nothing(inputs, tmp_path, capsys):
     """Exit 0, saved, said; resumed it ends at once again, and goes on without patience."""
-    assert run(inputs, tmp_path, "--max_steps", 24, "--learning_rate", 10, "--patience", 2) == 0
-    state = checkpoint.load(tmp_path / "latest.pt")
-    assert [step for step, _ in state["val_losses"]] == [0, 4, 8] and state["step"] == 8
+    assert train(inputs, tmp_path, "--learning_rate", 10, "--patience", 2) == 0
+    assert [step for step, _ in checkpoint.load(tmp_path / "latest.pt")["val_losses"]] == [0, 4, 8]
     out = capsys.readouterr().out
     assert "stopped, as 2 evaluations gained nothing (--patience 0 goes on) at step 8" in out
     assert re.search(r"warning +the model never got better than it was before training", out)
-    resumed = to(tmp_path, "--resume", "latest")
-    assert train_instruct.main(resumed) == 0 and checkpoint.load(tmp_path / "latest.pt")["step"] == 8
-    assert train_instruct.main([*resumed, "--patience", "0", "--override", "--max_steps", "9"]) == 0
-    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 9
+    for flags, step in (((), 8), (("--patience", 0, "--override", "--max_steps", 9), 9)):
+        assert resume(tmp_path, "latest", *flags) == 0 and checkpoint.load(tmp_path / "latest.pt")["step"] == step
 
 
 def test_the_end_says_which_model_is_best_and_what_to_do_next(inputs, tmp_path, capsys, monkeypatch):
     """The losses of the evaluations are made up."""
     losses = iter([7.0, 5.0, 6.0, 6.5])
     monkeypatch.setattr("training.loop.evaluate", lambda *_, **__: next(losses))
-    assert run(inputs, tmp_path / "a run", "--max_steps", 12) == 0
+    assert train(inputs, tmp_path / "a run", "--max_steps", 12) == 0
     out, folder = capsys.readouterr().out, tmp_path / "a run"
     pairs = [line.partition("  ") for line in out[out.index("\nfinished"):].splitlines()]
     lines = {name: text.strip() for name, _, text in pairs}
@@ -191,25 +192,23 @@ def test_loss_on_all_trains_every_token_but_the_first(tmp_path):
         data = InstructData(open_prepared(folder), "train", 1024, loss_on=loss_on)
         plan = data.plan(range(12), 256, 1)
         assert plan.response_tokens == sum(len(tokens) - 1 for tokens, _ in examples)
-        results.append(train_step(Learner(small_model(), options_of(), CPU), data, plan, 1e-3).loss)
+        results.append(train_step(learner_of(), data, plan, 1e-3).loss)
     assert results[0] == results[1]
 
 
-def kept_bytes(learner: Learner, data: InstructData) -> tuple[float, list[torch.Tensor], int]:
+def kept_bytes(learner: Learner, data: InstructData) -> tuple[float, torch.Tensor, int]:
     """Loss and gradients of eight examples, and what was kept for the backward pass."""
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
         loss = learner.add_gradients(data.micro_batch(range(8)), 1.0)
-    return loss.item(), [learner.gradients[p] for p in learner.model.parameters()], sum(kept)
+    return loss.item(), gradients_of(learner), sum(kept)
 
 
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(inputs):
-    data, found = open_data(inputs[0], 1024)["train"], {}
-    for is_on in (False, True):
-        model, options = small_model(), options_of("--gradient_checkpointing", "on" if is_on else "off",
-                                                   "--context_length", 1024)
-        model.transformer.recompute = fit(options, model, CPU)[1]
-        learner = Learner(model, options, CPU)
-        found[is_on] = kept_bytes(learner, data)
-    assert found[True][0] == found[False][0] and all(map(torch.equal, found[True][1], found[False][1]))
-    assert found[True][2] < 0.8 * found[False][2]
+    data, found = open_data(inputs[0])["train"], []
+    for switch in ("off", "on"):
+        learner = learner_of(None, "--gradient_checkpointing", switch, "--context_length", 1024)
+        learner.model.transformer.recompute = fit(learner.options, learner.model, learner.processes)[1]
+        found.append(kept_bytes(learner, data))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert found[1][2] < 0.8 * found[0][2]

@@ -102,7 +102,7 @@ def typed(data: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["lines", "list", "semicolon", "Parquet", "data"])
+@pytest.mark.parametrize("name", ["lines", "list", "semicolon", "Parquet"])
 def test_standard_input_and_pipes_are_read_by_their_content(tmp_path, expected, monkeypatch, name):
     content = TEXTS[name][1]
     data = content if isinstance(content, bytes) else content.encode()
