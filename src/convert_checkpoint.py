@@ -67,7 +67,7 @@ def is_gguf(output: Path) -> bool:
 
 
 def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
-    """Raise UserError where something is that may not be replaced, and when an import has no name of a checkpoint."""
+    """Raise UserError where something is that may not be replaced, and for a name that means something else."""
     for path in (output, output.with_suffix(".Modelfile")) if is_gguf(output) else (output,):
         if path.exists():
             from weights.export import check_folder
@@ -78,6 +78,8 @@ def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
                 raise UserError(f"{path}: exists; --force replaces it, another output leaves it")
     if is_import and output.suffix != ".pt":
         raise UserError(f"{output}: import writes a checkpoint; name it {output.with_suffix('.pt')}")
+    if not is_import and output.suffix.lower() in (".pt", ".pth", ".bin", ".safetensors"):
+        raise UserError(f"{output}: export writes a folder, or a file whose name ends in {GGUF}; name one of these")
 
 
 def say(text: str) -> None:

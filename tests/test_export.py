@@ -330,6 +330,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
               for flags in ([], ["--force"])),
             (source, "theirs", ["--force"], r"that was exported here \(README.md, config.json in it\)", UserError),
             (source, "file", ["--force"], "file: no folder that can be read: Not a directory", UserError),
+            (source, "x.BIN", [], "x.BIN: export writes a folder, or a file whose name ends in .gguf", UserError),
             *((source, name, [], ": not a folder that was exported here", UserError) for name in ("/", "..")),
             (source, "a" * 300, [], "too long", UserError),
             (source, "file/x", [], "file/x: cannot write there: Not a directory", UserError),
