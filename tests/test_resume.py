@@ -242,11 +242,11 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
 
 
 def test_a_restart_and_auto_go_on_where_a_run_is_and_begin_where_none_is(inputs, tmp_path, monkeypatch, capsys):
-    """The launcher's word for a restart is in the environment."""
+    """The launcher's word for a restart is a file that is there."""
     for folder in (tmp_path / "auto", tmp_path / "restart"):
         for flags in ((), ("--resume", "auto")):
             if folder.name == "restart":
-                monkeypatch.setenv("INSTRUCT_IS_RESTART", "1")
+                monkeypatch.setenv("INSTRUCT_BEGUN", str(folder.parent))
             resumed = (folder / "latest.pt").exists()
             flags = () if folder.name == "restart" else ("--resume", "auto")
             assert run(inputs, folder, "--max_steps", 2, *flags) == 0

@@ -17,12 +17,11 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 
 from cli import Parser, printable_line, run, say
 from errors import DiedError, LostError, UserError, errors_at
-from training.ending import AGAIN, WATCHED_SIGNALS, block_signals
+from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
 from training.options import parse_options
 from weights.durable import lock_folder
@@ -123,12 +122,10 @@ class Launcher:
 
     def __init__(self, processes: int, flags: list[str], folder: str, hosts: Hosts) -> None:
         self.flags, self.folder, self.hosts = flags, folder, hosts
-        self.report, self.trainers = Report(processes), Trainers()
-        self.begun = f"{folder}/begun"  # the trainers touch it when they begin, and at every step
-        self.stop, self.stopped = 0, 0.0  # the signal that asked to stop, and when it came
-        self.waiting = 0.0  # since when this host has waited for others
-        self.notice, self.quiet = NOTICE, QUIET  # seconds of waiting, and without a step, before that is said (again)
-        self.news, self.asked = "", 0  # what was said of the plan, and the start that was asked to save and end
+        self.report, self.trainers, self.signals = Report(processes), Trainers(), Signals()
+        self.begun = Path(folder, "begun")  # the trainers touch it when they begin, and at every step
+        self.news = ""  # what was said of the plan
+        self.since, self.notice = time.monotonic(), NOTICE  # when waiting began, and the seconds before that is said
 
     def run(self) -> int:
         """Do what the plan says until the run is over. Returns or raises its exit code."""
@@ -136,17 +133,22 @@ class Launcher:
         try:
             while True:
                 if received := signal.sigtimedwait(WATCHED_SIGNALS, 0.1):
-                    self._pass_on(received.si_signo)
-                if self.report.code is None and (outcome := self.trainers.outcome(self.stop)):
+                    if self.signals.note(received.si_signo):
+                        self.trainers.kill()
+                    self.trainers.send(received.si_signo)
+                if self.report.code is None and (outcome := self.trainers.outcome(self.signals.stop)):
                     self.report = replace(self.report, code=outcome[0], why=outcome[1])
+                    self.since, self.notice = time.monotonic(), NOTICE
                 plan = self.hosts.decide(self.report)
                 if plan.code is None and plan.news not in ("", self.news):
                     self.news = plan.news
                     say(printable_line(f"warning: {plan.news}"))
+                    if plan.saving:
+                        self.trainers.send(AGAIN)
                 if self.report.code is None:
                     self._watch(plan)
-                elif plan.code is not None or self.stop:
-                    code = 128 + self.stop if plan.code is None else plan.code
+                elif plan.code is not None or self.signals.stop:
+                    code = 128 + self.signals.stop if plan.code is None else plan.code
                     return self._show_end(plan, code)
                 elif plan.goes and self.hosts.key in plan.members and plan.start > self.report.start:
                     self._start(plan)
@@ -156,35 +158,24 @@ class Launcher:
             self.trainers.kill()
             self.hosts.leave(code)
 
-    def _pass_on(self, number: int) -> None:
-        """A signal from outside goes to the trainers; a second one to stop ends them."""
-        if number == AGAIN:
-            return
-        if number != signal.SIGUSR1 and self.stop and time.monotonic() - self.stopped >= 1.0:
-            self.trainers.kill()
-        elif number != signal.SIGUSR1 and not self.stop:
-            self.stop, self.stopped = number, time.monotonic()
-        self.trainers.send(number)
-
     def _start(self, plan: Plan) -> None:
-        before = takewhile(lambda key: key != self.hosts.key, plan.members)
-        first, world_size = sum(plan.members[key] for key in before), sum(plan.members.values())
         # a start of this command that has begun has obeyed --resume; so has one that another host knows of
-        is_restart = os.path.exists(self.begun) or (plan.start > 1 and not self.report.start)
-        if is_restart:
-            Path(self.begun).touch()
+        if self.begun.exists() or (plan.start > 1 and not self.report.start):
+            self.begun.touch()
         store = f"file://{self.folder}/store{plan.start}"
         if self.hosts.endpoint:
             store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
         else:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
-        self.trainers, self.waiting, self.notice, self.quiet = Trainers(), 0.0, NOTICE, QUIET
+        keys = list(plan.members)
+        first = sum(plan.members[key] for key in keys[:keys.index(self.hosts.key)])
+        self.trainers, self.notice = Trainers(), QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
-            environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size,
-                           "LOCAL_WORLD_SIZE": self.report.processes, "INSTRUCT_STORE": store,
-                           "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun,
-                           "INSTRUCT_IS_RESTART": int(is_restart)}
+            environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
+                           "WORLD_SIZE": sum(plan.members.values()), "LOCAL_WORLD_SIZE": self.report.processes,
+                           "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is there
+                           "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun}
             self.trainers.by_rank[first + local_rank] = subprocess.Popen(
                 [sys.executable, str(TRAINER), *self.flags],
                 env={**os.environ, **{name: str(value) for name, value in environment.items()}})
@@ -193,23 +184,19 @@ class Launcher:
         """The trainers run: have them end unless the plan is that they go on, and say when nothing happens."""
         if plan.start != self.report.start or not (plan.goes or plan.saving):
             self.trainers.end_soon()
-        elif plan.saving and self.asked != plan.start:
-            self.asked = plan.start
-            self.trainers.send(AGAIN)
-        seconds = time.time() - os.stat(self.begun).st_mtime if os.path.exists(self.begun) else 0.0
-        if seconds >= self.quiet:
-            self.quiet = 2 * seconds
+        seconds = time.time() - self.begun.stat().st_mtime if self.begun.exists() else 0.0
+        if seconds >= self.notice:
+            self.notice = 2 * seconds
             say(f"warning: no step has ended for {seconds / 60:.0f} minutes; if a process hangs, Ctrl-C twice ends the "
                 "run, and latest goes on from its newest checkpoint")
 
     def _wait(self, what: str) -> None:
         """Nothing runs here: say what it waits for, but do not wait for ever."""
-        self.waiting = self.waiting or time.monotonic()
-        waited = time.monotonic() - self.waiting
+        waited = time.monotonic() - self.since
         if waited >= PATIENCE:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
         if waited >= self.notice:
-            self.notice = waited + min(60.0, waited)
+            self.notice = 2 * waited
             say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
 
     def _show_end(self, plan: Plan, code: int) -> int:
