@@ -133,7 +133,7 @@ class Hosts:
         self.key = f"{platform.node()} {uuid.uuid4().hex}"
         self.plan, self.heard = Plan(), 0.0  # the plan, and when it was heard last
         self._store: Any = None  # the server, in the first launcher
-        self._heard_of: dict[str, tuple[Report, float]] = {}  # there: the hosts' last reports, and when they came
+        self._last = {self.key: (report, 0.0)}  # there: the hosts' last reports, its own first, and when they came
         self._thread = Thread(target=self._talk, args=endpoint or (), daemon=True)
         if endpoint:
             self._thread.start()
@@ -188,12 +188,11 @@ class Hosts:
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
 
     def _lead(self, store: Any) -> None:
-        """Read all reports, and write the plan from those of the hosts that are here, this host's first."""
+        """Read all reports, and write the plan from those of the hosts that are here."""
         now = time.monotonic()
         for _ in range(store.queue_len("reports")):
             key, report = json.loads(store.queue_pop("reports"))
-            self._heard_of[key] = (Report(**report), now)
-        here = {key: report for key, (report, heard) in self._heard_of.items() if now - heard < GONE}
-        plan = self.leader.decide(dict(sorted(here.items(), key=lambda item: item[0] != self.key)))
-        self._heard_of = {key: heard for key, heard in self._heard_of.items() if not heard[0].left}
+            self._last[key] = (Report(**report), now)
+        plan = self.leader.decide({key: report for key, (report, came) in self._last.items() if now - came < GONE})
+        self._last = {key: last for key, last in self._last.items() if not last[0].left}
         store.set("plan", json.dumps(asdict(plan)))

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, printable_line, run, say
+from cli import Parser, number, printable_line, run, say
 from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
@@ -34,10 +35,9 @@ TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 
 def main() -> int:
     block_signals()
-    most_processes = max(8, os.cpu_count() or 1)
-    if len(sys.argv) < 2 or not sys.argv[1].isdecimal() or not 1 <= int(sys.argv[1]) <= most_processes:
-        raise UserError(f"the first argument is the number of processes, 1 to {most_processes} on this machine")
-    processes, flags = int(sys.argv[1]), sys.argv[2:]
+    parser, flags = Parser(), sys.argv[2:]
+    parser.add_argument("nproc", type=number(int, 1, max(8, os.cpu_count() or 1)), help="the number of processes")
+    processes = parser.parse_args(sys.argv[1:2]).nproc
     options = parse_options(flags)
     folder = Path(options.checkpoint_dir)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -71,58 +71,14 @@ def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
         return least, most, endpoint if most > 1 else None, int(flags.max_restarts)
 
 
-class Trainers:
-    """The training processes of this host in one start of the run."""
-
-    def __init__(self) -> None:
-        self.by_rank: dict[int, subprocess.Popen[bytes]] = {}
-        self.killed: set[int] = set()  # the ranks that were ended from here
-        self.end = math.inf  # when those that still run are killed
-
-    def send(self, number: int) -> None:
-        for trainer in self.by_rank.values():
-            if trainer.poll() is None:
-                trainer.send_signal(number)
-
-    def kill(self) -> None:
-        self.killed |= {rank for rank, trainer in self.by_rank.items() if trainer.poll() is None}
-        self.send(signal.SIGKILL)
-        for trainer in self.by_rank.values():
-            trainer.wait()
-
-    def end_soon(self) -> None:
-        """They have some seconds to end by themselves."""
-        self.end = min(self.end, time.monotonic() + GRACE)
-
-    def outcome(self, stop: int) -> tuple[int, str] | None:
-        """How they ended, as one exit code and a reason: what a trainer decided comes first, then a death. None while
-        one of them runs. stop is the signal that asked them to stop, or 0."""
-        codes = {rank: trainer.poll() for rank, trainer in self.by_rank.items()}
-        if any(code not in (None, 0, 128 + stop) for code in codes.values()):
-            self.end_soon()  # the others are left alone
-        if None in codes.values():
-            if time.monotonic() >= self.end:
-                self.kill()
-            return None
-        ended = {rank: code for rank, code in codes.items() if code and rank not in self.killed}
-        for code in ended.values():
-            if code > 1 and code not in (LostError.exit_code, 128 + AGAIN):
-                return code, ""
-        if stop and (self.killed or ended):
-            return 128 + stop, ""
-        names = {-number: f"was killed ({number.name})" for number in signal.Signals} | {1: "failed"}
-        names[-signal.SIGKILL] += ", often because memory ran out"
-        died = [f"process {rank} {names.get(code, f'was killed ({-code})')}" for rank, code in ended.items()
-                if code < 0 or code == 1]
-        return (DiedError.exit_code if died else LostError.exit_code if self.killed or ended else 0), ", ".join(died)
-
-
 class Launcher:
     """What this host does in a run, from its first start to its end."""
 
     def __init__(self, processes: int, flags: list[str], folder: str, hosts: Hosts) -> None:
         self.flags, self.folder, self.hosts = flags, folder, hosts
-        self.report, self.trainers, self.signals = Report(processes), Trainers(), Signals()
+        self.report, self.signals = Report(processes), Signals()
+        self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
+        self.killed, self.end = set[int](), math.inf  # those ended from here; when those that still run are
         self.begun = Path(folder, "begun")  # the trainers touch it when they begin, and at every step
         self.news = ""  # what was said of the plan
         self.since, self.notice = time.monotonic(), NOTICE  # when waiting began, and the seconds before that is said
@@ -134,17 +90,14 @@ class Launcher:
             while True:
                 if received := signal.sigtimedwait(WATCHED_SIGNALS, 0.1):
                     if self.signals.note(received.si_signo):
-                        self.trainers.kill()
-                    self.trainers.send(received.si_signo)
-                if self.report.code is None and (outcome := self.trainers.outcome(self.signals.stop)):
-                    self.report = replace(self.report, code=outcome[0], why=outcome[1])
-                    self.since, self.notice = time.monotonic(), NOTICE
+                        self._kill()
+                    self._send(received.si_signo)
                 plan = self.hosts.decide(self.report)
                 if plan.code is None and plan.news not in ("", self.news):
                     self.news = plan.news
                     say(printable_line(f"warning: {plan.news}"))
                     if plan.saving:
-                        self.trainers.send(AGAIN)
+                        self._send(AGAIN)
                 if self.report.code is None:
                     self._watch(plan)
                 elif plan.code is not None or self.signals.stop:
@@ -155,7 +108,7 @@ class Launcher:
                 else:
                     self._wait(plan.waiting or "a place among the hosts of the run")
         finally:
-            self.trainers.kill()
+            self._kill()
             self.hosts.leave(code)
 
     def _start(self, plan: Plan) -> None:
@@ -169,26 +122,61 @@ class Launcher:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
         keys = list(plan.members)
         first = sum(plan.members[key] for key in keys[:keys.index(self.hosts.key)])
-        self.trainers, self.notice = Trainers(), QUIET
+        self.trainers, self.killed, self.end, self.notice = {}, set(), math.inf, QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
             environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
                            "WORLD_SIZE": sum(plan.members.values()), "LOCAL_WORLD_SIZE": self.report.processes,
                            "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is there
                            "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun}
-            self.trainers.by_rank[first + local_rank] = subprocess.Popen(
+            self.trainers[first + local_rank] = subprocess.Popen(
                 [sys.executable, str(TRAINER), *self.flags],
                 env={**os.environ, **{name: str(value) for name, value in environment.items()}})
 
+    def _send(self, number: int) -> None:
+        for trainer in self.trainers.values():
+            if trainer.poll() is None:
+                trainer.send_signal(number)
+
+    def _kill(self) -> None:
+        self.killed |= {rank for rank, trainer in self.trainers.items() if trainer.poll() is None}
+        self._send(signal.SIGKILL)
+        for trainer in self.trainers.values():
+            trainer.wait()
+
     def _watch(self, plan: Plan) -> None:
-        """The trainers run: have them end unless the plan is that they go on, and say when nothing happens."""
-        if plan.start != self.report.start or not (plan.goes or plan.saving):
-            self.trainers.end_soon()
+        """The trainers run: have they ended, and does a step end from time to time? They have some seconds to end when
+        the plan is not that they go on, or one has left the others alone."""
+        codes = {rank: trainer.poll() for rank, trainer in self.trainers.items()}
+        may_go_on = plan.start == self.report.start and (plan.goes or plan.saving)
+        if not may_go_on or any(code not in (None, 0, 128 + self.signals.stop) for code in codes.values()):
+            self.end = min(self.end, time.monotonic() + GRACE)
+        if None not in codes.values():
+            code, why = self._outcome({rank: code for rank, code in codes.items() if code and rank not in self.killed})
+            self.report = replace(self.report, code=code, why=why)
+            self.since, self.notice = time.monotonic(), NOTICE
+        elif time.monotonic() >= self.end:
+            self._kill()
         seconds = time.time() - self.begun.stat().st_mtime if self.begun.exists() else 0.0
-        if seconds >= self.notice:
+        if self.report.code is None and seconds >= self.notice:
             self.notice = 2 * seconds
             say(f"warning: no step has ended for {seconds / 60:.0f} minutes; if a process hangs, Ctrl-C twice ends the "
                 "run, and latest goes on from its newest checkpoint")
+
+    def _outcome(self, ended: Mapping[int, int]) -> tuple[int, str]:
+        """How the trainers ended, as one exit code and a reason: what one decided comes first, then a death. ended: the
+        exit codes of those that did not end well, but for those that were killed from here."""
+        for code in ended.values():
+            if code > 1 and code not in (LostError.exit_code, 128 + AGAIN):
+                return code, ""
+        if not self.killed and not ended:
+            return 0, ""
+        if self.signals.stop:
+            return 128 + self.signals.stop, ""
+        died = [f"process {rank} " + (f"was killed ({signal.Signals(-code).name})" if code < 0 else "failed")
+                + ", often because memory ran out" * (code == -signal.SIGKILL)
+                for rank, code in ended.items() if code < 0 or code == 1]
+        return DiedError.exit_code if died else LostError.exit_code, ", ".join(died)
 
     def _wait(self, what: str) -> None:
         """Nothing runs here: say what it waits for, but do not wait for ever."""

@@ -37,30 +37,25 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-        return self._reduced(values, torch.float64, dist.ReduceOp.SUM)
-
-    def largest(self, *values: int) -> list[int]:
-        """The largest of all ranks' values, one by one: what one rank noticed, all know."""
-        return self._reduced(values, torch.int64, dist.ReduceOp.MAX)
-
-    def _reduced(self, values: Sequence[float], dtype: torch.dtype, how: dist.ReduceOp.RedOpType) -> list[Any]:
-        tensor = torch.tensor(values, dtype=dtype)  # of the CPU: no rank waits for its GPU here
-        if self.world_size > 1:
-            dist.all_reduce(tensor, how)
-        return tensor.tolist()
-
     def gather(self, mine: object) -> list[Any]:
         """What each rank has, rank by rank. It travels as JSON: nothing that comes from a network is unpickled."""
         if self.world_size == 1:
             return [mine]
         text = json.dumps(mine).encode()
-        [longest] = self.largest(len(text))
-        padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8)
+        longest = torch.tensor(len(text))  # of the CPU: no rank waits for its GPU here
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        padded = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
         found = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(found, padded)
         return [json.loads(bytes(each.tolist())) for each in found]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        return [sum(each) for each in zip(*self.gather(values))]
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of all ranks' values, one by one: what one rank noticed, all know."""
+        return [max(each) for each in zip(*self.gather(values))]
 
     @contextmanager
     def together(self) -> Iterator[None]:
