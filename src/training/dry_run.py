@@ -63,11 +63,10 @@ class Table:
     def show(self) -> int:
         """Returns the exit code."""
         count = Counter(status for status, _ in self.rows.values())
-        verdict = (f"{count['failure']} of {len(self.rows)} checks failed" if count["failure"] else "the run can start"
-                   + f", with {count['warning']} warning{'s' * (count['warning'] > 1)}" * bool(count["warning"]))
-        rows = {f"{status:<8} {name}": text for name, (status, text) in self.rows.items()}
-        say(f"{columns(rows)}\n{verdict}; this was a dry run, nothing was written")
-        return UserError.exit_code if count["failure"] else 0
+        failed, rows = count["failure"], {f"{status:<8} {name}": text for name, (status, text) in self.rows.items()}
+        verdict = f"{failed} of {len(rows)} checks failed" if failed else "the run can start"
+        say(f"{columns(rows)}\n{verdict}, warnings: {count['warning']}; this was a dry run, nothing was written")
+        return UserError.exit_code if failed else 0
 
 
 def dry_run(argv: list[str] | None) -> int:

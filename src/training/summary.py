@@ -25,10 +25,8 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
     if best:
         (first_step, first), (last_step, last), (best_step, lowest) = run.val_losses[0], run.val_losses[-1], best
         before = "before training" if first_step == 0 else f"at step {first_step}"
-        place = "; " + (f"{path} has weights of another branch, with {run.best_loss:.4f}" if run.best_loss < lowest else
-                        f"no {BEST} in this folder has it")
-        if run.best_loss == lowest and path.exists():
-            place = f", in {path}"
+        is_there = run.best_loss == lowest and path.exists()
+        place = f", in {path}" if is_there else f"; {path} has other weights, or is not there"
         rows["best"] = f"val loss {lowest:.4f}, at step {best_step}{place}"
         rows["val loss"] = f"{first:.4f} {before}, {last:.4f} at step {last_step}"
         if first_step == 0 and lowest >= first:
