@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +33,9 @@ def where_all_is_made(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_before() -> Iterator[None]:
-    """A trainer that runs in this process sets signal handlers; other tests want theirs."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if (written := signal.set_wakeup_fd(-1)) >= 0:
-        os.close(written)  # ends the thread that counts them
+def no_signal_is_blocked() -> None:
+    """A trainer that runs in this process blocks some; other tests, and what they start, want them."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 class Outcome(NamedTuple):

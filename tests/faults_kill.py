@@ -121,7 +121,7 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
         run.wait_for(Trainer.stopped)
         os.kill(run.ranks()[number % 2], signal.SIGKILL)
         wrong, starts = run.exits(1), len(run.lines("model "))
-        said = run.output().count("A process of the run died before the first checkpoint")
+        said = run.output().count("no new checkpoint was saved before that")
         result.check(f"rank {number % 2}", wrong, f"{starts} starts" * (starts != 1),
                      f"said {said} times" * (said != 1), run.orphans())
 

@@ -228,11 +228,11 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         resume(tmp_path, damaged)
 
 
-@pytest.mark.parametrize("flags, restart", [(("--resume", "auto"), "0"), ((), "1")])
+@pytest.mark.parametrize("flags, is_restart", [(("--resume", "auto"), False), ((), True)])
 def test_a_restart_and_auto_go_on_where_a_run_is_and_begin_where_none_is(inputs, tmp_path, monkeypatch, capsys, flags,
-                                                                        restart):
-    """The launcher's word for a restart is in the environment."""
-    monkeypatch.setenv("INSTRUCT_IS_RESTART", restart)
+                                                                         is_restart):
+    """The launcher's word for a restart is a file that is there."""
+    monkeypatch.setenv("INSTRUCT_BEGUN", str(tmp_path) if is_restart else "")
     for is_there in (False, True):
         assert train(inputs, tmp_path, "--max_steps", 2, *flags) == 0
         assert ("resumed from" in capsys.readouterr().out) == is_there

@@ -85,9 +85,10 @@ def tree(folder: Path) -> list[tuple[Path, int]]:
 
 @pytest.mark.parametrize("flags, code, said", [
     ([], 0, [r"ok       device +cpu, 1 process", r"ok       fingerprint +[0-9a-f]{12}, of made by a test",
-             r"ok       run +24 steps = ", "ok       disk ", r"ok       first loss +7\.", r"ok       memory +about 0\.",
-             r"ok       time +about \d", "the run can start; this was a dry run"]),
-    (["--max_steps", 2000], 0, ["warning  run +.* --epochs 3", "the run can start, with 1 warning;"]),
+             r"ok       run +24 steps = ", "ok       disk ", r"ok       first loss +6\.9",
+             r"ok       memory +about 0\.", r"ok       time +about \d",
+             "the run can start, warnings: 0; this was a dry run"]),
+    (["--max_steps", 2000], 0, ["warning  run +.* --epochs 3", "the run can start, warnings: 1;"]),
     (["--data_dir", "absent", "--pretrained_model", "absent.pt"], 2, [
         "failure  data +absent/dataset_info.json: no prepared data there; name the folder", "warning  the rest",
         "failure  model +absent.pt: no pre-trained model; put ", r"2 of \d checks failed"]),

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader_instruct import ExampleStream, InstructData, MicroBatch
+from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError, errors_at
 from instruct_format import VOCAB_SIZE
 from model import GPT
@@ -42,13 +43,17 @@ class Table:
         self.rows: dict[str, tuple[str, str]] = {}
         self.processes = Processes(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"))  # until they have joined
 
+    def is_ok(self, *names: str) -> bool:
+        return all(self.rows.get(name, ("",))[0] != "failure" for name in names)
+
     def add(self, status: str, name: str, text: str) -> None:
-        if self.rows.get(name, ("",))[0] != "failure":
+        if self.is_ok(name):
             self.rows[name] = (status, text)
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
         """What is refused in here, on any process, is a failure of this name."""
+        self.rows.setdefault(name, ("ok", "can be used"))
         try:
             with self.processes.together():
                 yield
@@ -57,11 +62,10 @@ class Table:
 
     def show(self) -> int:
         """Returns the exit code."""
-        failed, doubtful = (sum(status == kind for status, _ in self.rows.values()) for kind in ("failure", "warning"))
-        rows = {f"{status:<8} {name}": text for name, (status, text) in self.rows.items()}
-        verdict = (f"{failed} of {len(rows)} checks failed" if failed else "the run can start"
-                   + f", with {doubtful} warning{'s' * (doubtful > 1)}" * bool(doubtful))
-        say(f"{columns(rows)}\n{verdict}; this was a dry run, nothing was written")
+        count = Counter(status for status, _ in self.rows.values())
+        failed, rows = count["failure"], {f"{status:<8} {name}": text for name, (status, text) in self.rows.items()}
+        verdict = f"{failed} of {len(rows)} checks failed" if failed else "the run can start"
+        say(f"{columns(rows)}\n{verdict}, warnings: {count['warning']}; this was a dry run, nothing was written")
         return UserError.exit_code if failed else 0
 
 
@@ -82,7 +86,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     with table.check("folders"):
         for each in (folder, Path(options.tensorboard_dir)):
             with errors_at(f"{each}: cannot write there"), tempfile.TemporaryFile(dir=existing(each)):
-                table.add("ok", "folders", f"{folder} and {options.tensorboard_dir} can be written")
+                pass
         if table.processes.is_main and (folder / LOCK).exists():
             with lock_folder(folder, is_named=False):
                 pass
@@ -90,10 +94,9 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         path, state = find_state(options, folder)
         options = resumed_options(argv, state["options"], folder, path) if state else options
         table.add("ok", "start", f"goes on from {path} at step {state['step']}" if state else "a new run")
-    if table.rows["start"][0] == "ok":
-        with table.check("model"):
+    if table.is_ok("start"):
+        with table.check("model"), table.processes.failures_explained("the model does not fit"):
             model, origin = model_of(options, state, path)
-            table.add("ok", "model", origin)
     if model:
         with table.check("step"):
             check_sizes(options, model.config)
@@ -101,9 +104,8 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         prepared = open_data(options, state)
         options.context_length = options.context_length or 1024  # without a model
         data = split_data(prepared, options, model.config.vocab_size if model else VOCAB_SIZE)
-        table.add("ok", "data", f"{len(data['train']):,} train and {len(data['val']):,} val examples")
     # together, if all is there
-    if not model or any(table.rows[name][0] == "failure" for name in ("data", "step", "device") if name in table.rows):
+    if not model or not table.is_ok("data", "step", "device"):
         return table.add("warning", "the rest", "not checked, as it needs what failed above")
     table.add("ok", "fingerprint", f"{prepared.manifest['fingerprint'][:12]}, of {prepared.manifest['source']}")
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
@@ -111,7 +113,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         options = with_steps(options, stream.steps_in, state, path)
     with table.check("device"):
         options, model.transformer.recompute = fit(options, model, table.processes)
-    if table.rows.get("device", ("ok",))[0] == "failure":
+    if not table.is_ok("device"):
         return None
     devices = table.processes.gather(name_of(table.processes.device))
     for name, text in facts(options, table.processes, model, data, stream, origin).items():
@@ -126,18 +128,29 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     """The first loss, the memory and the time of the run, from a micro-batch on this device."""
     device, most = table.processes.device, most_tokens(options)
     is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
-    # the longest examples that fit; at least the shortest
-    room = most if is_cuda else min(most, CPU_TOKENS)
-    longest = [number for number in np.argsort(-data.lengths, kind="stable").tolist() if data.lengths[number] <= room]
-    count = int((np.cumsum(data.lengths[longest]) <= room).sum())
-    batch = data.micro_batch(longest[:count] or [int(data.lengths.argmin())])
+    # as many of the first examples as fit; at least one
+    examples, _ = stream.step(Position())
+    fits = np.cumsum(data.lengths[examples]) <= (most if is_cuda else min(most, CPU_TOKENS))
+    batch = data.micro_batch(examples[:max(1, int(fits.sum()))]).to(device)
     learner = Learner(model.to(device), options, table.processes,
                       lambda text: table.add("warning", "compile", text.removeprefix("warning: ")))
-    loss, kept, seconds = _run(learner, batch.to(device))
+    kept = dict[int, int]()  # for the backward pass: bytes by their place in memory
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = learner.add_gradients(batch, 0.0).item() / max(1, len(batch.targets))
+    for parameter in learner.computing.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    begin = time.perf_counter()  # the first time also started everything up
+    learner.add_gradients(batch, 0.0).item()
+    seconds = time.perf_counter() - begin
+    # what that says of the run
     doubt = "" if options.from_scratch else doubt_about_weights(loss)
     table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
-    # weights, gradients, two moments, and what the backward pass needs
-    needed = 4 * weights + kept * most // len(batch.tokens)
+    needed = 4 * weights + sum(kept.values()) * most // len(batch.tokens)  # weights, gradients, two moments
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if is_cuda:
         needed = torch.cuda.max_memory_allocated(device) + 2 * weights
@@ -148,24 +161,3 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     a_step = seconds * int(data.lengths.sum()) / len(batch.tokens) / stream.steps_per_epoch
     a_step /= table.processes.world_size if is_cuda else 1
     table.add("ok", "time", f"about {a_step:,.2f} s a step, {duration(a_step * options.max_steps)} in all")
-
-
-def _run(learner: Learner, batch: MicroBatch) -> tuple[float, int, float]:
-    """A micro-batch forward and backward: the loss of a response token, the bytes that the backward pass needs, the
-    seconds."""
-    kept = dict[int, int]()  # bytes by their place in memory
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        learner.add_gradients(batch, 0.0)
-    begin = time.perf_counter()  # the first one also started everything up
-    mean = learner.add_gradients(batch, 0.0).item() / max(1, len(batch.targets))
-    if batch.tokens.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    for parameter in learner.computing.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return mean, sum(kept.values()), seconds

@@ -23,7 +23,7 @@ def block_signals() -> None:
 
 def is_restart() -> bool:
     """Whether this run began before and goes on by itself, here or on another host."""
-    return os.environ.get("INSTRUCT_IS_RESTART") == "1"
+    return os.path.exists(os.environ.get("INSTRUCT_BEGUN", ""))
 
 
 def mark_begun() -> None:
@@ -44,32 +44,31 @@ def leave(code: int) -> NoReturn:
 
 
 class Signals:
-    """What the watched signals asked of this process: flags that the loop reads. Only a second signal to stop, a second
-    or more after the first, leaves at once (checkpoints on disk are whole at any time)."""
+    """What the watched signals asked for: flags that the loop, or the launcher, reads."""
 
     def __init__(self) -> None:
         self.stop = 0  # the signal's number
         self.save = 0
+        self._first = 0.0  # when it came
+
+    def note(self, number: int) -> bool:
+        """Whether this signal is the second one to stop, a second or more after the first: then the process has to end
+        at once (checkpoints on disk are whole at any time)."""
+        if number == signal.SIGUSR1:
+            self.save = 1
+        elif not self.stop:
+            self.stop, self._first = number, time.monotonic()
+        elif number != AGAIN:
+            return time.monotonic() - self._first >= 1.0
+        return False
 
     def watch(self) -> None:
-        """From now on; signals that were blocked until now count too. A thread counts them, so that the second one
+        """From now on; signals that were blocked until now count too. A thread waits for them, so that the second one
         works while the main thread hangs in a collective or on a GPU, where Python's handlers never run."""
-        numbers, written = os.pipe()
-        os.set_blocking(written, False)
-        if (before := signal.set_wakeup_fd(written, warn_on_full_buffer=False)) >= 0:
-            os.close(before)  # ends the thread of a run that this process has had before
-        for number in WATCHED_SIGNALS:
-            signal.signal(number, lambda *_: None)  # in any case Python writes the number to the pipe
-        Thread(target=self._count, args=(numbers,), daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED_SIGNALS)
+        block_signals()
+        Thread(target=self._wait, daemon=True).start()
 
-    def _count(self, numbers: int) -> None:
-        first = 0.0
-        with open(numbers, "rb", buffering=0) as arrived:
-            while number := int.from_bytes(arrived.read(1), "big"):
-                if number == signal.SIGUSR1:
-                    self.save = 1
-                elif not self.stop:
-                    self.stop, first = number, time.monotonic()
-                elif time.monotonic() - first >= 1.0 and number != AGAIN:
-                    os._exit(128 + number)
+    def _wait(self) -> None:
+        while True:
+            if self.note(number := signal.sigwait(WATCHED_SIGNALS)):
+                os._exit(128 + number)

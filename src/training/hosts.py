@@ -2,8 +2,8 @@
 
 The launcher of each host (launch.py) says in a Report what its processes do. The leader, in the launcher of the first
 host, turns all reports into one Plan, and every launcher does what the plan says. On one machine that is a call and
-nothing else. Several exchange reports and plan, a few times a second, through a store (torch's TCPStore) in the first
-launcher. Both are JSON: nothing that comes from the network is ever unpickled.
+nothing else. Several exchange them a few times a second through a store (torch's TCPStore) in the first launcher: a
+queue of reports, and the plan. Both are JSON: nothing that comes from the network is ever unpickled.
 """
 
 import json
@@ -31,8 +31,8 @@ class Report:
     processes: int
     start: int = 0  # the number of the start of the run that it took part in last
     code: int | None = 0  # how its processes ended; None while they run
-    why: str = ""
-    time: float = 0.0  # changes with every word
+    why: str = ""  # which of them died, and how
+    left: bool = False  # this is its last word
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Leader:
             self.plan.waiting = f"the processes of {', '.join(running)} to end"
             self.plan.saving &= self.plan.members.keys() <= reports.keys()  # one that is gone takes part in no save
         elif self.plan.code is None:
-            self._begin(reports)
+            self._begin({key: report for key, report in reports.items() if not report.left})
         return self.plan
 
     def _begin(self, reports: Mapping[str, Report]) -> None:
@@ -92,45 +92,36 @@ class Leader:
 
     def _watch(self, reports: Mapping[str, Report]) -> None:
         """While a start goes: has it ended, does it go on, does another host join?"""
-        plan, codes, died = self.plan, dict[str, int](), list[str]()
-        for key, report in reports.items():
-            if key in plan.members and report.start == plan.start and report.code is not None:
-                codes[name_of(key)] = report.code
-                died += [f"{name_of(key)}: {report.why}"] * (report.code == DiedError.exit_code)
-        final = [host for host, code in codes.items() if code not in (0, DiedError.exit_code, LostError.exit_code)]
+        plan = self.plan
+        codes = {key: report.code for key, report in reports.items()
+                 if key in plan.members and report.start == plan.start and report.code is not None}
+        final = [key for key, code in codes.items() if code not in (0, DiedError.exit_code, LostError.exit_code)]
+        died = [f"{name_of(key)}: {reports[key].why}" for key in codes if reports[key].why]
         gone = [f"{name_of(key)} is gone" for key in plan.members if key not in reports]
         joined = [name_of(key) for key in reports if key not in plan.members]
         if final:
-            self.end(codes[final[0]], f"{final[0]} has stopped the run")
+            self.end(f"{name_of(final[0])} has stopped the run", codes[final[0]])
         elif gone or any(codes.values()):
             self._again("; ".join(died or gone or ["the connection between the processes is lost"]), bool(died))
         elif len(codes) == len(plan.members):
-            self.end(0)
+            self.end("", 0)
         elif joined and len(plan.members) < self.most:
-            self._stop(f"{joined[0]} joins: the run saves and goes on with it", saving=True)
+            self.end(f"{joined[0]} joins: the run saves and goes on with it (start {plan.start + 1})", saving=True)
 
     def _again(self, news: str, died: bool) -> None:
         """Start once more from the newest checkpoint, unless that would only repeat what happened."""
         saved = self._saved()
         self.restarts = self.restarts + 1 if saved == self.saved else 1
         self.saved = saved
-        if died and not saved:
-            self.end(DiedError.exit_code, f"{news}. A process of the run died before the first checkpoint was saved; "
-                     "starting again by itself would only repeat that, so see above why, and run the command again")
-        elif self.restarts > self.most_restarts:
-            self.end(DiedError.exit_code, f"{news}. The run was started again {self.most_restarts} times without "
-                     "getting to a new checkpoint; see above why")
+        if self.restarts > (self.most_restarts if saved or not died else 0):
+            self.end(f"{news}; no new checkpoint was saved before that, so another start would only repeat it: see "
+                     "above why, and run the command again", DiedError.exit_code)
         else:
-            self._stop(f"{news}; the run goes on from its newest checkpoint")
+            self.end(f"{news}; the run goes on from its newest checkpoint (start {self.plan.start + 1})")
 
-    def _stop(self, news: str, saving: bool = False) -> None:
-        """This start is to end, so that another one can begin."""
-        news += f" (start {self.plan.start + 1})"
-        self.plan = replace(self.plan, goes=False, saving=saving, news=news)
-
-    def end(self, code: int, news: str = "") -> None:
-        """The run is over."""
-        self.plan = replace(self.plan, goes=False, code=code, news=news)
+    def end(self, news: str, code: int | None = None, *, saving: bool = False) -> None:
+        """This start is to end: with an exit code the run is over, without one another start follows."""
+        self.plan = replace(self.plan, goes=False, saving=saving, news=news, code=code)
 
 
 class Hosts:
@@ -142,10 +133,10 @@ class Hosts:
         self.key = f"{platform.node()} {uuid.uuid4().hex}"
         self.plan, self.heard = Plan(), 0.0  # the plan, and when it was heard last
         self._store: Any = None  # the server, in the first launcher
-        self._seen: dict[str, tuple[bytes, float]] = {}  # the hosts' reports, and since when they are the same
-        self._left = False
+        self._last = {self.key: (report, 0.0)}  # there: the hosts' last reports, its own first, and when they came
+        self._thread = Thread(target=self._talk, args=endpoint or (), daemon=True)
         if endpoint:
-            Thread(target=self._talk, args=endpoint, daemon=True).start()
+            self._thread.start()
 
     def decide(self, report: Report) -> Plan:
         """What this host does next; the report is its own."""
@@ -164,25 +155,23 @@ class Hosts:
     def leave(self, code: int) -> None:
         """Let the others know; the first host, without which they cannot go on, stays a while until they have left."""
         if self.leader.plan.code is None:
-            self.leader.end(code, f"{name_of(self.key)}, the first host, has left")
-        end = time.monotonic() + 3
-        while self.endpoint and time.monotonic() < end and self.plan.goes and self.plan.start == self.report.start:
-            time.sleep(0.05)  # until the leader knows how the processes of this host ended
-        self._left, known, end = True, time.monotonic() + 0.5, time.monotonic() + (15 if self._store else 3)
-        while self.endpoint and time.monotonic() < end and (self.heard < known or (self._store and self.leader.here)):
-            time.sleep(0.05)
+            self.leader.end(f"{name_of(self.key)}, the first host, has left", code)
+        self.report = replace(self.report, left=True)
+        if self.endpoint:
+            self._thread.join(15 if self._store else 3)
 
     def _talk(self, host: str, port: int) -> None:
         while True:
             with suppress(OSError, RuntimeError, TypeError, ValueError):  # the store is not there, or not ours
                 store = self._connect(host, port)
-                store.append("hosts", f"{self.key}\n")
                 while True:
-                    report = asdict(replace(self.report, time=time.monotonic()))
-                    store.set(self.key, "" if self._left else json.dumps(report))
+                    report = self.report
+                    store.queue_push("reports", json.dumps([self.key, asdict(report)]))
                     if self._store:
                         self._lead(store)
                     self.plan, self.heard = Plan(**json.loads(store.get("plan"))), time.monotonic()
+                    if report.left and not (self._store and self.leader.here - {self.key}):
+                        return
                     time.sleep(0.2)
             time.sleep(0.5)
 
@@ -199,12 +188,11 @@ class Hosts:
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
 
     def _lead(self, store: Any) -> None:
-        """Read all reports, and write the plan from those that changed a short while ago, this host's first."""
+        """Read all reports, and write the plan from those of the hosts that are here."""
         now = time.monotonic()
-        for key in store.get("hosts").decode().splitlines():
-            if store.check([key]) and self._seen.get(key, (b"", 0.0))[0] != (text := store.get(key)):
-                self._seen[key] = (text, now)
-        reports = {key: Report(**json.loads(self._seen[key][0]))
-                   for key in sorted(self._seen, key=lambda key: key != self.key)
-                   if self._seen[key][0] and now - self._seen[key][1] < GONE}
-        store.set("plan", json.dumps(asdict(self.leader.decide(reports))))
+        for _ in range(store.queue_len("reports")):
+            key, report = json.loads(store.queue_pop("reports"))
+            self._last[key] = (Report(**report), now)
+        plan = self.leader.decide({key: report for key, (report, came) in self._last.items() if now - came < GONE})
+        self._last = {key: last for key, last in self._last.items() if not last[0].left}
+        store.set("plan", json.dumps(asdict(plan)))

@@ -41,12 +41,12 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
     is_here = (folder / checkpoint.LATEST).exists() or bool(checkpoint.step_files(folder))
     if options.resume == "latest" or (is_here and (options.resume == "auto" or is_restart())):
         return checkpoint.newest_valid(folder, say)
-    is_file = options.resume not in (None, "auto", "latest")
-    path = Path(options.resume) if is_file else Path()
-    if not path.exists():
-        raise UserError(f"{path}: no such file to resume from; name a checkpoint of a run, latest, or auto")
-    state = checkpoint.load_run(path) if is_file else None
-    if state is None or not path.parent.samefile(folder):
+    path, state = Path(options.resume or ""), None
+    if options.resume not in (None, "auto"):
+        if not path.exists():
+            raise UserError(f"{path}: no such file to resume from; name a checkpoint of a run, latest, or auto")
+        state = checkpoint.load_run(path)
+    if state is None or path.parent.resolve() != folder.resolve():
         checkpoint.require_no_run(folder)
     return path, state
 
@@ -56,8 +56,6 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
     cpu = torch.device("cpu")
     if state is None and options.from_scratch:
         n_layer, n_head, n_embd = (int(size) for size in options.from_scratch.split(","))
-        if 12 * n_layer * n_embd**2 > 10**11:
-            raise UserError(f"--from_scratch {options.from_scratch}: more than a hundred billion parameters")
         with errors_at(f"--from_scratch {options.from_scratch}", ValueError):
             config = GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd)
         with torch.device("meta"):  # PyTorch's own initial values would only be replaced

@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 
-from cli import Parser, printable_line, run, say
+from cli import Parser, number, printable_line, run, say
 from errors import DiedError, LostError, UserError, errors_at
-from training.ending import AGAIN, WATCHED_SIGNALS, block_signals
+from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
 from training.options import parse_options
 from weights.durable import lock_folder
@@ -35,10 +35,9 @@ TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 
 def main() -> int:
     block_signals()
-    most_processes = max(8, os.cpu_count() or 1)
-    if len(sys.argv) < 2 or not sys.argv[1].isdecimal() or not 1 <= int(sys.argv[1]) <= most_processes:
-        raise UserError(f"the first argument is the number of processes, 1 to {most_processes} on this machine")
-    processes, flags = int(sys.argv[1]), sys.argv[2:]
+    parser, flags = Parser(), sys.argv[2:]
+    parser.add_argument("nproc", type=number(int, 1, max(8, os.cpu_count() or 1)), help="the number of processes")
+    processes = parser.parse_args(sys.argv[1:2]).nproc
     options = parse_options(flags)
     folder = Path(options.checkpoint_dir)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -72,63 +71,17 @@ def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
         return least, most, endpoint if most > 1 else None, int(flags.max_restarts)
 
 
-class Trainers:
-    """The training processes of this host in one start of the run."""
-
-    def __init__(self) -> None:
-        self.by_rank: dict[int, subprocess.Popen[bytes]] = {}
-        self.killed: set[int] = set()  # the ranks that were ended from here
-        self.end = math.inf  # when those that still run are killed
-
-    def send(self, number: int) -> None:
-        for trainer in self.by_rank.values():
-            if trainer.poll() is None:
-                trainer.send_signal(number)
-
-    def kill(self) -> None:
-        self.killed |= {rank for rank, trainer in self.by_rank.items() if trainer.poll() is None}
-        self.send(signal.SIGKILL)
-        for trainer in self.by_rank.values():
-            trainer.wait()
-
-    def end_soon(self) -> None:
-        """They have some seconds to end by themselves."""
-        self.end = min(self.end, time.monotonic() + GRACE)
-
-    def outcome(self, stop: int) -> tuple[int, str] | None:
-        """How they ended, as one exit code and a reason: what a trainer decided comes first, then a death. None while
-        one of them runs. stop is the signal that asked them to stop, or 0."""
-        codes = {rank: trainer.poll() for rank, trainer in self.by_rank.items()}
-        if any(code not in (None, 0, 128 + stop) for code in codes.values()):
-            self.end_soon()  # the others are left alone
-        if None in codes.values():
-            if time.monotonic() >= self.end:
-                self.kill()
-            return None
-        ended = {rank: code for rank, code in codes.items() if code and rank not in self.killed}
-        for code in ended.values():
-            if code > 1 and code not in (LostError.exit_code, 128 + AGAIN):
-                return code, ""
-        if stop and (self.killed or ended):
-            return 128 + stop, ""
-        names = {-number: f"was killed ({number.name})" for number in signal.Signals} | {1: "failed"}
-        names[-signal.SIGKILL] += ", often because memory ran out"
-        died = [f"process {rank} {names.get(code, f'was killed ({-code})')}" for rank, code in ended.items()
-                if code < 0 or code == 1]
-        return (DiedError.exit_code if died else LostError.exit_code if self.killed or ended else 0), ", ".join(died)
-
-
 class Launcher:
     """What this host does in a run, from its first start to its end."""
 
     def __init__(self, processes: int, flags: list[str], folder: str, hosts: Hosts) -> None:
         self.flags, self.folder, self.hosts = flags, folder, hosts
-        self.report, self.trainers = Report(processes), Trainers()
-        self.begun = f"{folder}/begun"  # the trainers touch it when they begin, and at every step
-        self.stop, self.stopped = 0, 0.0  # the signal that asked to stop, and when it came
-        self.waiting = 0.0  # since when this host has waited for others
-        self.notice, self.quiet = NOTICE, QUIET  # seconds of waiting, and without a step, before that is said (again)
-        self.news, self.asked = "", 0  # what was said of the plan, and the start that was asked to save and end
+        self.report, self.signals = Report(processes), Signals()
+        self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
+        self.killed, self.end = set[int](), math.inf  # those ended from here; when those that still run are
+        self.begun = Path(folder, "begun")  # the trainers touch it when they begin, and at every step
+        self.news = ""  # what was said of the plan
+        self.since, self.notice = time.monotonic(), NOTICE  # when waiting began, and the seconds before that is said
 
     def run(self) -> int:
         """Do what the plan says until the run is over. Returns or raises its exit code."""
@@ -136,80 +89,102 @@ class Launcher:
         try:
             while True:
                 if received := signal.sigtimedwait(WATCHED_SIGNALS, 0.1):
-                    self._pass_on(received.si_signo)
-                if self.report.code is None and (outcome := self.trainers.outcome(self.stop)):
-                    self.report = replace(self.report, code=outcome[0], why=outcome[1])
+                    if self.signals.note(received.si_signo):
+                        self._kill()
+                    self._send(received.si_signo)
                 plan = self.hosts.decide(self.report)
                 if plan.code is None and plan.news not in ("", self.news):
                     self.news = plan.news
                     say(printable_line(f"warning: {plan.news}"))
+                    if plan.saving:
+                        self._send(AGAIN)
                 if self.report.code is None:
                     self._watch(plan)
-                elif plan.code is not None or self.stop:
-                    code = 128 + self.stop if plan.code is None else plan.code
+                elif plan.code is not None or self.signals.stop:
+                    code = 128 + self.signals.stop if plan.code is None else plan.code
                     return self._show_end(plan, code)
                 elif plan.goes and self.hosts.key in plan.members and plan.start > self.report.start:
                     self._start(plan)
                 else:
                     self._wait(plan.waiting or "a place among the hosts of the run")
         finally:
-            self.trainers.kill()
+            self._kill()
             self.hosts.leave(code)
 
-    def _pass_on(self, number: int) -> None:
-        """A signal from outside goes to the trainers; a second one to stop ends them."""
-        if number == AGAIN:
-            return
-        if number != signal.SIGUSR1 and self.stop and time.monotonic() - self.stopped >= 1.0:
-            self.trainers.kill()
-        elif number != signal.SIGUSR1 and not self.stop:
-            self.stop, self.stopped = number, time.monotonic()
-        self.trainers.send(number)
-
     def _start(self, plan: Plan) -> None:
-        before = takewhile(lambda key: key != self.hosts.key, plan.members)
-        first, world_size = sum(plan.members[key] for key in before), sum(plan.members.values())
         # a start of this command that has begun has obeyed --resume; so has one that another host knows of
-        is_restart = os.path.exists(self.begun) or (plan.start > 1 and not self.report.start)
-        if is_restart:
-            Path(self.begun).touch()
+        if self.begun.exists() or (plan.start > 1 and not self.report.start):
+            self.begun.touch()
         store = f"file://{self.folder}/store{plan.start}"
         if self.hosts.endpoint:
             store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
         else:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
-        self.trainers, self.waiting, self.notice, self.quiet = Trainers(), 0.0, NOTICE, QUIET
+        keys = list(plan.members)
+        first = sum(plan.members[key] for key in keys[:keys.index(self.hosts.key)])
+        self.trainers, self.killed, self.end, self.notice = {}, set(), math.inf, QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
-            environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size,
-                           "LOCAL_WORLD_SIZE": self.report.processes, "INSTRUCT_STORE": store,
-                           "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun,
-                           "INSTRUCT_IS_RESTART": int(is_restart)}
-            self.trainers.by_rank[first + local_rank] = subprocess.Popen(
+            environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
+                           "WORLD_SIZE": sum(plan.members.values()), "LOCAL_WORLD_SIZE": self.report.processes,
+                           "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is there
+                           "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun}
+            self.trainers[first + local_rank] = subprocess.Popen(
                 [sys.executable, str(TRAINER), *self.flags],
                 env={**os.environ, **{name: str(value) for name, value in environment.items()}})
 
+    def _send(self, number: int) -> None:
+        for trainer in self.trainers.values():
+            if trainer.poll() is None:
+                trainer.send_signal(number)
+
+    def _kill(self) -> None:
+        self.killed |= {rank for rank, trainer in self.trainers.items() if trainer.poll() is None}
+        self._send(signal.SIGKILL)
+        for trainer in self.trainers.values():
+            trainer.wait()
+
     def _watch(self, plan: Plan) -> None:
-        """The trainers run: have them end unless the plan is that they go on, and say when nothing happens."""
-        if plan.start != self.report.start or not (plan.goes or plan.saving):
-            self.trainers.end_soon()
-        elif plan.saving and self.asked != plan.start:
-            self.asked = plan.start
-            self.trainers.send(AGAIN)
-        seconds = time.time() - os.stat(self.begun).st_mtime if os.path.exists(self.begun) else 0.0
-        if seconds >= self.quiet:
-            self.quiet = 2 * seconds
+        """The trainers run: have they ended, and does a step end from time to time? They have some seconds to end when
+        the plan is not that they go on, or one has left the others alone."""
+        codes = {rank: trainer.poll() for rank, trainer in self.trainers.items()}
+        may_go_on = plan.start == self.report.start and (plan.goes or plan.saving)
+        if not may_go_on or any(code not in (None, 0, 128 + self.signals.stop) for code in codes.values()):
+            self.end = min(self.end, time.monotonic() + GRACE)
+        if None not in codes.values():
+            code, why = self._outcome({rank: code for rank, code in codes.items() if code and rank not in self.killed})
+            self.report = replace(self.report, code=code, why=why)
+            self.since, self.notice = time.monotonic(), NOTICE
+        elif time.monotonic() >= self.end:
+            self._kill()
+        seconds = time.time() - self.begun.stat().st_mtime if self.begun.exists() else 0.0
+        if self.report.code is None and seconds >= self.notice:
+            self.notice = 2 * seconds
             say(f"warning: no step has ended for {seconds / 60:.0f} minutes; if a process hangs, Ctrl-C twice ends the "
                 "run, and latest goes on from its newest checkpoint")
 
+    def _outcome(self, ended: Mapping[int, int]) -> tuple[int, str]:
+        """How the trainers ended, as one exit code and a reason: what one decided comes first, then a death. ended: the
+        exit codes of those that did not end well, but for those that were killed from here."""
+        for code in ended.values():
+            if code > 1 and code not in (LostError.exit_code, 128 + AGAIN):
+                return code, ""
+        if not self.killed and not ended:
+            return 0, ""
+        if self.signals.stop:
+            return 128 + self.signals.stop, ""
+        died = [f"process {rank} " + (f"was killed ({signal.Signals(-code).name})" if code < 0 else "failed")
+                + ", often because memory ran out" * (code == -signal.SIGKILL)
+                for rank, code in ended.items() if code < 0 or code == 1]
+        return DiedError.exit_code if died else LostError.exit_code, ", ".join(died)
+
     def _wait(self, what: str) -> None:
         """Nothing runs here: say what it waits for, but do not wait for ever."""
-        self.waiting = self.waiting or time.monotonic()
-        waited = time.monotonic() - self.waiting
+        waited = time.monotonic() - self.since
         if waited >= PATIENCE:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
         if waited >= self.notice:
-            self.notice = waited + min(60.0, waited)
+            self.notice = 2 * waited
             say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
 
     def _show_end(self, plan: Plan, code: int) -> int:

@@ -8,7 +8,6 @@ import math
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,66 +25,61 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, evaluated: Collection[int], warn: Callable[[str], None]) -> None:
         self.folder, self.warn, path = folder, warn, folder / METRICS
-        self.is_new = not path.exists()
+        self.is_new, self.has_failed = not path.exists(), False
         with errors_at(f"{folder}: cannot write there", advice="; choose another --tensorboard_dir"):
             # After a kill the log may hold steps that are now done again: both logs drop those.
-            self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
             if not self.is_new:
-                kept = [line for line in path.read_bytes().splitlines(True) if _stays(line, step, evaluated)]
+                lines = path.read_bytes().splitlines()
                 with durable_file(path) as file:
-                    file.writelines(kept)
+                    file.writelines(line + b"\n" for line in lines if _stays(line, step, evaluated))
             self.metrics = path.open("a", buffering=1)
         # what the disk refuses to TensorBoard's own thread reaches _write as well
         threading.excepthook = lambda failure: (None if issubclass(failure.exc_type, OSError)
                                                 else threading.__excepthook__(failure))
 
-    def _write(self, method: str, *arguments: object) -> None:
-        """Call a method of TensorBoard's writer, or write a line of metrics."""
+    def _write(self, write: Callable[..., object], *arguments: object) -> None:
+        """Call a method of TensorBoard's writer, or of the file of metrics, unless one has failed."""
         try:
-            if self.writer and method == "metrics":
-                self.metrics.write(f"{arguments[0]}\n")
-            elif self.writer:
-                getattr(self.writer, method)(*arguments)
+            if not self.has_failed:
+                write(*arguments)
         except OSError as error:
-            self.writer = None
+            self.has_failed = True
             self.warn(f"warning: {self.folder}: cannot write the log: {error.strerror or error}; the run goes on "
                       "without it")
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
-            self._write("add_scalar", tag, value, step)
+            self._write(self.writer.add_scalar, tag, value, step)
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # as JSON has it
-        self._write("metrics", json.dumps({"step": step} | finite))
+        self._write(self.metrics.write, json.dumps({"step": step} | finite) + "\n")
 
     def table(self, tag: str, step: int, rows: Sequence[Sequence[str]]) -> None:
         """Texts side by side; the first row is the heading."""
         lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-        self._write("add_text", tag, "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]), step)
+        self._write(self.writer.add_text, tag, "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]), step)
 
     def histogram(self, tag: str, values: np.ndarray) -> None:
-        self._write("add_histogram", tag, values, 0)
+        self._write(self.writer.add_histogram, tag, values, 0)
 
     def flush(self) -> None:
         """Before a checkpoint: what the log lacks after a kill is then never older than the checkpoint."""
-        self._write("flush")
+        self._write(self.writer.flush)
 
     def close(self) -> None:
-        self._write("close")
-        with suppress(OSError):
-            self.metrics.close()
+        self._write(self.writer.close)
+        self._write(self.metrics.close)
 
 
 def _stays(line: bytes, step: int, evaluated: Collection[int]) -> bool:
     """Whether a line of metrics is whole and of a step, or an evaluation, that the run has."""
     try:
         values = json.loads(line)
-        return line.endswith(b"\n") and values["step"] <= step and ("val/loss" not in values
-                                                                    or values["step"] in evaluated)
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return values["step"] <= step and ("val/loss" not in values or values["step"] in evaluated)
+    except (ValueError, LookupError, TypeError):
         return False
 
 
 def _cell(text: str) -> str:
     """Text for a cell of a Markdown table: as it is, line by line, whatever Markdown or HTML it looks like."""
-    plain = re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match.group())};", text)
-    return "<br>".join(re.sub(r"^ +", lambda match: "&nbsp;" * len(match.group()), line) for line in plain.splitlines())
+    return "<br>".join(re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match.group())};", text).splitlines())

@@ -36,22 +36,23 @@ def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[Namespace
     fits the GPU with the least free memory (8 on a CPU). asked holds both as they were. Raises UserError on all ranks.
     """
     asked = {name: getattr(options, name) for name in ("precision", "mini_batch_size")}
+    options = Namespace(**vars(options), asked=asked)
     with processes.together():
-        mine = type_name(product_type(options.precision, processes.device))
-    precision = "fp16" if "fp16" in processes.gather(mine) else mine
+        options.precision = type_name(product_type(options.precision, processes.device))
+    if "fp16" in processes.gather(options.precision):
+        options.precision = "fp16"
     is_checkpointed, is_cuda = options.gradient_checkpointing == "on", processes.device.type == "cuda"
     room = int(_ROOM * torch.cuda.mem_get_info(processes.device)[0]) if is_cuda else 0
-    product_bytes = product_type(precision, processes.device).itemsize
+    product_bytes = product_type(options.precision, processes.device).itemsize
 
     def fits(size: int, recompute: str) -> bool:
-        n_tokens = most_tokens(Namespace(**{**vars(options), "mini_batch_size": size}))
+        n_tokens = min(size * options.context_length, options.total_batch_size)
         return needed_bytes(model, n_tokens, recompute, product_bytes) <= room
 
-    size = options.mini_batch_size
-    if not size:
+    if not options.mini_batch_size:
         most = max(1, options.total_batch_size // (options.context_length * processes.world_size)) if is_cuda else 8
         least = "blocks" if is_checkpointed else "gelu"
         size = next((size for size in range(most, 1, -1) if not is_cuda or fits(size, least)), 1)
-        [size] = (-largest for largest in processes.largest(-size))
-    recompute = "blocks" if is_checkpointed else "nothing" if is_cuda and fits(size, "nothing") else "gelu"
-    return Namespace(**{**vars(options), "precision": precision, "mini_batch_size": size, "asked": asked}), recompute
+        [options.mini_batch_size] = (-largest for largest in processes.largest(-size))
+    may_keep = is_cuda and fits(options.mini_batch_size, "nothing")
+    return options, "blocks" if is_checkpointed else "nothing" if may_keep else "gelu"

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import time
 import zlib
 from argparse import Namespace
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from errors import LostError, UserError
 from training.precision import device_named, failures_explained
@@ -37,30 +37,25 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-        return self._reduced(values, torch.float64, dist.ReduceOp.SUM)
-
-    def largest(self, *values: int) -> list[int]:
-        """The largest of all ranks' values, one by one: what one rank noticed, all know."""
-        return self._reduced(values, torch.int64, dist.ReduceOp.MAX)
-
-    def _reduced(self, values: Sequence[float], dtype: torch.dtype, how: dist.ReduceOp.RedOpType) -> list[Any]:
-        tensor = torch.tensor(values, dtype=dtype)  # of the CPU: no rank waits for its GPU here
-        if self.world_size > 1:
-            dist.all_reduce(tensor, how)
-        return tensor.tolist()
-
     def gather(self, mine: object) -> list[Any]:
         """What each rank has, rank by rank. It travels as JSON: nothing that comes from a network is unpickled."""
         if self.world_size == 1:
             return [mine]
         text = json.dumps(mine).encode()
-        [longest] = self.largest(len(text))
-        padded = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8)
+        longest = torch.tensor(len(text))  # of the CPU: no rank waits for its GPU here
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        padded = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
         found = [torch.empty_like(padded) for _ in range(self.world_size)]
         dist.all_gather(found, padded)
         return [json.loads(bytes(each.tolist())) for each in found]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        return [sum(each) for each in zip(*self.gather(values))]
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of all ranks' values, one by one: what one rank noticed, all know."""
+        return [max(each) for each in zip(*self.gather(values))]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -86,12 +81,10 @@ class Processes:
         found, different = self.gather([HOST, dict(facts)]), []
         several = len({host for host, _ in found}) > 1
         for name in facts:
-            where: dict[str, dict[str, None]] = {}  # value -> the hosts, or on a single host the ranks, that have it
-            for rank, (host, theirs) in enumerate(found):
-                where.setdefault(str(theirs.get(name)), {})[host if several else f"rank {rank}"] = None
-            if len(where) > 1:
-                values = ", ".join(f"{value} on {' and '.join(places)}" for value, places in where.items())
-                different.append(f"{name} is {values}")
+            if len({str(theirs.get(name)) for _, theirs in found}) > 1:
+                places = (f"{theirs.get(name)} on {host if several else f'rank {rank}'}"
+                          for rank, (host, theirs) in enumerate(found))
+                different.append(f"{name} is {', '.join(dict.fromkeys(places))}")
         if different:
             raise UserError(f"the processes were started differently: {'; '.join(different)}")
 
@@ -199,18 +192,12 @@ def _connect(processes: Processes) -> None:
         torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
-        where = os.environ.get("INSTRUCT_STORE", "env://")
-        how: dict[str, Any] = {"init_method": where}
-        if match := re.fullmatch(r"tcp://(.*):(\d+)/(\d+)", where):
-            # the store of the launchers of several hosts, in which each start of the run has a part of its own
-            store = dist.TCPStore(match[1], int(match[2]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-            how = {"store": dist.PrefixStore(f"start{match[3]}", store)}  # type: ignore[attr-defined]
-        elif where.startswith("file://"):  # on a single host
-            how = {"store": dist.FileStore(where.removeprefix("file://"), world_size)}  # type: ignore[attr-defined]
-        if "store" in how:
-            _compare_devices(how["store"], rank, world_size, device.type)
+        where = os.environ.get("INSTRUCT_STORE", "env://")  # with the number of the start, which has a part of its own
+        met = next(rendezvous(where, rank, world_size, timeout=timeout))[0]
+        store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
+        _compare_devices(store, rank, world_size, device.type)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout,
-                                device_id=device if device.type == "cuda" else None, **how)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store,
+                                device_id=device if device.type == "cuda" else None)
         if device.type == "cuda":  # NCCL fails now if it does, and takes its memory before what is free is looked at
             dist.all_reduce(torch.zeros(1, device=device))

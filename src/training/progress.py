@@ -9,7 +9,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from datetime import timedelta
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -55,9 +54,9 @@ class Progress:
         self.options, self.device, self.log = options, device, log
         self.bar = tqdm(total=options.max_steps, initial=step, disable=None, dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
-        self.since_line, self.since_start = [0.0] * 4, [0.0] * 4  # seconds, tokens, response_tokens, steps
+        self.sums, self.at_line = np.zeros(4), np.zeros(4)  # seconds, tokens, response_tokens, steps; at the last line
         self.is_time_said = False
-        self.parts = {"loss": "-", "val": "-" if val_loss is None else f"{val_loss:.4f}", "tok/s": ""}
+        self.loss, self.rate, self.val_loss = "-", "-", "-" if val_loss is None else f"{val_loss:.4f}"
 
     def about(self, manifest: Mapping[str, Any], lengths: np.ndarray) -> None:
         """Log once what the run is: its command, options, versions and data."""
@@ -73,51 +72,49 @@ class Progress:
     def step(self, step: int, result: StepResult, plan: Plan, epoch: float, seconds: float) -> None:
         """Show optimizer step number step (the first is 1), which took this long."""
         mark_begun()
-        figures = (seconds, plan.tokens, plan.response_tokens, 1)
-        self.since_line, self.since_start = (list(map(add, since, figures))
-                                             for since in (self.since_line, self.since_start))
+        self.sums += (seconds, plan.tokens, plan.response_tokens, 1)
+        rate = plan.tokens / seconds
         self.log.numbers(step, {
             "train/loss": result.loss, "train/learning_rate": result.learning_rate,
             "train/gradient_norm": result.gradient_norm, "train/epoch": epoch,
-            "train/tokens_per_second": plan.tokens / seconds, "train/data_wait": result.data_wait,
+            "train/tokens_per_second": rate, "train/data_wait": result.data_wait,
             "train/memory_gb": memory_gb(self.device)})
         self._say_time(step, epoch)
-        self.parts |= {"loss": f"{result.loss:.4f}", "tok/s": f"{plan.tokens / seconds:,.0f}"}
+        self.loss, self.rate = f"{result.loss:.4f}", f"{rate:,.0f}"
         self.bar.update()
-        self._show_parts()
+        self._show_figures()
         if self.bar.disable and (step % self.options.log_freq == 0 or step == self.options.max_steps):
-            seconds, tokens, response_tokens, steps = self.since_line
-            say(f"step {step}/{self.options.max_steps} loss {result.loss:.4f} val_loss {self.parts['val']} "
+            seconds, tokens, response_tokens, steps = self.sums - self.at_line
+            say(f"step {step}/{self.options.max_steps} loss {self.loss} val_loss {self.val_loss} "
                 f"lr {result.learning_rate:.3e} gradient_norm {result.gradient_norm:.3f} tokens/s "
                 f"{tokens / seconds:,.0f} response_tokens/s {response_tokens / seconds:,.0f} "
                 f"epoch {epoch:.3f} ETA {duration((self.options.max_steps - step) * seconds / steps)}")
-            self.since_line = [0.0] * 4
+            self.at_line = self.sums.copy()
 
     def _say_time(self, step: int, epoch: float) -> None:
         """Say once how long all steps take, from the first ones."""
-        left, (seconds, _, _, steps) = self.options.max_steps - step, self.since_start
+        left, (seconds, _, _, steps) = self.options.max_steps - step, self.sums
         if self.is_time_said or not left or (seconds < FIRST_SECONDS and steps < FIRST_STEPS):
             return
         self.is_time_said, epochs = True, self.options.max_steps * epoch / step
-        first = "the first step" if steps == 1 else f"the first {steps:.0f} steps"
         usual = f"; {USUAL_EPOCHS} epochs would take {duration(USUAL_EPOCHS * seconds / steps * step / epoch)}"
-        say(f"at the pace of {first}, the {left:,} that are left take {duration(left * seconds / steps)}"
+        say(f"at the pace of the first steps, the {left:,} that are left take {duration(left * seconds / steps)}"
             + usual * (epochs > MOST_EPOCHS and not self.options.from_scratch))
 
-    def _show_parts(self) -> None:
+    def _show_figures(self) -> None:
         """Beside the bar: what fits on the terminal's line."""
         if self.bar.disable:
             return
         width = os.get_terminal_size(self.bar.fp.fileno()).columns or 80
-        room, text = width - len(f"{self.bar.total}/{self.bar.total}  00:00:00 left") - NARROWEST_BAR, ""
-        for name, value in self.parts.items():
-            longer = f"{text}, {value} {name}" if name == "tok/s" else f"{text}, {name} {value}"
-            text = longer if len(longer) <= room else text
-        self.bar.set_postfix_str(text.removeprefix(", "))
+        room = width - len(f"{self.bar.total}/{self.bar.total}  00:00:00 left, ") - NARROWEST_BAR
+        figures = [f"loss {self.loss}", f"val {self.val_loss}", f"{self.rate} tok/s"]
+        while len(", ".join(figures)) > room and figures:
+            figures.pop()
+        self.bar.set_postfix_str(", ".join(figures))
 
     def evaluation(self, step: int, loss: float, samples: list[Sample]) -> None:
         mark_begun()
-        self.parts["val"] = f"{loss:.4f}"
+        self.val_loss = f"{loss:.4f}"
         numbers = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
         if samples:
             numbers["val/ended"] = sum(sample.is_ended for sample in samples) / len(samples)
@@ -126,10 +123,10 @@ class Progress:
                     for sample in samples]
             self.log.table("val/answers", step, [heading, *(tuple(map(printable, row)) for row in rows)])
         self.log.numbers(step, numbers)
-        say(f"step {step}: val loss {loss:.4f}, perplexity {numbers['val/perplexity']:.2f}")
+        say(f"step {step}: val loss {self.val_loss}, perplexity {numbers['val/perplexity']:.2f}")
         if doubt := "" if step or self.options.from_scratch else doubt_about_weights(loss):
             say(f"warning: {doubt}")
-        self._show_parts()
+        self._show_figures()
 
     def end_bar(self) -> None:
         """What is said from now on stands below the bar."""

@@ -43,10 +43,10 @@ def find_best(run: Run) -> None:
             file_loss = min((loss for step, loss in losses if step), default=math.inf)
         except UserError:
             is_damaged = True
-    file_loss, damaged = run.processes.sum([file_loss, is_damaged] if run.processes.is_main else [0.0, 0.0])
+    file_loss, is_damaged = run.processes.gather([file_loss, is_damaged])[0]
     best_step, best_loss = run.best() or (-1, math.inf)
     run.has_best = best_step != run.step or best_loss >= file_loss
-    run.best_loss = math.inf if damaged and run.has_best else min(best_loss, file_loss)
+    run.best_loss = math.inf if is_damaged and run.has_best else min(best_loss, file_loss)
 
 
 def _check_moments(optimizer: torch.optim.AdamW, may_be_absent: bool) -> None:

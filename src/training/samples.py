@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from answering.batch import finished
+from answering.scores import Case
 from dataloader_instruct import InstructData
 from errors import CheckpointError
 from instruct_format import END_OF_TEXT, tokenizer, trained_spans
@@ -26,22 +27,16 @@ class Sample(NamedTuple):
 def sample_answers(model: GPT, data: InstructData, is_stopped: Callable[[], bool]) -> list[Sample]:
     """The model's answers to the first prompts whose expected answer is short enough to be reached (then to others).
     None when it is stopped before all are there."""
-    def is_long(number: int) -> bool:
-        start, end = trained_spans(data.example(number).loss_mask)[0]
-        return end - start > TOKENS // 2
-
-    prompts, expected, decode = list[list[int]](), list[list[int]](), tokenizer().decode
-    for number in sorted(range(min(CANDIDATES, len(data))), key=is_long):
-        document = data.example(number)
-        tokens, (start, end) = document.tokens.tolist(), trained_spans(document.loss_mask)[0]
-        if start < model.config.context_length and len(prompts) < PROMPTS:  # and so there is room for an answer
-            prompts.append(tokens[:start])
-            expected.append([token for token in tokens[start:end] if token != END_OF_TEXT])
-    answers = dict[int, list[int]]()
+    documents, context_length = map(data.example, range(min(CANDIDATES, len(data)))), model.config.context_length
+    cases = [Case(tokens.tolist(), trained_spans(loss_mask)) for tokens, loss_mask in documents]
+    cases = [case for case in cases if len(case.prompt) < context_length]  # so there is room for an answer
+    cases = sorted(cases, key=lambda case: len(case.expected) >= TOKENS // 2)[:PROMPTS]
+    answers, decode = dict[int, list[int]](), tokenizer().decode
     with suppress(CheckpointError):  # scores that are not finite: the step says so, and what to do
-        answers.update(finished(model, prompts, TOKENS, stop_token=END_OF_TEXT, is_stopped=is_stopped))
-    if len(answers) < len(prompts):
+        answers.update(finished(model, [case.prompt for case in cases], TOKENS, stop_token=END_OF_TEXT,
+                                is_stopped=is_stopped))
+    if len(answers) < len(cases):
         return []
-    return [Sample(decode(prompt), decode(wanted), decode(answers[number]),
-                   len(answers[number]) < min(TOKENS, model.config.context_length - len(prompt)))
-            for number, (prompt, wanted) in enumerate(zip(prompts, expected))]
+    return [Sample(decode(case.prompt), decode(case.expected), decode(answers[number]),
+                   len(answers[number]) < min(TOKENS, context_length - len(case.prompt)))
+            for number, case in enumerate(cases)]

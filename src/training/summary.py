@@ -14,8 +14,8 @@ FAR = 0.8  # a best step before this part of the run was far from its end
 def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
     """A line on how it ended, then names and texts. seconds and steps are those since this start."""
     latest = run.folder / LATEST
-    ending = f"{reason} at step {run.step}; " + (f"the run's state is {latest}" if latest.exists() else
-                                                 "there was nothing to save")
+    if not latest.exists():
+        return f"{reason} at step {run.step}; there was nothing to save"
     order, lengths = run.stream.order(run.position.epoch), run.data["train"].lengths
     tokens = run.position.epoch * int(lengths.sum()) + int(lengths[order[:run.position.index]].sum())
     epochs = run.position.epoch + run.position.index / len(lengths)
@@ -25,10 +25,8 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
     if best:
         (first_step, first), (last_step, last), (best_step, lowest) = run.val_losses[0], run.val_losses[-1], best
         before = "before training" if first_step == 0 else f"at step {first_step}"
-        place = "; " + (f"{path} has weights of another branch, with {run.best_loss:.4f}" if run.best_loss < lowest else
-                        f"no {BEST} in this folder has it")
-        if run.best_loss == lowest and path.exists():
-            place = f", in {path}"
+        is_there = run.best_loss == lowest and path.exists()
+        place = f", in {path}" if is_there else f"; {path} has other weights, or is not there"
         rows["best"] = f"val loss {lowest:.4f}, at step {best_step}{place}"
         rows["val loss"] = f"{first:.4f} {before}, {last:.4f} at step {last_step}"
         if first_step == 0 and lowest >= first:
@@ -40,16 +38,14 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
     chosen = shlex.quote(str(path if path.exists() else latest))
     if run.step < run.options.max_steps:
         more = " --patience 0" * bool(run.options.patience and run.evaluations_in_vain() >= run.options.patience)
-        start = f"./start_instruct_training.sh {run.processes.world_size} " if run.processes.world_size > 1 else (
-            "./start_instruct_training.sh ")
+        count = f"{run.processes.world_size} " * (run.processes.world_size > 1)
         folders = {name: Path(getattr(run.options, name)) for name in ("data_dir", "tensorboard_dir")}
         named = "".join(f" --{name} {shlex.quote(str(path))}" for name, path in folders.items()
                         if not path.resolve().is_relative_to(Path.cwd()))  # which a resume has to name again
-        rows["go on"] = f"{start}{shlex.quote(str(latest))}{named}{more}"
-    if latest.exists():
-        rows["chat"] = f"./chat.sh {chosen}"
-        rows["export"] = f"python src/convert_checkpoint.py export {chosen} exported"
-    return "\n".join([ending, columns(rows)] if run.step else [ending])
+        rows["go on"] = f"./start_instruct_training.sh {count}{shlex.quote(str(latest))}{named}{more}"
+    rows["chat"] = f"./chat.sh {chosen}"
+    rows["export"] = f"python src/convert_checkpoint.py export {chosen} exported"
+    return f"{reason} at step {run.step}; the run's state is {latest}\n{columns(rows)}"
 
 
 def diverged(run: Run, what: str) -> DivergedError:

@@ -13,12 +13,13 @@ Made = TypeVar("Made")
 def ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
     """make of each item, one ahead of what is taken."""
     with ThreadPoolExecutor(1) as thread:
-        coming = [thread.submit(make, item) for item in items[:1]]
-        for following in [*items[1:], None]:
-            made = coming.pop().result()
-            if following is not None:
-                coming.append(thread.submit(make, following))
-            yield made
+        coming: Future[Made] | None = None
+        for item in items:
+            before, coming = coming, thread.submit(make, item)
+            if before:
+                yield before.result()
+        if coming:
+            yield coming.result()
 
 
 class Saver:
