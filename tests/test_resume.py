@@ -210,6 +210,7 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         ((), "best_model.pt: a run is here already; another --checkpoint_dir", tmp_path / "best"),
         (("--min_lr", 1), "--min_lr 1.0 is above --learning_rate", tmp_path),
         (("--from_scratch", "2,3,32"), "--from_scratch 2,3,32: n_embd 32 is not a multiple of n_head 3", tmp_path),
+        (("--from_scratch", "999999999,1,8"), "999999999,1,8: more than a hundred billion parameters", tmp_path),
         (("--from_scratch=1,1,8",), "--from_scratch: not allowed with argument --pretrained_model", tmp_path),
         (("--from_scratch", "2,3"), "expected layers,heads,width such as 4,4,128, not '2,3'", tmp_path),
     ]

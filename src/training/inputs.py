@@ -56,6 +56,8 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
     cpu = torch.device("cpu")
     if state is None and options.from_scratch:
         n_layer, n_head, n_embd = (int(size) for size in options.from_scratch.split(","))
+        if 12 * n_layer * n_embd**2 > 10**11:
+            raise UserError(f"--from_scratch {options.from_scratch}: more than a hundred billion parameters")
         with errors_at(f"--from_scratch {options.from_scratch}", ValueError):
             config = GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd)
         with torch.device("meta"):  # PyTorch's own initial values would only be replaced
