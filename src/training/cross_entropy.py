@@ -8,7 +8,7 @@ longer: each adds its gradient of the whole matrix to one in fp32.
 import torch
 from torch import Tensor
 
-ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; with a copy on a GPU twice as many
+ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; on a GPU twice as many
 _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
 
 
@@ -36,7 +36,7 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     scalar of weight's type, and the gradient of hidden, or None.
     """
     matrix, is_cuda = weight if copy is None else copy, hidden.is_cuda
-    rows = ROWS if copy is None else 4 * ROWS if is_cuda else 2 * ROWS
+    rows = ROWS if copy is None else 6 * ROWS if is_cuda else 2 * ROWS
     piece_rows = min(rows, 2 * ROWS if is_cuda else ROWS)
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
     scores = matrix.new_empty(n_rows, len(matrix))
@@ -54,37 +54,36 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
             elif copy is not None:
                 wide.copy_(piece)
             wide[:, len(weight):] = -torch.inf
-            loss += _to_gradient(wide, wanted[:, None], scale, piece)
+            loss += _to_gradient(wide, wanted[:, None], piece)
         if gradient is not None and of_hidden is not None:
             torch.mm(chunk, matrix, out=of_hidden[some])
-            _add_product(gradient, chunk[:, :len(weight)].t(), inputs[some])
-    return loss, None if of_hidden is None else of_hidden.to(hidden.dtype)
+            _add_product(gradient, chunk[:, :len(weight)].t(), inputs[some], scale)
+    return loss, None if of_hidden is None else of_hidden.to(hidden.dtype).mul_(scale)
 
 
-def _to_gradient(scores: Tensor, targets: Tensor, scale: float, gradient: Tensor) -> Tensor:
-    """Put the gradient of scale * loss in gradient, which may be the scores (rows, vocab_size), which are overwritten.
+def _to_gradient(scores: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """Put the gradient of the loss in gradient, which may be the scores (rows, vocab_size), which are overwritten.
     Returns the loss."""
-    wanted = scores.gather(1, targets)
-    if scores.is_cuda:  # in one kernel, where the largest probability is 1 / total
-        largest, places = scores.max(1, keepdim=True)
-        torch.softmax(scores, 1, out=scores)
-        total = 1 / scores.gather(1, places)
-        scores.scatter_add_(1, targets, torch.full_like(largest, -1))
-        torch.mul(scores, scale, out=gradient)
-    else:  # on a CPU that kernel is less exact
-        largest = scores.amax(1, keepdim=True)
-        total = scores.sub_(largest).exp_().sum(1, keepdim=True)
-        scores.scatter_add_(1, targets, -total)
-        gradient.copy_(scores.mul_(scale / total))
+    if scores.is_cuda:  # with few passes over them
+        torch.log_softmax(scores, 1, out=scores)
+        wanted = scores.gather(1, targets)
+        torch.exp(scores, out=gradient)
+        gradient.scatter_(1, targets, wanted.expm1().to(gradient.dtype))
+        return -wanted.sum()
+    # on a CPU these are more exact than the kernel above
+    wanted, largest = scores.gather(1, targets), scores.amax(1, keepdim=True)
+    total = scores.sub_(largest).exp_().sum(1, keepdim=True)
+    scores.scatter_add_(1, targets, -total)
+    gradient.copy_(scores.mul_(1 / total))
     return (largest + total.log() - wanted).sum()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in the type of total, which may be wider than theirs."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """total += scale * a @ b in the type of total, which may be wider than theirs."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, alpha=scale)
     elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, alpha=scale, out_dtype=total.dtype, out=total)
     else:
         for part, rows in zip(total.split(8192), a.split(8192)):  # pieces, as their products need room of their own
-            part += torch.mm(rows, b).to(total.dtype)
+            part.add_(torch.mm(rows, b), alpha=scale)
