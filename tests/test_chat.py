@@ -143,7 +143,7 @@ BAD_OBJECTS = {
     b'{"instruction": "caf\xe9"}': "not UTF-8: byte 0xe9 in column", b'{"instruction": "a"': "cannot be read as JSON: ",
     b'["a"]': "expected an object with an instruction", b"{}": "expected an ob", b'{"input": "a"}': "expected an ob",
     b'{"instruction": 7}': "'instruction' must be text", b'{"instruction": null}': "'instruction' must be text",
-    b'{"instruction": "a", "input": 7}': "'input' must be text", b'{"instruction": " "}': "the question is empty",
+    b'{"instruction": "a", "input": 0}': "'input' must be text", b'{"instruction": " "}': "the question is empty",
     b'{"instruction": "a", "input": "' + b"word " * 90 + b'"}': "too many for a context of 64; shorten the input",
     b"[" * 100_000: "cannot be read as JSON", b"7" * 5000: "cannot be read as JSON"}
 

@@ -81,6 +81,9 @@ def test_hosts_join_leave_and_come_back(scene):
     """--nnodes=1:2: a host that joins makes the run save; one that is gone does not, and the run goes on without."""
     two = scene(1, 2)
     assert two.plan("c").members == {"hostC 1": 1}
+    two.reports["hostD 2"].left = True  # as soon as it came
+    assert two.plan("cd").goes
+    two.reports["hostD 2"].left = False
     plan = two.plan("cd")
     assert (plan.goes, plan.saving) == (False, True) and plan.news.startswith("hostD joins: the run saves")
     plan = two.plan("cd", c=140)

@@ -110,14 +110,15 @@ def test_a_run_replaces_and_removes_its_own_files_only(inputs, tmp_path):
         "step_000001.pt", "step_000009.pt", "mine.pt.tmp"]
     assert (folder / "step_000002.pt").is_symlink() and (folder / "step_000007.abandoned1.pt").is_symlink()
     assert checkpoint.load(folder / "latest.pt")["step"] == 8
-    for make, is_kept in ((Path.mkdir, Path.is_dir), (os.mkfifo, Path.is_fifo)):
-        for name in ("latest", "step_000010", "step_000011.pt.tmp"):
-            path = folder / f"{name.removesuffix('.pt.tmp')}.pt"
-            for old in folder.glob(f"{path.stem}.*"):
-                old.rmdir() if old.is_dir() else old.unlink()
-            make(folder / (name if name.endswith(".tmp") else path.name))
-            checkpoint.save(path, {})
-            assert any(is_kept(each) for each in folder.glob(f"{path.stem}.*abandoned1.*")) and checkpoint.is_ours(path)
+    for make in (Path.mkdir, os.mkfifo):
+        for name in ("latest.pt", "step_000010.pt", "step_000011.pt.tmp"):
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            before = set(contents(folder))
+            with pytest.raises(UserError, match=rf"/{name}: not a file, so nothing is written there; move it away$"):
+                checkpoint.save(folder / name.removesuffix(".tmp"), {})
+            assert set(contents(folder)) == before
+            (folder / name).rmdir() if make is Path.mkdir else (folder / name).unlink()
 
 
 @pytest.mark.parametrize("make, reason", [(Path.mkdir, "not a lock of this program; move it away"),

@@ -54,7 +54,7 @@ def _question_of(text: str) -> Question:
         raise UserError(f"cannot be read as JSON: {error}") from error
     if not isinstance(row, dict) or "instruction" not in row:
         raise UserError("expected an object with an instruction, and perhaps an input")
-    question = Question(row["instruction"], row.get("input") or "")
+    question = Question(row["instruction"], "" if row.get("input") is None else row["input"])
     for name, value in question._asdict().items():
         if not isinstance(value, str):
             raise UserError(f"{name!r} must be text")

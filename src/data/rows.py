@@ -134,9 +134,10 @@ def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tu
                     for number, line in enumerate(chain(head, lines), 1) if line.strip())
         return
     value = parse_json("".join(chain(head, lines)).rstrip())
-    if isinstance(value, BadRow):
-        raise UserError(f"{place}: {value}")
-    yield from _numbered(_listed(value))
+    rows = value if isinstance(value, BadRow) else _listed(value)
+    if isinstance(rows, BadRow):
+        raise UserError(f"{place}: {rows}")
+    yield from _numbered(rows)
 
 
 def parse_json(text: str) -> Any:
@@ -155,9 +156,9 @@ def split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(name.strip().lower().split("_")[0])
 
 
-def _listed(value: Any) -> list[Any]:
-    """The rows of a JSON value: a list of them, perhaps under a key such as data, or under train and val; or what
-    pandas writes by columns."""
+def _listed(value: Any) -> Any:
+    """The rows of a JSON value: a list of them, perhaps under a key such as data, or lists under train and val; or what
+    pandas writes by columns. A BadRow where several lists have other keys: not all of them may be for training."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     first, *others = value.values() or [None]
@@ -170,6 +171,9 @@ def _listed(value: Any) -> list[Any]:
         key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
         return [value]
+    if len({key.strip().lower() for key in lists}) > 1 and not all(map(split_of, lists)):
+        return BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}; put those to train on into one list, "
+                      "or under train and val")
     return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
             for key, rows in lists.items() for row in rows]
 

@@ -128,10 +128,11 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     """The first loss, the memory and the time of the run, from a micro-batch on this device."""
     device, most = table.processes.device, most_tokens(options)
     is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
-    # as many of the first examples as fit; at least one
+    # a micro-batch of the first step; on a CPU as many of the first examples as fit, at least one
     examples, _ = stream.step(Position())
-    fits = np.cumsum(data.lengths[examples]) <= (most if is_cuda else min(most, CPU_TOKENS))
-    batch = data.micro_batch(examples[:max(1, int(fits.sum()))]).to(device)
+    fits = np.cumsum(data.lengths[examples]) <= CPU_TOKENS
+    first = data.plan(examples, most, 1).micro_batches[0] if is_cuda else examples[:max(1, int(fits.sum()))]
+    batch = data.micro_batch(first).to(device)
     learner = Learner(model.to(device), options, table.processes,
                       lambda text: table.add("warning", "compile", text.removeprefix("warning: ")))
     kept = dict[int, int]()  # for the backward pass: bytes by their place in memory

@@ -98,7 +98,7 @@ class Leader:
         final = [key for key, code in codes.items() if code not in (0, DiedError.exit_code, LostError.exit_code)]
         died = [f"{name_of(key)}: {reports[key].why}" for key in codes if reports[key].why]
         gone = [f"{name_of(key)} is gone" for key in plan.members if key not in reports]
-        joined = [name_of(key) for key in reports if key not in plan.members]
+        joined = [name_of(key) for key, report in reports.items() if key not in plan.members and not report.left]
         if final:
             self.end(f"{name_of(final[0])} has stopped the run", codes[final[0]])
         elif gone or any(codes.values()):

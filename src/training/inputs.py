@@ -46,7 +46,7 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
         if not path.exists():
             raise UserError(f"{path}: no such file to resume from; name a checkpoint of a run, latest, or auto")
         state = checkpoint.load_run(path)
-    if state is None or path.parent.resolve() != folder.resolve():
+    if state is None or not (folder.exists() and path.parent.samefile(folder)):
         checkpoint.require_no_run(folder)
     return path, state
 

@@ -30,6 +30,7 @@ from weights.durable import lock_folder
 GRACE = 5.0  # seconds to end in, for processes that another one has left alone
 NOTICE, PATIENCE = 8.0, 600.0  # seconds to wait for other hosts before that is said, and in all
 QUIET = 600.0  # seconds without a step before that is said
+NAMES = {number.value: number.name for number in signal.Signals}
 TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 
 
@@ -88,7 +89,8 @@ class Launcher:
         code = DiedError.exit_code
         try:
             while True:
-                if received := signal.sigtimedwait(WATCHED_SIGNALS, 0.1):
+                received = signal.sigtimedwait(WATCHED_SIGNALS, 0.1)
+                if received and received.si_signo != AGAIN:  # which only comes from here
                     if self.signals.note(received.si_signo):
                         self._kill()
                     self._send(received.si_signo)
@@ -173,7 +175,7 @@ class Launcher:
             return 0, ""
         if self.signals.stop:
             return 128 + self.signals.stop, ""
-        died = [f"process {rank} " + (f"was killed ({signal.Signals(-code).name})" if code < 0 else "failed")
+        died = [f"process {rank} " + (f"was killed ({NAMES.get(-code, -code)})" if code < 0 else "failed")
                 + ", often because memory ran out" * (code == -signal.SIGKILL)
                 for rank, code in ended.items() if code < 0 or code == 1]
         return DiedError.exit_code if died else LostError.exit_code, ", ".join(died)

@@ -76,10 +76,11 @@ def _stays(line: bytes, step: int, evaluated: Collection[int]) -> bool:
     try:
         values = json.loads(line)
         return values["step"] <= step and ("val/loss" not in values or values["step"] in evaluated)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
 def _cell(text: str) -> str:
     """Text for a cell of a Markdown table: as it is, line by line, whatever Markdown or HTML it looks like."""
-    return "<br>".join(re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match.group())};", text).splitlines())
+    plain = re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match.group())};", text)
+    return "<br>".join(re.sub(r"^ +", lambda match: "&nbsp;" * len(match.group()), line) for line in plain.splitlines())

@@ -192,8 +192,11 @@ def _connect(processes: Processes) -> None:
         torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
-        where = os.environ.get("INSTRUCT_STORE", "env://")  # with the number of the start, which has a part of its own
-        met = next(rendezvous(where, rank, world_size, timeout=timeout))[0]
+        where = os.environ.get("INSTRUCT_STORE", "env://")
+        is_file = where.startswith("file://")  # on a single host
+        met = (dist.FileStore(where.removeprefix("file://"), world_size) if is_file else  # type: ignore[attr-defined]
+               next(rendezvous(where, rank, world_size, timeout=timeout))[0])
+        # each start of the run, whose number the name ends with, has a part of the store of its own
         store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
         _compare_devices(store, rank, world_size, device.type)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

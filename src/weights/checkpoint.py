@@ -67,7 +67,7 @@ _RUN_FIELDS: dict[str, Callable[[Any], bool]] = {
 
 def save(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -> None:
     """Write state to path durably; say names what is set aside for it. Raises UserError when the disk does not take
-    it."""
+    it, or something that is no file has its name."""
     _make_room(path, say)
     with durable_file(path, needed=size_of(state)) as file:
         torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)
@@ -216,9 +216,12 @@ def _set_aside(path: Path) -> Path:
 
 
 def _make_room(path: Path, say: Say) -> None:
-    """Set aside what is not ours and would be replaced by a file of ours."""
+    """Set aside the files and links that are not ours and would be replaced by a file of ours. Raises UserError where
+    anything else is: renamed, a device or a folder would be missed by whoever uses it."""
     for each in (path, path.with_name(path.name + TEMPORARY_SUFFIX)):
         if os.path.lexists(each) and not is_ours(each):
+            if not each.is_symlink() and not each.is_file():
+                raise UserError(f"{each}: not a file, so nothing is written there; move it away")
             say(f"{each} was there: now {_set_aside(each).name}")
 
 

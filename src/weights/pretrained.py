@@ -85,8 +85,8 @@ def check_vocabulary(vocab_size: int, path: Path) -> None:
 def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors":
         return load_any(path)
-    begin_of(path)
     with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
+        begin_of(path)
         return load_file(path)
 
 
