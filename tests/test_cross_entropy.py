@@ -39,8 +39,10 @@ def computed(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype, of_loss, of_gradients", [(torch.float64, 1e-12, 1e-12), (torch.float32, 2.4e-7, 1e-6)])
 @pytest.mark.parametrize("n_rows", [1, ROWS, ROWS + 1, 3 * ROWS + 7])
-def test_loss_and_gradients_equal_pytorchs(n_rows, dtype, of_loss, of_gradients):
-    """However many chunks there are. The matrix's gradient is added to what is there."""
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_loss_and_gradients_equal_pytorchs(monkeypatch, is_cuda, n_rows, dtype, of_loss, of_gradients):
+    """However many chunks there are, also by the formulas for GPUs. The matrix's gradient is added to what is there."""
+    monkeypatch.setattr(Tensor, "is_cuda", is_cuda)
     hidden, weight, targets = case(n_rows, dtype)
     before = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     gradient = before.clone()
