@@ -168,7 +168,7 @@ def open_prepared(folder: Path) -> Prepared:
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
                         f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")
-    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anyhow
+    with errors_at(path, Exception, advice=_AGAIN):  # a forged manifest can fail anywhere
         data = _regular(path).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
         if manifest["format_version"] != FORMAT_VERSION:

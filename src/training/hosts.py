@@ -133,7 +133,7 @@ class Hosts:
         self.key = f"{platform.node()} {uuid.uuid4().hex}"
         self.plan, self.heard = Plan(), 0.0  # the plan, and when it was heard last
         self._store: Any = None  # the server, in the first launcher
-        self._last = {self.key: (report, 0.0)}  # there: the hosts' last reports, its own first, and when they came
+        self._last = {self.key: (report, 0.0)}  # each host's last report, and when it came; the first host's is first
         self._thread = Thread(target=self._talk, args=endpoint or (), daemon=True)
         if endpoint:
             self._thread.start()

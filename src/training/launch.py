@@ -79,7 +79,8 @@ class Launcher:
         self.flags, self.folder, self.hosts = flags, folder, hosts
         self.report, self.signals = Report(processes), Signals()
         self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
-        self.killed, self.end = set[int](), math.inf  # those ended from here; when those that still run are
+        self.killed = set[int]()  # the ranks that were ended from here
+        self.end = math.inf  # when those that still run are to be ended
         self.begun = Path(folder, "begun")  # the trainers touch it when they begin, and at every step
         self.news = ""  # what was said of the plan
         self.since, self.notice = time.monotonic(), NOTICE  # when waiting began, and the seconds before that is said
@@ -129,7 +130,7 @@ class Launcher:
         for local_rank in range(self.report.processes):
             environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
                            "WORLD_SIZE": sum(plan.members.values()), "LOCAL_WORLD_SIZE": self.report.processes,
-                           "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is there
+                           "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # no trainer makes it
                            "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun}
             self.trainers[first + local_rank] = subprocess.Popen(
                 [sys.executable, str(TRAINER), *self.flags],

@@ -140,7 +140,7 @@ def model_of(state: Mapping[str, Any], path: Path, device: torch.device | str = 
             raise ValueError(f"{len(weights)} weights are too few for {config.n_layer} layers")
         model = GPT(config)
     _check_weights(weights, model.state_dict(), path)
-    model.load_state_dict(dict(weights), assign=True)  # a copy: PyTorch writes notes into what it loads
+    model.load_state_dict(dict(weights), assign=True)  # PyTorch adds to the dictionary that it loads
     return model.to(device).eval()
 
 
