@@ -106,8 +106,9 @@ def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], in
         documents = [data.example(number) for number in range(len(data))]
     fitting = [document for document in documents if len(document[0]) <= context_length]
     if not fitting:
-        raise UserError(f"{options.prompts or options.dataset or options.data_dir}: nothing to evaluate that fits a "
-                        f"context of {context_length}")
+        reason = f"none of {len(documents):,} fits a context of {context_length}" if documents else (
+            "no question in it" if options.prompts else "no question with an answer to train on in it")
+        raise UserError(f"{options.prompts or options.dataset or options.data_dir}: nothing to evaluate: {reason}")
     cases = [Case(list(map(int, tokens)), trained_spans(mask))
              for tokens, mask in _spread(fitting, options.examples or len(fitting))]
     return cases, len(documents) - len(fitting)

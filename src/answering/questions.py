@@ -50,7 +50,9 @@ def _question_of(text: str) -> Question:
     """Raises UserError unless text is an object with an instruction and perhaps an input; other names are ignored."""
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits too, lists in lists in lists
+    except json.JSONDecodeError as error:
+        raise UserError(f"cannot be read as JSON: {error.msg} in column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
         raise UserError(f"cannot be read as JSON: {error}") from error
     if not isinstance(row, dict) or "instruction" not in row:
         raise UserError("expected an object with an instruction, and perhaps an input")

@@ -47,7 +47,8 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     a configuration, 0 when the user did not say it. Rows of padding after GPT-2's vocabulary, which training would
     count, are left out. Whether all weights are there and fit, model_of checks. Raises UserError when there is no such
     file or the number of heads is not known, CheckpointError when it is damaged, unsafe, or no GPT-2."""
-    if path.is_file() and (_PART.fullmatch(path.name) or path.name.endswith(("config.json", ".index.json"))):
+    part = _PART.fullmatch(path.name)
+    if path.is_file() and (part and int(part[2]) > 1 or path.name.endswith(("config.json", ".index.json"))):
         raise UserError(f"{path}: only a part of a model; name its folder: {path.parent}")
     state = _read_folder(path) if path.is_dir() else _read_file(path)
     if state.get("format") == FORMAT:
