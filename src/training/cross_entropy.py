@@ -8,7 +8,7 @@ longer: each adds its gradient of the whole matrix to one in fp32.
 import torch
 from torch import Tensor
 
-ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; on a GPU twice as many
+ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; with a copy on a GPU twice as many
 _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
 
 
