@@ -31,6 +31,7 @@ from helpers import (
     train,
     write_data,
 )
+from model import GPTConfig
 from training.checks import doubt_about_weights, doubts
 from training.memory import fit
 from training.step import Learner, train_step
@@ -77,6 +78,9 @@ def test_what_is_doubtful_is_said_with_what_to_do(inputs, tmp_path, flags, name,
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
     found = doubts(options, small_model(), data, stream, ["cpu"])
     assert set(found) == ({name} if said else set()) and (not said or re.search(said, found[name]))
+    if name == "data":
+        shorter = small_model(config=GPTConfig(options.context_length, 64, 1, 1, 16))
+        assert "the model can take no longer ones" in doubts(options, shorter, data, stream, ["cpu"])[name]
 
 
 def tree(folder: Path) -> list[tuple[Path, int]]:

@@ -53,8 +53,10 @@ def doubts(options: Namespace, model: GPT, data: Mapping[str, InstructData], str
     if len(set(devices)) > 1:
         found["device"] = f"they differ ({'; '.join(devices)}), and the slowest sets the pace"
     if left_out > 0.1:
+        can_be_longer = options.from_scratch or options.context_length < model.config.context_length
         found["data"] = (f"{100 * left_out:.0f} % of the train examples are longer than context_length and are not "
-                         "trained on; a larger --context_length, if the model takes it, takes more of them")
+                         "trained on; " + ("a larger --context_length takes more of them" if can_be_longer else
+                                           "the model can take no longer ones"))
     if epochs > MOST_EPOCHS and not options.from_scratch:  # random weights need more
         found["run"] = (f"{epochs:,.0f} times through the same examples is more than a model gains from: "
                         f"{_usual_flags(options, stream)} is usual")
