@@ -1,10 +1,13 @@
 """The cross entropy of the output layer and its gradients, against PyTorch's over the whole table of scores."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conftest import SRC, run_command
 from helpers import relative
 from training.cross_entropy import ROWS, output_loss, padded
 
@@ -120,3 +123,23 @@ def test_very_large_scores_do_not_overflow(dtype, of_loss, of_gradients):
 def test_no_rows_cost_nothing(dtype):
     loss, of_hidden, gradient = computed(*case(0, torch.float32), dtype)
     assert loss.item() == 0 and of_hidden.shape == (0, WIDTH) and not gradient.any()
+
+
+def test_the_first_exponential_of_a_process_is_of_one_number():
+    """So that no two threads make MKL's first call, which chooses its kernel, together (issue 188792 of PyTorch)."""
+    program = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "exp" in str(function).partition(".")[2].partition(".")[0].split("_"):
+            print(arguments[0].numel())
+        return function(*arguments, **(options or {}))
+
+with Watch():
+    from training.cross_entropy import output_loss
+    output_loss(torch.ones(600, 8), torch.ones(300, 8), torch.zeros(600, dtype=torch.long))
+"""
+    done = run_command(sys.executable, "-c", program, env={"PYTHONPATH": str(SRC)})
+    assert done.stdout.split() == ["1", "153600", "26400"], done

@@ -11,6 +11,10 @@ from torch import Tensor
 ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; with a copy on a GPU twice as many
 _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
 
+# MKL, which computes exp on CPUs, chooses its kernel at the first call. Threads that make that call together may get
+# one that is right to four digits only (issue 188792 of PyTorch; MKL before 2025), so a process makes it here.
+torch.zeros(1).exp()
+
 
 def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the output matrix (vocab_size, n_embd) in a smaller type, with rows of zeros up to a multiple of 64."""
