@@ -96,11 +96,11 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
     """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
     is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
     it, and naming the lock when it cannot be used."""
-    path = folder / LOCK
-    with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
+    path, advice = folder / LOCK, f"; choose another {flag}"
+    with errors_at(f"{folder}: cannot write there", advice=advice):
         folder.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
-                                      or not _HOLDER.fullmatch(path.read_text(errors="replace"))):
+    with errors_at(f"{path}: cannot write it", advice=advice):
+        if os.path.lexists(path) and not (path.is_file() and _HOLDER.fullmatch(path.read_text(errors="replace"))):
             raise UserError(f"{path}: not a lock of this program; move it away, or choose another {flag}")
         file = path.open("a+b", buffering=0)
         try:
