@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import machine
 
 import convert_checkpoint
@@ -36,7 +35,7 @@ def messages_of(row: Any) -> list[dict[str, str]]:
 
 
 def chat(checkpoint: Path, n_new: int) -> Callable[[Any], str]:
-    model = model_of(open_any(checkpoint), checkpoint, torch.device("cpu"))
+    model = model_of(open_any(checkpoint), checkpoint)
     return lambda row: "".join(Answer(model, row.instruction, row.input, Settings(n_new, temperature=0)).pieces())
 
 

@@ -58,7 +58,7 @@ def ours(folder: Path, form: str, sampled: bool) -> Callable[[], object]:
     from answering.settings import Settings
     from weights.checkpoint import load, model_of
 
-    model = model_of(load(folder / "ours.pt"), folder / "ours.pt", torch.device("cpu"))
+    model = model_of(load(folder / "ours.pt"), folder / "ours.pt")
     for_decoding(model, {"int8": OneRowInt8, "batch": FewRows}.get(form, OneRow))
     if form == "batch":
         return lambda: list(finished(model, [PROMPT[cut:] for cut in range(8)], NEW))

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--examples", type=int, default=40)
     options = parser.parse_args()
-    models = {name: model_of(load(options.checkpoint), options.checkpoint, torch.device("cpu"))
+    models = {name: model_of(load(options.checkpoint), options.checkpoint)
               for name in ("fp32", "int8")}
     for name, model in models.items():
         for_decoding(model, OneRowInt8 if name == "int8" else OneRow)

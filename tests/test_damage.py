@@ -63,7 +63,7 @@ def is_noticed(read: Callable[[Path], object], path: Path, undamaged: object) ->
 
 @torch.no_grad()
 def logits_of_chat(path: Path) -> torch.Tensor:
-    model = model_of(open_any(path), path, torch.device("cpu"))
+    model = model_of(open_any(path), path)
     return model.logits(model.decode(torch.arange(16), KVCache(model.config)))
 
 

@@ -23,7 +23,7 @@ from answering.settings import Settings
 from conftest import write_checkpoint
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
-from helpers import CPU, rows_of, same_state, small_model
+from helpers import rows_of, same_state, small_model
 from instruct_format import (
     END_OF_TEXT,
     TEMPLATE,
@@ -220,7 +220,7 @@ def test_the_tokenizer_is_tiktokens(hf):
 
 def test_transformers_answers_as_chat(hf, folders, checkpoints):
     """Logits, and the greedy answers of the pipeline with messages."""
-    model = model_of(load(checkpoints[False]), checkpoints[False], CPU)
+    model = model_of(load(checkpoints[False]), checkpoints[False])
     tokens = torch.randint(0, 50257, (96,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = model.logits(model(tokens, Documents.of([96])))[:, :50257], hf[1](tokens[None]).logits[0]

@@ -53,7 +53,7 @@ def test_gpt2_comes_from_the_hub(tmp_path):
         code, stdout, stderr = from_hub(server, tmp_path, "convert_checkpoint.py", "import", "gpt2")
     assert code == 0 and "1 layers of 2 heads, width 128" in stdout, stderr
     path = tmp_path / "checkpoints/best_model.pt"
-    model = model_of(load(path), path, torch.device("cpu"))
+    model = model_of(load(path), path)
     assert torch.equal(model.transformer.wte.weight, weights["wte.weight"])
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, weights["h.0.attn.c_attn.weight"].t())
     assert {status for _, _, status, _ in server.requests} >= {307, 302, 200, 206}

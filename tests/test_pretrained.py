@@ -23,7 +23,7 @@ import train_instruct
 from conftest import write_jsonl
 from data_files import row
 from errors import CheckpointError, UserError
-from helpers import CPU, prepare, same_state, small_model, train, write_pretrained
+from helpers import prepare, same_state, small_model, train, write_pretrained
 from model import GPT, Documents, GPTConfig
 from weights.checkpoint import model_of
 from weights.pretrained import config_of, open_any
@@ -182,7 +182,7 @@ def test_folders_of_transformers_have_its_logits(tmp_path, reference, form, acti
     FOLDERS[form](reference, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "activation_function": activation}))
-    model = model_of(open_any(folder), folder, CPU)
+    model = model_of(open_any(folder), folder)
     tokens = torch.randint(0, 50257, (32,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = model.logits(model(tokens, Documents.of([32]))), reference(tokens[None]).logits[0]
@@ -274,7 +274,7 @@ def test_what_is_no_gpt2_is_refused(tmp_path, weights, case, is_zip):
     make, message = WRONG[case]
     torch.save(make(weights), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
     with pytest.raises(UserError, match=rf"^[^\n]*a.pt: .*{message}") as caught:
-        model_of(open_any(tmp_path / "a.pt"), tmp_path / "a.pt", CPU)
+        model_of(open_any(tmp_path / "a.pt"), tmp_path / "a.pt")
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert caught.value.exit_code == (2 if "--n_head" in message else 3)
 

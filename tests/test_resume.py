@@ -16,7 +16,6 @@ import train_instruct
 from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
 from helpers import (
-    CPU,
     learner_of,
     open_data,
     random_examples,
@@ -292,7 +291,7 @@ def test_the_first_evaluation_saves_once_and_best_model_is_never_alone(inputs, w
         "step_000004.pt", "step_000008.pt"]
     state = checkpoint.load(tmp_path / "step_000004.pt")
     val = open_data(inputs[0], 64)["val"]
-    loss = training_step.evaluate(learner_of(checkpoint.model_of(state, tmp_path, CPU)), val,
+    loss = training_step.evaluate(learner_of(checkpoint.model_of(state, tmp_path)), val,
                                   val.plan(range(3), 512, 1))
     assert state["val_losses"][1:] == [[4, pytest.approx(loss)]]
     best, folder = trajectory(whole / "best_model.pt"), shutil.copytree(whole, tmp_path / "killed")

@@ -53,7 +53,6 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
 
 def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tuple[GPT, str]:
     """The model to train, on the CPU, and where it comes from."""
-    cpu = torch.device("cpu")
     if state is None and options.from_scratch:
         n_layer, n_head, n_embd = (int(size) for size in options.from_scratch.split(","))
         if 12 * n_layer * n_embd**2 > 10**11:
@@ -62,16 +61,16 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
             config = GPTConfig(options.context_length or 1024, VOCAB_SIZE, n_layer, n_head, n_embd)
         with torch.device("meta"):  # PyTorch's own initial values would only be replaced
             model = GPT(config)
-        model.to_empty(device=cpu).init_weights(options.seed)
+        model.to_empty(device="cpu").init_weights(options.seed)
         return model, "random weights"
     if state:
-        model, origin = checkpoint.model_of(state, path, cpu), f"resumed from {path} at step {state['step']}"
+        model, origin = checkpoint.model_of(state, path), f"resumed from {path} at step {state['step']}"
     else:
         path = Path(options.pretrained_model)
         if not path.exists():
             raise UserError(f"{path}: no pre-trained model; put yours there, or import one with: python "
                             "src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
-        model, origin = checkpoint.model_of(open_any(path, options.n_head), path, cpu), f"weights of {path}"
+        model, origin = checkpoint.model_of(open_any(path, options.n_head), path), f"weights of {path}"
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # the file's memory is for reading
     return model, origin

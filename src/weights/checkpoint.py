@@ -129,8 +129,8 @@ def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
                                   "checkpoint")
 
 
-def model_of(state: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> GPT:
-    """The model of a state, for reading: on the CPU it shares the memory of the weights, which may be a mapped file.
+def model_of(state: Mapping[str, Any], path: Path) -> GPT:
+    """The model of a state, on the CPU, for reading: it shares the memory of the weights, which may be a mapped file.
     Raises CheckpointError when config and weights do not fit."""
     weights = state["model"]
     with (errors_at(f"{path}: no usable model configuration", TypeError, ValueError, RuntimeError,
@@ -141,7 +141,7 @@ def model_of(state: Mapping[str, Any], path: Path, device: torch.device | str = 
         model = GPT(config)
     _check_weights(weights, model.state_dict(), path)
     model.load_state_dict(dict(weights), assign=True)  # PyTorch adds to the dictionary that it loads
-    return model.to(device).eval()
+    return model.eval()
 
 
 def step_files(folder: Path) -> list[Path]:
