@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import stat
 import sys
@@ -108,6 +109,8 @@ def test_the_modelfile_and_the_card(folders, checkpoints, tmp_path):
         assert (folder / "Modelfile").read_text() == modelfile.replace(f"{multi_turn}.gguf", "model.gguf")
         assert ("license: cc-by-nc-4.0\n" in card) == multi_turn == ("<|endoftext|>{{ end }}" in modelfile)
     assert "on `my 'rows'   .jsonl`. " in (folders[False] / "README.md").read_text()
+    no_text = export(checkpoints[False], tmp_path / os.fsdecode(b"caf\xe9.gguf"))
+    assert no_text.with_suffix(".Modelfile").read_bytes().startswith(b"FROM ./caf\xe9.gguf\n")
 
 
 # Prompts

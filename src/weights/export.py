@@ -143,7 +143,7 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
     if not state["template"]:  # what is there is of an older export, and another model
         return path.with_suffix(".Modelfile").unlink(missing_ok=True)
     with _file_for_all(path.with_suffix(".Modelfile")) as file:
-        file.write(_modelfile(state, path.name, settings).encode(errors="backslashreplace"))
+        file.write(os.fsencode(_modelfile(state, path.name, settings)))
 
 
 def _weights(state: Mapping[str, Any], kind: torch.dtype) -> dict[str, Tensor]:
