@@ -74,11 +74,10 @@ def save(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -> None:
 
 
 def size_of(state: object) -> int:
-    """The bytes of the tensors in a state. A checkpoint file has a few hundred more for each tensor."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(size_of, parts))
+    """The bytes of the tensors in nested dictionaries. A checkpoint has a few hundred more for each tensor."""
+    if isinstance(state, Mapping):
+        return sum(map(size_of, state.values()))
+    return state.nbytes if isinstance(state, Tensor) else 0
 
 
 def load(path: Path) -> dict[str, Any]:
