@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -199,20 +199,21 @@ def _config(state: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _spelled() -> tuple[dict[str, int], list[str]]:
     """GPT-2's vocabulary and merges as OpenAI spelled them, from the ranks. A byte that prints is itself, others stand
     for letters from U+0100 on. A token is the merge of the last two parts that the merges before it leave of it."""
-    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printing)
-    letters = {**{byte: chr(byte) for byte in printing}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
-    ranks = dict(sorted(tokenizer()._mergeable_ranks.items(), key=lambda item: item[1]))
-    merges = []
+    printing, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, count(256)
+    letters = [chr(byte if byte in printing else next(others)) for byte in range(256)]
+    ranks, merges = tokenizer()._mergeable_ranks, []  # in the order of the ranks
+
+    def spelled(part: bytes) -> str:
+        return "".join(letters[byte] for byte in part)
+
     for token in ranks:
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             _, at = min((ranks.get(one + two, END_OF_TEXT), at) for at, (one, two) in enumerate(pairwise(parts)))
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
-            merges.append(" ".join("".join(letters[byte] for byte in part) for part in parts))
-    vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    return {**vocabulary, END: END_OF_TEXT}, merges
+            merges.append(" ".join(map(spelled, parts)))
+    return {**{spelled(token): rank for token, rank in ranks.items()}, END: END_OF_TEXT}, merges
 
 
 def tokenizer_files(context_length: int, chat_template: str = "") -> dict[str, str]:
