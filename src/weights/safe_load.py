@@ -32,8 +32,8 @@ _ADVICE = {  # how files of other programs begin, and what to do with them
 class _Inert:
     """Stands in for a pickled class or function of another program: it keeps the fields and does nothing."""
 
-    def __new__(cls, *_: object, **__: object) -> "_Inert":
-        return super().__new__(cls)
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
 
     def __setstate__(self, state: object) -> None:
         for part in state if isinstance(state, tuple) else (state,):
