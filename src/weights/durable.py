@@ -100,7 +100,8 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
     with errors_at(f"{folder}: cannot write there", advice=advice):
         folder.mkdir(parents=True, exist_ok=True)
     with errors_at(f"{path}: cannot write it", advice=advice):
-        if os.path.lexists(path) and not (path.is_file() and _HOLDER.fullmatch(path.read_text(errors="replace"))):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
+                                      or not _HOLDER.fullmatch(path.read_text(errors="replace"))):
             raise UserError(f"{path}: not a lock of this program; move it away, or choose another {flag}")
         file = path.open("a+b", buffering=0)
         try:
