@@ -124,6 +124,13 @@ def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
     assert [path for path, _ in tree(tmp_path)] == before
 
 
+def test_a_dry_run_finds_a_state_that_cannot_be_put_back(tmp_path, run_state, capsys):
+    checkpoint.save(tmp_path / "a.pt", {**run_state, "position": [0, 999]})
+    flags = to(tmp_path / "b", "--resume", tmp_path / "a.pt", "--max_steps", 9, "--override", "--device", "cpu")
+    assert train_instruct.main([*flags, "--dry_run"]) == 2 and not (tmp_path / "b").exists()
+    assert re.search(r"failure  start .*: not a complete state of a run: position 999 of 3", capsys.readouterr().out)
+
+
 def test_weights_of_no_language_model_are_told_by_their_first_loss():
     assert doubt_about_weights(3.2) == "" and "tokenizer is not GPT-2's" in doubt_about_weights(10.9)
 

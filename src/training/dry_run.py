@@ -10,7 +10,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -23,12 +23,15 @@ from errors import UserError, errors_at
 from instruct_format import VOCAB_SIZE
 from model import GPT
 from training.checks import doubt_about_weights, doubts, existing, facts
+from training.ending import Signals
 from training.inputs import check_sizes, find_state, model_of, open_data, split_data
 from training.memory import fit, most_tokens
 from training.options import parse_options, resumed_options, with_steps
 from training.precision import name_of
 from training.processes import Processes, join, less_memory
 from training.progress import columns, duration, say
+from training.restore import restore
+from training.run import Run
 from training.step import Learner
 from weights.checkpoint import size_of
 from weights.durable import LOCK, lock_folder
@@ -49,6 +52,10 @@ class Table:
     def add(self, status: str, name: str, text: str) -> None:
         if self.is_ok(name):
             self.rows[name] = (status, text)
+
+    def add_all(self, status: str, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            self.add(status, name, text)
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
@@ -97,6 +104,8 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     if table.is_ok("start"):
         with table.check("model"), table.processes.failures_explained("the model does not fit"):
             model, origin = model_of(options, state, path)
+    if not table.is_ok("model"):
+        model = None  # here too, if another process refuses it
     if model:
         with table.check("step"):
             check_sizes(options, model.config)
@@ -116,16 +125,19 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     if not table.is_ok("device"):
         return None
     devices = table.processes.gather(name_of(table.processes.device))
-    for name, text in facts(options, table.processes, model, data, stream, origin).items():
-        table.add("ok", name, text)
-    for name, text in doubts(options, model, data, stream, devices).items():
-        table.add("warning", name, text)
+    table.add_all("ok", facts(options, table.processes, model, data, stream, origin))
+    table.add_all("warning", doubts(options, model, data, stream, devices))
     with table.check("memory"), table.processes.failures_explained(less_memory(options)):
-        _costs(options, model, data["train"], stream, table)
+        learner = _costs(options, model, data["train"], stream, table)
+    if state and table.is_ok("memory"):
+        with table.check("start"):
+            restore(Run(options, table.processes, Signals(), folder, prepared.manifest, data, stream, learner, ""),
+                    state, path)
 
 
-def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleStream, table: Table) -> None:
-    """The first loss, the memory and the time of the run, from a micro-batch on this device."""
+def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleStream, table: Table) -> Learner:
+    """The first loss, the memory and the time of the run, from a micro-batch on this device. Returns what computes it.
+    """
     device, most = table.processes.device, most_tokens(options)
     is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
     # a micro-batch of the first step; on a CPU as many of the first examples as fit, at least one
@@ -162,3 +174,4 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     a_step = seconds * int(data.lengths.sum()) / len(batch.tokens) / stream.steps_per_epoch
     a_step /= table.processes.world_size if is_cuda else 1
     table.add("ok", "time", f"about {a_step:,.2f} s a step, {duration(a_step * options.max_steps)} in all")
+    return learner
