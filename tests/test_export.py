@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 import random
 import stat
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import convert_checkpoint
 from answering.answer import Answer
 from answering.settings import Settings
-from conftest import write_checkpoint
+from conftest import run_script, write_checkpoint
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
-from helpers import CPU, rows_of, same_state, small_model
+from helpers import CPU, same_state, small_model
 from instruct_format import (
     END_OF_TEXT,
     TEMPLATE,
@@ -43,6 +43,10 @@ CONFIG = GPTConfig(context_length=96, vocab_size=50304, n_layer=2, n_head=4, n_e
 def export(source: Path, output: Path, *flags: str) -> Path:
     assert convert_checkpoint.main(["export", str(source), str(output), *flags]) == 0
     return output
+
+
+def import_to(output: Path, source: Path | str, *flags: str) -> int:
+    return convert_checkpoint.main(["import", str(source), "--output", str(output), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +251,7 @@ def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
     """Also when transformers has saved it again."""
     for multi_turn, folder in folders.items():
         output = tmp_path / f"{multi_turn}.pt"
-        assert convert_checkpoint.main(["import", str(folder), "--output", str(output)]) == 0
+        assert import_to(output, folder) == 0
         before, after = load(checkpoints[multi_turn]), load(output)
         same = ("template", "multi_turn", "data_source")
         assert {name: after[name] for name in same} == {name: before[name] for name in same}
@@ -257,6 +261,39 @@ def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
         assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
     hf[1].save_pretrained(tmp_path / "saved")
     assert open_any(tmp_path / "saved")["template"] == TEMPLATE
+
+
+def test_an_output_that_exists_is_not_replaced(folders, tmp_path, capsys):
+    """With --force a foreign file gets another name, and what is no file stays as it is."""
+    folder, existing = folders[False], tmp_path / "mine.pt"
+    existing.write_text("mine")
+    with pytest.raises(UserError, match="mine.pt: exists; --force replaces it"):
+        import_to(existing, folder)
+    assert existing.read_text() == "mine"
+    for is_foreign in (True, False):
+        assert import_to(existing, folder, "--force") == 0 and load(existing)["template"] == TEMPLATE
+        assert (f"{existing} was there: now mine.abandoned1.pt\n" in capsys.readouterr().out) == is_foreign
+    assert (tmp_path / "mine.abandoned1.pt").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    no_file = {str(path): "a .*, not a file" for path in (tmp_path, tmp_path / "pipe", tmp_path / "link", Path())}
+    no_name = {f"{tmp_path}/{name}": f"import writes a checkpoint; name it {tmp_path}/a.pt"
+               for name in ("a.BIN", "a.gguf", "a")}  # what no command would take for a checkpoint
+    for output, message in {**no_file, **no_name, f"{tmp_path}/{'a' * 300}": ".*too long"}.items():
+        with pytest.raises(UserError, match=f"^{output}: {message}"):
+            import_to(Path(output), folder, "--force")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.pt", "mine.abandoned1.pt", "pipe", "link"}
+
+
+def test_without_a_network_the_hub_is_one_line(tmp_path):
+    """The library's own words are for programmers. What cannot be a name of the hub is not asked for."""
+    code, _, stderr = run_script("convert_checkpoint.py", "import", "gpt2", "--output", tmp_path / "out.pt",
+                                 env={"HF_HOME": str(tmp_path)})
+    assert (code, stderr) == (2, "error: gpt2: no such file or folder, and fetching it from the Hugging Face hub "
+                                 "failed: check the network, or import a local file or folder\n")
+    for source in ("no/such/folder", "/absent", "./gpt2", "gpt--2", "my model", "checkpoints/absent.pt", "~/gpt2"):
+        with pytest.raises(UserError, match=f"^{source}: no such file or folder($|, and .* no public model of this )"):
+            import_to(tmp_path / "out.pt", source)
 
 
 # GGUF
@@ -381,11 +418,3 @@ def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, fo
     export(checkpoints[False], folder, "--force")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         **{path.name: path.read_bytes() for path in folders[False].iterdir()}, "notes.txt": b"mine"}
-
-
-def test_thirty_real_questions_are_prompted_as_here(hf, alpaca):
-    for row in islice(rows_of(alpaca), 30):
-        [turn] = row.turns
-        messages = [user(turn.instruction, input=turn.input)]
-        assert rendered(hf, messages) == encode_prompt(turn.instruction, turn.input)
-        assert rendered(hf, [*messages, assistant(turn.output)], prompt=False) == encode_example(*turn)[0]
