@@ -67,11 +67,6 @@ def run_script(name: str, *flags: str | Path, **how: Any) -> Outcome:
     return run_command(sys.executable, SRC / name, *flags, **how)
 
 
-def run_launcher(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
-    """Run src/training/launch.py as start_instruct_training.sh does."""
-    return run_command(sys.executable, "-m", "training.launch", *arguments, cwd=cwd, env={"PYTHONPATH": str(SRC)})
-
-
 def launch(folder: Path, script: str, *arguments: object, cwd: Path | None = None, **variables: str) -> Outcome:
     """A launcher of this folder, with this interpreter's environment as the active one unless variables say other."""
     return run_command(folder / script, *map(str, arguments), cwd=cwd, env={

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare_instruct_dataset
 import train_instruct
@@ -24,7 +26,7 @@ from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
 from model import GPT, GPTConfig
 from training.options import parse_options
 from training.processes import Processes
-from training.step import Learner
+from training.step import Learner, evaluate, most_tokens, train_step
 from weights import checkpoint
 
 VOCAB = 1009  # a prime: real token ids modulo this keep the real lengths and masks
@@ -84,6 +86,11 @@ def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[
     return examples
 
 
+def write_random(folder: Path, train: int, val: int, longest: int) -> Path:
+    """Prepared data of so many random examples a split."""
+    return write_data(folder, {"train": random_examples(train, longest), "val": random_examples(val, longest, seed=1)})
+
+
 def small_model(seed: int = 0, config: GPTConfig = SMALL) -> GPT:
     """Random weights, norms and biases moved off their initial values, so that all of them count."""
     model = GPT(config)
@@ -110,10 +117,10 @@ def write_pretrained(path: Path, model: GPT) -> Path:
     return path
 
 
-def run_inputs(folder: Path) -> tuple[Path, Path]:
+def run_inputs(folder: Path, config: GPTConfig = SMALL) -> tuple[Path, Path]:
     """What resume_flags takes: data of random examples, a pre-trained model."""
-    data = write_data(folder / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
-    return data, write_pretrained(folder / "pretrained.pt", small_model())
+    pretrained = write_pretrained(folder / "pretrained.pt", small_model(config=config))
+    return write_random(folder / "data", 60, 15, 64), pretrained
 
 
 def to(folder: Path, *flags: object) -> list[str]:
@@ -178,6 +185,14 @@ def gradients_of(learner: Learner) -> torch.Tensor:
     return torch.cat([learner.gradients[each].flatten().cpu() for each in learner.model.parameters()])
 
 
+def computed(learner: Learner, data: dict[str, InstructData]) -> tuple[float, float, torch.Tensor]:
+    """The val loss, then loss and gradients, in a row, of a step of all of the train split."""
+    plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("val", "train")]
+    val_loss = evaluate(learner, data["val"], plans[0])
+    assert val_loss is not None
+    return val_loss, train_step(learner, data["train"], plans[1], 1e-3).loss, gradients_of(learner)
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The length of the difference, of the expected one's."""
     found, expected = (each.detach().double().cpu() for each in (found, expected))
@@ -202,6 +217,17 @@ def transformers_model(model: GPT) -> Any:
     assert missing == ["lm_head.weight"] and not unexpected
     reference.tie_weights()
     return reference.eval()
+
+
+def reference_loss_sum(reference: Any, examples: Iterable[Iterable[Any]]) -> torch.Tensor:
+    """The sum of the cross entropy of (tokens, loss mask) of each example by transformers: padded, one example a row,
+    labels of -100 where nothing is trained."""
+    pairs = [[torch.from_numpy(np.array(part, dtype=int)) for part in example] for example in examples]
+    tokens = pad_sequence([ids for ids, _ in pairs], batch_first=True)
+    present = pad_sequence([torch.ones_like(ids) for ids, _ in pairs], batch_first=True)
+    labels = pad_sequence([torch.where(mask == 1, ids, -100) for ids, mask in pairs], True, padding_value=-100)
+    logits = reference(tokens, attention_mask=present).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
 def same_state(one: object, other: object) -> bool:

@@ -198,13 +198,16 @@ def spoken(answers) -> Callable[[list[int]], tuple[list[str], str]]:
     return speak
 
 
-def test_random_tokens_are_the_text_of_all_of_them(spoken):
-    """500 sequences: the pieces together, and the response, are what decoding the whole gives."""
-    chance = random.Random(0)
-    for _ in range(500):
-        tokens = [chance.randrange(END_OF_TEXT) for _ in range(chance.randrange(30))]
-        text = tokenizer().decode(tokens)
-        assert "".join(spoken(tokens)[0]) == text or "\n### " in text
+def test_characters_are_streamed_whole(spoken):
+    """As the tokens come, and the end: together they are what decoding the whole gives. A character that never becomes
+    whole is shown as such at the end."""
+    texts, chance = ["🚀", "👩\u200d💻", "naïve café", "漢字", "ไทย", "mixed ☃ and plain"], random.Random(0)
+    unfinished = [*tokens_of("never "), tokens_of("🚀")[0]]
+    at_random = ([chance.randrange(END_OF_TEXT) for _ in range(chance.randrange(30))] for _ in range(500))
+    for tokens in (*map(tokens_of, texts), unfinished, *at_random):
+        (pieces, _), text = spoken(tokens), tokenizer().decode(tokens)
+        assert ("".join(pieces) == text and len(pieces) == len(tokens) + 1) or "\n### " in text
+    assert "".join(spoken(unfinished)[0]) == "never \ufffd"
 
 
 @pytest.mark.parametrize("before, header, rest", [
@@ -216,15 +219,6 @@ def test_a_header_of_the_template_ends_the_answer_and_never_shows(spoken, before
     assert ("".join(pieces), stopped) == (before.rstrip("\n"), "end")
     for kept in ("a ### Instruction: b", "### Instruct", "a\n\n", "a\n\n#", "\n\n### Inputs"):
         assert "".join(spoken(tokens_of(kept))[0]) == kept
-
-
-def test_characters_are_streamed_whole(spoken):
-    """And one that never becomes whole is shown as such at the end."""
-    texts = ["🚀", "👩\u200d💻", "naïve café", "漢字", "ไทย", "mixed ☃ and plain"]
-    unfinished = [*tokens_of("never "), tokens_of("🚀")[0]]
-    for tokens, text in [*((tokens_of(text), text) for text in texts), (unfinished, "never \ufffd")]:
-        pieces, _ = spoken(tokens)
-        assert "".join(pieces) == text and len(pieces) == len(tokens) + 1  # as the tokens come, and the end
 
 
 @pytest.mark.parametrize("payload", EVIL, ids=ascii)

@@ -18,11 +18,10 @@ from helpers import (
     CPU,
     SMALL,
     VOCAB,
-    gradients_of,
+    computed,
     learner_of,
     loud_model,
     open_data,
-    random_examples,
     relative,
     resume,
     run_ranks,
@@ -30,10 +29,11 @@ from helpers import (
     small_model,
     train,
     write_data,
+    write_random,
 )
 from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
 from training.memory import needed_bytes
-from training.step import HIGHEST_SCALE, Learner, evaluate, most_tokens, train_step
+from training.step import HIGHEST_SCALE, Learner, most_tokens, train_step
 from training.threads import copied
 from weights import checkpoint
 
@@ -53,8 +53,7 @@ def memory_is_free() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, InstructData]:
-    splits = {"train": random_examples(80, 256), "val": random_examples(80, 256, seed=1)}
-    return open_data(write_data(tmp_path_factory.mktemp("data"), splits), 256)
+    return open_data(write_random(tmp_path_factory.mktemp("data"), 80, 80, 256), 256)
 
 
 FLAGS = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 4096)
@@ -62,14 +61,6 @@ FLAGS = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 
 
 def on(device: torch.device, *flags: object, model: GPT | None = None) -> Learner:
     return learner_of(model, *FLAGS, *flags, device=device)
-
-
-def computed(learner: Learner, data: dict[str, InstructData]) -> tuple[float, float, torch.Tensor]:
-    """The val loss, then loss and gradients, in a row, of a step of all of the train split."""
-    plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("val", "train")]
-    val_loss = evaluate(learner, data["val"], plans[0])
-    assert val_loss is not None
-    return val_loss, train_step(learner, data["train"], plans[1], 1e-3).loss, gradients_of(learner)
 
 
 def needs(precision: str, head_size: int = 64) -> None:
@@ -186,8 +177,7 @@ def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     """On two GPUs, joined by NCCL, in fp32 and float64: losses, gradients and weights of twenty steps."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    splits = {"train": random_examples(120, 500), "val": random_examples(30, 500, seed=1)}
-    data_dir, found = write_data(tmp_path / "data", splits), []
+    data_dir, found = write_random(tmp_path / "data", 120, 30, 500), []
     for device, ranks in (("cuda", 2), ("cpu", 1)):
         monkeypatch.setenv("STEPS_DEVICE", device)
         run_ranks(ROOT / "tests" / "steps_worker.py", ranks, data_dir, tmp_path / device, 1)

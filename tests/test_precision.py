@@ -10,14 +10,13 @@ from helpers import (
     learner_of,
     loud_model,
     open_data,
-    random_examples,
     relative,
     resume,
     same_state,
     train,
     trajectory,
-    write_data,
     write_pretrained,
+    write_random,
 )
 from training import loop
 from training import step as training_step
@@ -47,8 +46,7 @@ def test_the_type_of_the_products(monkeypatch, name, device, capability, expecte
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> InstructData:
-    splits = {"train": random_examples(60, 200), "val": random_examples(5, 64, seed=1)}
-    return open_data(write_data(tmp_path_factory.mktemp("data"), splits))["train"]
+    return open_data(write_random(tmp_path_factory.mktemp("data"), 60, 5, 200))["train"]
 
 
 def gradients(data: InstructData, *flags: object) -> tuple[float, torch.Tensor]:
