@@ -131,8 +131,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The state of a run after one step, with a model small enough to be loaded a thousand times."""
     import train_instruct
-    from helpers import small_model, write_data, write_pretrained
+    from helpers import write_data, write_pretrained
     from model import GPTConfig
+    from models import small_model
     from weights.checkpoint import load_run
 
     folder = tmp_path_factory.mktemp("run")

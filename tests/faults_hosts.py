@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from faults_tools import STEPS, Lab, Result, Trainer, measurement, newest
-from helpers import random_examples, small_model, write_data, write_pretrained
+from helpers import random_examples, write_data, write_pretrained
+from models import small_model
 
 HOSTS = ("hostC", "hostD")
 # sets the name of the host, then becomes the command

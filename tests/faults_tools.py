@@ -19,8 +19,9 @@ from threading import Lock
 from typing import Any
 
 from conftest import ROOT, SRC
-from helpers import SMALL, resume_flags, run_inputs, same_state, trajectory
+from helpers import resume_flags, run_inputs, trajectory
 from model import GPTConfig
+from models import SMALL, same_state
 from weights import checkpoint
 
 STEPS = 24

@@ -1,19 +1,14 @@
-"""Prepared data and pre-trained models of a small vocabulary, made in no time, for the tests of training."""
+"""Prepared data of a small vocabulary, made in no time, and runs with them."""
 
 import os
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import prepare_instruct_dataset
 import train_instruct
@@ -24,14 +19,8 @@ from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
 from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
 from model import GPT, GPTConfig
-from training.options import parse_options
-from training.processes import Processes
-from training.step import Learner, evaluate, most_tokens, train_step
+from models import SMALL, VOCAB, small_model
 from weights import checkpoint
-
-VOCAB = 1009  # a prime: real token ids modulo this keep the real lengths and masks
-SMALL = GPTConfig(context_length=1024, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
-CPU = torch.device("cpu")
 
 
 def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], list[int]]]]) -> Path:
@@ -91,26 +80,6 @@ def write_random(folder: Path, train: int, val: int, longest: int) -> Path:
     return write_data(folder, {"train": random_examples(train, longest), "val": random_examples(val, longest, seed=1)})
 
 
-def small_model(seed: int = 0, config: GPTConfig = SMALL) -> GPT:
-    """Random weights, norms and biases moved off their initial values, so that all of them count."""
-    model = GPT(config)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def loud_model() -> GPT:
-    """Weights so large that the gradients overflow fp16 at the highest scale."""
-    model = small_model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
 def write_pretrained(path: Path, model: GPT) -> Path:
     checkpoint.save(path, {"step": 0, "val_losses": [], "template": None, "model_config": vars(model.config),
                            "model": model.state_dict()})
@@ -126,11 +95,6 @@ def run_inputs(folder: Path, config: GPTConfig = SMALL) -> tuple[Path, Path]:
 def to(folder: Path, *flags: object) -> list[str]:
     """Flags of a run whose checkpoints and logs go to a folder, and others."""
     return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
-
-
-def options_of(*flags: object) -> Namespace:
-    """The trainer's options from flags."""
-    return parse_options([str(flag) for flag in flags])
 
 
 def open_data(folder: Path, context_length: int = 1024) -> dict[str, InstructData]:
@@ -171,75 +135,6 @@ def train(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
 
 def resume(folder: Path, source: object, *flags: object) -> int:
     return train_instruct.main(to(folder, "--resume", source, *flags))
-
-
-def learner_of(model: GPT | None = None, *flags: object, device: torch.device = CPU,
-               say: Callable[[str], None] = print) -> Learner:
-    """Of one process, for small_model() without a model; gradients are not clipped unless the flags say so."""
-    options = options_of("--grad_clip", 1e9, *flags)
-    return Learner((model or small_model()).to(device), options, Processes(0, 1, device), say)
-
-
-def gradients_of(learner: Learner) -> torch.Tensor:
-    """All of a step, in a row."""
-    return torch.cat([learner.gradients[each].flatten().cpu() for each in learner.model.parameters()])
-
-
-def computed(learner: Learner, data: dict[str, InstructData]) -> tuple[float, float, torch.Tensor]:
-    """The val loss, then loss and gradients, in a row, of a step of all of the train split."""
-    plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("val", "train")]
-    val_loss = evaluate(learner, data["val"], plans[0])
-    assert val_loss is not None
-    return val_loss, train_step(learner, data["train"], plans[1], 1e-3).loss, gradients_of(learner)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The length of the difference, of the expected one's."""
-    found, expected = (each.detach().double().cpu() for each in (found, expected))
-    return float((found - expected).norm() / expected.norm())
-
-
-def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Ours in transformers' layout, or theirs in ours."""
-    return {name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
-            for name, tensor in tensors.items()}
-
-
-def transformers_model(model: GPT) -> Any:
-    """Their GPT2LMHeadModel, without dropout, with the weights of this one."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = model.config
-    reference = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, n_positions=config.context_length,
-                                           n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager"))
-    missing, unexpected = reference.load_state_dict(transposed(model.state_dict()), strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected
-    reference.tie_weights()
-    return reference.eval()
-
-
-def reference_loss_sum(reference: Any, examples: Iterable[Iterable[Any]]) -> torch.Tensor:
-    """The sum of the cross entropy of (tokens, loss mask) of each example by transformers: padded, one example a row,
-    labels of -100 where nothing is trained."""
-    pairs = [[torch.from_numpy(np.array(part, dtype=int)) for part in example] for example in examples]
-    tokens = pad_sequence([ids for ids, _ in pairs], batch_first=True)
-    present = pad_sequence([torch.ones_like(ids) for ids, _ in pairs], batch_first=True)
-    labels = pad_sequence([torch.where(mask == 1, ids, -100) for ids, mask in pairs], True, padding_value=-100)
-    logits = reference(tokens, attention_mask=present).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-
-
-def same_state(one: object, other: object) -> bool:
-    """Equal to the bit, tensors and plain values alike: 0.0 is not -0.0."""
-    if isinstance(one, torch.Tensor):
-        return (isinstance(other, torch.Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
-                and torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other))))
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(same_state, one, other))
-    return one == other
 
 
 def trajectory(path: Path) -> dict:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import SRC, TIMEOUT, write_checkpoint
-from helpers import small_model
 from instruct_format import tokenizer
 from model import GPTConfig
+from models import small_model
 
 FOLDER = Path(sys.argv[-1])
 PROMPT = r"> $"

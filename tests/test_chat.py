@@ -23,10 +23,10 @@ from answering.settings import Settings
 from answering.terminal import Chat
 from conftest import SRC, Outcome, launch, run_command, write_checkpoint
 from errors import UserError
-from helpers import CPU, small_model
 from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, tokenizer
 from keyboard import write_parrot
 from model import GPTConfig
+from models import CPU, small_model
 from test_hostile_texts import PAYLOADS, RAW
 from weights import checkpoint
 

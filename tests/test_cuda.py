@@ -14,24 +14,9 @@ import chat
 from conftest import ROOT, write_checkpoint
 from dataloader_instruct import InstructData
 from errors import UserError
-from helpers import (
-    CPU,
-    SMALL,
-    VOCAB,
-    computed,
-    learner_of,
-    loud_model,
-    open_data,
-    relative,
-    resume,
-    run_ranks,
-    same_state,
-    small_model,
-    train,
-    write_data,
-    write_random,
-)
+from helpers import open_data, resume, run_ranks, train, write_data, write_random
 from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
+from models import CPU, SMALL, VOCAB, computed, learner_of, loud_model, relative, same_state, small_model
 from training.memory import needed_bytes
 from training.step import HIGHEST_SCALE, Learner, most_tokens, train_step
 from training.threads import copied

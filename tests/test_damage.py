@@ -15,8 +15,9 @@ import torch
 from conftest import run_script
 from data.shards import MANIFEST
 from errors import CheckpointError, UserError
-from helpers import open_data, resume, run_inputs, same_state, train, write_data, write_random
+from helpers import open_data, resume, run_inputs, train, write_data, write_random
 from model import KVCache
+from models import same_state
 from weights.checkpoint import BEST, LATEST, load, load_run, model_of, newest_valid, save, save_step
 from weights.pretrained import open_any
 

@@ -14,9 +14,10 @@ from answering.generate import generate
 from answering.scores import repetition
 from conftest import run_script, write_checkpoint, write_jsonl
 from data_files import row
-from helpers import reference_loss_sum, small_model, transformers_model, write_data
+from helpers import write_data
 from instruct_format import END_OF_TEXT, encode_example, encode_prompt, tokenizer
 from model import GPTConfig
+from models import reference_loss_sum, small_model, transformers_model
 
 CONFIG = GPTConfig(96, 50257, 2, 2, 32)
 

@@ -8,20 +8,8 @@ from transformers import GPT2LMHeadModel
 
 from conftest import ROOT, SRC
 from dataloader_instruct import ExampleStream, InstructData, Position
-from helpers import (
-    learner_of,
-    open_data,
-    options_of,
-    random_examples,
-    real_examples,
-    reference_loss_sum,
-    relative,
-    run_ranks,
-    small_model,
-    transformers_model,
-    transposed,
-    write_data,
-)
+from helpers import open_data, random_examples, real_examples, run_ranks, write_data
+from models import learner_of, options_of, reference_loss_sum, relative, small_model, transformers_model, transposed
 from training.step import evaluate, learning_rate, train_step
 
 

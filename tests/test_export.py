@@ -23,7 +23,6 @@ from answering.settings import Settings
 from conftest import run_script, write_checkpoint
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
-from helpers import CPU, same_state, small_model
 from instruct_format import (
     END_OF_TEXT,
     TEMPLATE,
@@ -34,6 +33,7 @@ from instruct_format import (
     tokenizer,
 )
 from model import Documents, GPTConfig
+from models import CPU, same_state, small_model
 from weights.checkpoint import load, model_of
 from weights.pretrained import open_any
 

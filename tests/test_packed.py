@@ -13,8 +13,9 @@ import model
 import packed_kernels  # noqa: F401  # registers them
 import training.compiled
 from dataloader_instruct import InstructData
-from helpers import VOCAB, computed, learner_of, open_data, relative, small_model, write_random
+from helpers import open_data, write_random
 from model import GPTConfig, takes_packed
+from models import VOCAB, computed, learner_of, relative, small_model
 
 CONFIG = GPTConfig(context_length=64, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
 FLAGS = ("--precision", "bf16", "--context_length", 64, "--mini_batch_size", 2, "--total_batch_size", 1024)

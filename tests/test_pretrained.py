@@ -24,8 +24,9 @@ import train_instruct
 from conftest import write_jsonl
 from data_files import row
 from errors import CheckpointError, UserError
-from helpers import CPU, prepare, same_state, small_model, train, write_pretrained
+from helpers import prepare, train, write_pretrained
 from model import GPT, Documents, GPTConfig
+from models import CPU, same_state, small_model
 from weights.checkpoint import load, model_of
 from weights.pretrained import config_of, open_any
 

@@ -19,7 +19,8 @@ from conftest import write_jsonl
 from data.shards import MANIFEST
 from data_files import row
 from errors import UserError
-from helpers import open_data, options_of, prepare, resume, train
+from helpers import open_data, prepare, resume, train
+from models import options_of
 from training import setup
 from training.log import RunLog
 from training.progress import Progress, say

@@ -18,20 +18,9 @@ from conftest import ROOT, SRC, launch
 from data.shards import open_prepared
 from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError
-from helpers import (
-    gradients_of,
-    learner_of,
-    open_data,
-    options_of,
-    random_examples,
-    resume,
-    resume_flags,
-    small_model,
-    to,
-    train,
-    write_data,
-)
+from helpers import open_data, random_examples, resume, resume_flags, to, train, write_data
 from model import GPTConfig
+from models import gradients_of, learner_of, options_of, small_model
 from training.checks import doubt_about_weights, doubts
 from training.memory import fit
 from training.step import Learner, train_step
