@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faults_tools import STEPS, Lab, Result, Trainer, measurement, newest
-from helpers import random_examples, write_data, write_pretrained
+from helpers import write_pretrained, write_random
 from models import small_model
 
 HOSTS = ("hostC", "hostD")
@@ -30,35 +30,28 @@ class Cable:
     """The two hosts. Host 0 is 10.77.0.1, where they meet; the names hold this process's number, so that two tests can
     run at once."""
 
-    def __init__(self) -> None:
-        self.spaces = [f"{host}-{os.getpid()}" for host in HOSTS]
-        self.ends = [f"v{number}-{os.getpid()}" for number in (0, 1)]
-
-    def lay(self) -> None:
-        ip("link", "add", self.ends[0], "type", "veth", "peer", "name", self.ends[1])
-        for number, (space, end) in enumerate(zip(self.spaces, self.ends)):
-            ip("netns", "add", space)
-            ip("link", "set", end, "netns", space)
-            ip("-n", space, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
-            self.pull(number, "up")
-            ip("-n", space, "link", "set", "lo", "up")
+    spaces = [f"{host}-{os.getpid()}" for host in HOSTS]
+    ends = [f"v{number}-{os.getpid()}" for number in (0, 1)]
 
     def pull(self, number: int, state: str = "down") -> None:
         ip("-n", self.spaces[number], "link", "set", self.ends[number], state)
-
-    def remove(self) -> None:
-        for space in self.spaces:
-            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
 
 
 @contextmanager
 def cable() -> Iterator[Cable]:
     made = Cable()
     try:
-        made.lay()
+        ip("link", "add", made.ends[0], "type", "veth", "peer", "name", made.ends[1])
+        for number, (space, end) in enumerate(zip(made.spaces, made.ends)):
+            ip("netns", "add", space)
+            ip("link", "set", end, "netns", space)
+            ip("-n", space, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
+            made.pull(number, "up")
+            ip("-n", space, "link", "set", "lo", "up")
         yield made
     finally:
-        made.remove()
+        for space in made.spaces:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
 
 
 def why_not() -> str:
@@ -116,19 +109,12 @@ def same_bits(net: Cable, here: Lab, processes: int) -> list[str]:
     return [*pair.exits(0), pair.differs()]
 
 
-def started_differently(net: Cable, here: Lab, flag: str, value: object) -> list[str]:
-    """One line on each host names what differs and where."""
-    if flag == "--data_dir":
-        examples = {"train": random_examples(60, 64, seed=9), "val": random_examples(15, 64, seed=1)}
-        value, flag = write_data(here.folder / "other", examples), "the data"
-    if flag == "--pretrained_model":
-        value, flag = write_pretrained(here.folder / "other.pt", small_model(seed=9)), "the weights"
-    name = {"the data": "--data_dir", "the weights": "--pretrained_model"}.get(flag, flag)
-    pair = Pair(net, here, more=(name, value))
-    wrong = pair.exits(2)
-    said = [[line for line in each.output().splitlines() if "error" in line] for each in pair.both]
-    return [*wrong, *(f"said {lines}" for lines in said if len(lines) != 1 or not all(
-        word in lines[0] for word in (f"started differently: {flag} is ", " on hostC, ", " on hostD")))]
+def started_differently(net: Cable, here: Lab, flag: str, value: object, said: str = "") -> list[str]:
+    """One line on each host names what differs and where. A value may be made in a folder."""
+    pair = Pair(net, here, more=(flag, value(here.folder / f"other{flag}") if callable(value) else value))
+    wrong, words = pair.exits(2), (f"started differently: {said or flag} is ", " on hostC, ", " on hostD")
+    lines = [[line for line in each.output().splitlines() if "error" in line] for each in pair.both]
+    return [*wrong, *(f"said {each}" for each in lines if len(each) != 1 or not all(word in each[0] for word in words))]
 
 
 def one_is_wrong(net: Cable, here: Lab, flag: str, value: str, reason: str) -> list[str]:
@@ -232,7 +218,11 @@ CASES: dict[str, Callable[[Cable, Lab], list[str]]] = {
     "2 x 2 processes": partial(same_bits, processes=2),
     **{f"another {flag}": partial(started_differently, flag=flag, value=value) for flag, value in (
         ("--learning_rate", 5e-4), ("--seed", 2), ("--weight_decay", 0.5), ("--total_batch_size", 512),
-        ("--mini_batch_size", 4), ("--max_steps", 30), ("--data_dir", 0), ("--pretrained_model", 0))},
+        ("--mini_batch_size", 4), ("--max_steps", 30))},
+    "other data": partial(started_differently, flag="--data_dir", said="the data",
+                          value=lambda folder: write_random(folder, 61, 15, 64)),
+    "other weights": partial(started_differently, flag="--pretrained_model", said="the weights",
+                             value=lambda folder: write_pretrained(folder, small_model(seed=9))),
     "a folder that is not shared": partial(one_is_wrong, flag="--checkpoint_dir", value="own", reason="have to share"),
     "no data on one host": partial(one_is_wrong, flag="--data_dir", value="absent", reason="no prepared data"),
     "the first host alone": partial(waiting_is_told, number=0, what="1 more of 2 hosts (here: hostC)"),

@@ -284,19 +284,6 @@ def test_the_best_checkpoint_is_taken_before_the_latest(tiny_checkpoint, tmp_pat
         assert chat.find_checkpoint(None).name == name
 
 
-@pytest.mark.parametrize("name, message", [
-    ("prepared", "{}: no config.json in it; name a checkpoint, a file of weights, or a folder that has one"),
-    ("run", "{}: no config.json in it; name a checkpoint, a file of weights, or a folder that has one"),
-    ("rows.jsonl", "{}: not a loadable checkpoint: no file of torch.save, or cut off; name another, or copy it again")])
-def test_what_is_no_model_is_one_line_that_says_what_to_name(ask, tmp_path, name, message):
-    for file in ("prepared/dataset_info.json", "run/best_model.pt", "rows.jsonl"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("{}")
-    message = message.replace("{}", str(tmp_path / name))
-    left, message = ask(checkpoint=tmp_path / name), message.format(tmp_path / name)
-    assert left.refusal(3 if name == "rows.jsonl" else 2) == f"error: {message}\n"
-
-
 def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130(ask, answers):
     answers(tokens_of(" word") * 8, interrupted_at=2)
     before = signal.getsignal(signal.SIGINT)
