@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from faults_tools import STEPS, Lab, Result, Trainer, measurement, newest
-from helpers import write_pretrained, write_random
-from models import small_model
+from helpers import write_random
+from models import small_model, write_pretrained
 
 HOSTS = ("hostC", "hostD")
 # sets the name of the host, then becomes the command

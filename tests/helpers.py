@@ -18,8 +18,8 @@ from data.shapes import Example, Shapes
 from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
 from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
-from model import GPT, GPTConfig
-from models import SMALL, VOCAB, small_model
+from model import GPTConfig
+from models import SMALL, VOCAB, small_model, write_pretrained
 from weights import checkpoint
 
 
@@ -78,12 +78,6 @@ def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[
 def write_random(folder: Path, train: int, val: int, longest: int) -> Path:
     """Prepared data of so many random examples a split."""
     return write_data(folder, {"train": random_examples(train, longest), "val": random_examples(val, longest, seed=1)})
-
-
-def write_pretrained(path: Path, model: GPT) -> Path:
-    checkpoint.save(path, {"step": 0, "val_losses": [], "template": None, "model_config": vars(model.config),
-                           "model": model.state_dict()})
-    return path
 
 
 def run_inputs(folder: Path, config: GPTConfig = SMALL) -> tuple[Path, Path]:

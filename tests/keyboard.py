@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import SRC, TIMEOUT, write_checkpoint
+from conftest import SRC, TIMEOUT
 from instruct_format import tokenizer
 from model import GPTConfig
-from models import small_model
+from models import small_model, write_checkpoint
 
 FOLDER = Path(sys.argv[-1])
 PROMPT = r"> $"
@@ -36,11 +36,11 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def write_parrot(path: Path, token: int, context_length: int = 64, **changes: object) -> Path:
     """A model that always says this token: its embedding is the only one that the hidden state points at."""
-    weights = small_model(config=GPTConfig(context_length, n_layer=2, n_head=2, n_embd=32)).state_dict()
-    for name, tensor in weights.items():
+    model = small_model(config=GPTConfig(context_length, n_layer=2, n_head=2, n_embd=32))
+    for name, tensor in model.state_dict().items():
         tensor.fill_(name == "transformer.ln_f.bias")
-    weights["transformer.wte.weight"][token] = 1.0
-    return write_checkpoint(path, context_length=context_length, model=weights, **changes)
+    model.state_dict()["transformer.wte.weight"][token] = 1.0
+    return write_checkpoint(path, model, **changes)
 
 
 class Session:

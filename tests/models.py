@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from dataloader_instruct import InstructData
+from instruct_format import TEMPLATE
 from model import GPT, GPTConfig
 from training.options import parse_options
 from training.processes import Processes
 from training.step import Learner, evaluate, most_tokens, train_step
+from weights import checkpoint
 
 VOCAB = 1009  # a prime: real token ids modulo this keep the real lengths and masks
 SMALL = GPTConfig(context_length=1024, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
@@ -38,6 +41,19 @@ def loud_model() -> GPT:
         for parameter in model.parameters():
             parameter.mul_(4)
     return model
+
+
+def write_checkpoint(path: Path, model: GPT | None = None, /, **changes: Any) -> Path:
+    """A checkpoint of ours with this model, or a small one with GPT-2's vocabulary and a context of 64; changes replace
+    entries of its state."""
+    model = model or small_model(config=GPTConfig(64, 50257, 2, 2, 32))
+    checkpoint.save(path, {"step": 3, "val_losses": [[0, 10.9], [3, 4.25]], "template": TEMPLATE,
+                           "model_config": vars(model.config), "model": model.state_dict(), **changes})
+    return path
+
+
+def write_pretrained(path: Path, model: GPT) -> Path:
+    return write_checkpoint(path, model, step=0, val_losses=[], template=None)
 
 
 def options_of(*flags: object) -> Namespace:

@@ -21,12 +21,12 @@ from answering.answer import Answer
 from answering.opened import open_for_answers
 from answering.settings import Settings
 from answering.terminal import Chat
-from conftest import SRC, Outcome, launch, run_command, write_checkpoint
+from conftest import SRC, Outcome, launch, run_command
 from errors import UserError
 from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, tokenizer
 from keyboard import write_parrot
 from model import GPTConfig
-from models import CPU, small_model
+from models import CPU, small_model, write_checkpoint
 from test_hostile_texts import PAYLOADS, RAW
 from weights import checkpoint
 

@@ -4,6 +4,7 @@ with nothing but torch, numpy, tiktoken, safetensors and pytest."""
 import gc
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch._dynamo.utils import counters
 
 import bare  # noqa: F401  # before what shows and logs
 import chat
-from conftest import ROOT, write_checkpoint
+from conftest import ROOT
 from dataloader_instruct import InstructData
 from errors import UserError
 from helpers import open_data, resume, run_ranks, train, write_data, write_random
 from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
-from models import CPU, SMALL, VOCAB, computed, learner_of, loud_model, relative, same_state, small_model
+from models import CPU, SMALL, computed, learner_of, loud_model, relative, same_state, small_model, write_checkpoint
 from training.memory import needed_bytes
 from training.step import HIGHEST_SCALE, Learner, most_tokens, train_step
 from training.threads import copied
@@ -74,7 +75,7 @@ def test_the_packed_kernel_equals_a_call_for_each_document_in_fp32(precision, to
 @pytest.mark.parametrize("precision, n_embd", [("fp32", 32), ("auto", 32), ("fp16", 32), ("auto", 24)])
 def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, precision, n_embd, recompute):
     """A head size of 12, which is no multiple of 8, has no packed kernel: a call for each document."""
-    config = GPTConfig(SMALL.context_length, VOCAB, 2, 2, n_embd)
+    config = replace(SMALL, n_embd=n_embd)
     expected = computed(on(CPU, "--precision", "fp32", model=small_model(config=config)), data)
     learner = on(GPU, "--precision", precision, model=small_model(config=config))
     learner.computing.transformer.recompute = recompute
@@ -221,7 +222,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(inputs, tmp_path):
 
 def test_chat_on_the_gpu_answers_as_on_the_cpu(tmp_path, capsys):
     """Greedily, 40 tokens of a random model, a prompt longer than the pieces in which it is read."""
-    path, answers = write_checkpoint(tmp_path / "a.pt", context_length=1024), []
+    path, answers = write_checkpoint(tmp_path / "a.pt", small_model(config=GPTConfig(1024, 50257, 2, 2, 32))), []
     for device in ("cuda", "cpu"):
         flags = ["--checkpoint", path, "--device", device, "--temperature", 0, "--max_new_tokens", 40, "--json",
                  "--input", "", "--prompt", "What is the question? " * 100]

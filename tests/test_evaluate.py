@@ -12,12 +12,12 @@ import answering.scores
 import evaluate_instruct
 from answering.generate import generate
 from answering.scores import repetition
-from conftest import run_script, write_checkpoint, write_jsonl
+from conftest import run_script, write_jsonl
 from data_files import row
 from helpers import write_data
 from instruct_format import END_OF_TEXT, encode_example, encode_prompt, tokenizer
 from model import GPTConfig
-from models import reference_loss_sum, small_model, transformers_model
+from models import reference_loss_sum, small_model, transformers_model, write_checkpoint
 
 CONFIG = GPTConfig(96, 50257, 2, 2, 32)
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     write_data(folder / "data", {"train": documents()[:1], "val": [*documents(), ([5] * 97, [0] * 90 + [1] * 7)]})
     transformers_model(small_model(0, CONFIG)).save_pretrained(folder / "base")
-    write_checkpoint(folder / "tuned.pt", model=small_model(3, CONFIG).state_dict(), model_config=vars(CONFIG))
+    write_checkpoint(folder / "tuned.pt", small_model(3, CONFIG))
     return folder
 
 

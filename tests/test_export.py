@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import convert_checkpoint
 from answering.answer import Answer
 from answering.settings import Settings
-from conftest import run_script, write_checkpoint
+from conftest import run_script
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
 from instruct_format import (
@@ -33,7 +33,7 @@ from instruct_format import (
     tokenizer,
 )
 from model import Documents, GPTConfig
-from models import CPU, same_state, small_model
+from models import CPU, same_state, small_model, write_checkpoint
 from weights.checkpoint import load, model_of
 from weights.pretrained import open_any
 
@@ -54,7 +54,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Fine-tuned on several turns or not; random weights, every parameter of them."""
     folder, model = tmp_path_factory.mktemp("checkpoints"), small_model(config=CONFIG)
     return {multi_turn: write_checkpoint(
-        folder / f"{multi_turn}.pt", model_config=vars(CONFIG), model=model.state_dict(), multi_turn=multi_turn,
+        folder / f"{multi_turn}.pt", model, multi_turn=multi_turn,
         data_source="vicgalle/alpaca-gpt4 and 2 more" if multi_turn else "my `rows`\n\x1b\udce9.jsonl")
         for multi_turn in (False, True)}
 
@@ -358,10 +358,11 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
     for name in ("README.md", "config.json"):
         (tmp_path / "theirs" / name).write_text('{"model_type": "gpt2"}')
-    small = GPTConfig(8, 50257, 1, 2, 40)
-    narrow = write_checkpoint(tmp_path / "w.pt", model_config=vars(small), model=small_model(config=small).state_dict())
-    wide = small_model(config=CONFIG).state_dict()
-    wide["transformer.ln_f.weight"] = torch.full((64,), 1e6)
+    narrow = write_checkpoint(tmp_path / "w.pt", small_model(config=GPTConfig(8, 50257, 1, 2, 40)))
+    few_words = write_checkpoint(tmp_path / "d.pt", small_model(config=GPTConfig(8, 99, 1, 2, 40)))
+    wide, infinite = (small_model(config=CONFIG) for _ in range(2))
+    torch.nn.init.constant_(wide.transformer.ln_f.weight, 1e6)
+    torch.nn.init.constant_(infinite.transformer.ln_f.bias, torch.nan)
     for checkpoint, output, flags, message, kind in [
             *((source, "mine", flags, r"mine: not a folder that was exported here \(notes.txt in it\)", UserError)
               for flags in ([], ["--force"])),
@@ -371,8 +372,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             *((source, name, [], ": not a folder that was exported here", UserError) for name in ("/", "..")),
             (source, "a" * 300, [], "too long", UserError),
             (source, "file/x", [], "file/x: cannot write there: Not a directory", UserError),
-            (write_checkpoint(tmp_path / "n.pt", model_config=vars(CONFIG), model={
-                **wide, "transformer.ln_f.bias": torch.full((64,), torch.nan)}), "x", [], "finite", CheckpointError),
+            (write_checkpoint(tmp_path / "n.pt", infinite), "x", [], "finite", CheckpointError),
             (source, "g.gguf", ["--force"], "g.gguf: a folder, not a file", UserError),
             (source, "empty", [], "empty: exists; --force replaces it", UserError),
             (source, "b.gguf", [], "b.Modelfile: exists; --force replaces it", UserError),
@@ -380,8 +380,8 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             (narrow, "w.gguf", ["--dtype", "q8_0"], "w.gguf: Can.t quantize .* to Q8_0.* --dtype float16", UserError),
             (write_checkpoint(tmp_path / "c.pt", template="other/7"), "out", [], "fine-tuned with template 'other/7'",
              CheckpointError),
-            (write_checkpoint(tmp_path / "d.pt", vocab_size=99), "out", [], "99 tokens, GPT-2's has", CheckpointError),
-            (write_checkpoint(tmp_path / "e.pt", model_config=vars(CONFIG), model=wide), "out", ["--dtype", "float16"],
+            (few_words, "out", [], "99 tokens, GPT-2's has", CheckpointError),
+            (write_checkpoint(tmp_path / "e.pt", wide), "out", ["--dtype", "float16"],
              r"ln_f.weight has a value of 1e\+06, too large", UserError),
             (tmp_path / "absent.pt", "out", [], "absent.pt: no such file", UserError)]:
         with pytest.raises(kind, match=message) as caught:

@@ -5,8 +5,8 @@ import torch
 
 from dataloader_instruct import InstructData
 from errors import UserError
-from helpers import open_data, resume, train, trajectory, write_pretrained, write_random
-from models import gradients_of, learner_of, loud_model, relative, same_state
+from helpers import open_data, resume, train, trajectory, write_random
+from models import gradients_of, learner_of, loud_model, relative, same_state, write_pretrained
 from training import loop
 from training import step as training_step
 from training.precision import product_type

@@ -24,9 +24,9 @@ import train_instruct
 from conftest import write_jsonl
 from data_files import row
 from errors import CheckpointError, UserError
-from helpers import prepare, train, write_pretrained
+from helpers import prepare, train
 from model import GPT, Documents, GPTConfig
-from models import CPU, same_state, small_model
+from models import CPU, same_state, small_model, write_pretrained
 from weights.checkpoint import load, model_of
 from weights.pretrained import config_of, open_any
 
