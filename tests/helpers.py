@@ -91,6 +91,11 @@ def to(folder: Path, *flags: object) -> list[str]:
     return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files below it, by their paths from there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def open_data(folder: Path, context_length: int = 1024) -> dict[str, InstructData]:
     prepared = open_prepared(folder)
     return {split: InstructData(prepared, split, context_length) for split in ("train", "val")}

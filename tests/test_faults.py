@@ -7,11 +7,10 @@ What was not as it should be is said at once, then how many cases were. The shor
 time goes into starting Python.
 """
 
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -65,11 +64,6 @@ SHORT = {
 }
 
 
-def where_they_can_run(names: Iterable[str]) -> list:
-    no_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (apt install strace)")
-    return [pytest.param(name, marks=[no_strace] * (name == "order")) for name in names]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Result]]]:
     shared = Lab(tmp_path_factory.mktemp("faults"))
@@ -77,7 +71,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
         yield {name: pool.submit(measure, shared=shared) for name, measure in SHORT.items()}
 
 
-@pytest.mark.parametrize("name", where_they_can_run(SHORT))
+@pytest.mark.parametrize("name", SHORT)
 def test_faults_in_short(results, name):
     assert results[name].result().failures == []
 
@@ -92,7 +86,7 @@ def test_the_launcher_refuses_a_folder_in_use_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", where_they_can_run(FULL))
+@pytest.mark.parametrize("name", FULL)
 def test_faults_in_full(name):
     result = FULL[name]()
     print(f"{name}: {result}")
