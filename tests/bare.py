@@ -2,37 +2,18 @@
 machine with a GPU needs torch, numpy, tiktoken and safetensors only (and pytest)."""
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from unittest.mock import MagicMock
 
 
-class Silent:
-    """A bar or a writer that shows nothing."""
-
-    def __init__(self, folder: str = "", **others: object) -> None:
-        if folder:  # a writer's, which makes it
-            Path(folder).mkdir(parents=True, exist_ok=True)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments, **others: None
-
-    @staticmethod
-    def external_write_mode(file: object) -> AbstractContextManager[None]:
-        return nullcontext()
+def writer(folder: str, **others: object) -> MagicMock:
+    """It makes its folder, and writes nothing."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return MagicMock()
 
 
-def stand_in(name: str, attribute: str) -> None:
-    sys.modules[name] = ModuleType(name)
-    setattr(sys.modules[name], attribute, Silent)
-
-
-try:
-    import tqdm  # noqa: F401
-except ImportError:
-    stand_in("tqdm", "tqdm")
-try:
-    import torch.utils.tensorboard  # noqa: F401
-except ImportError:
-    stand_in("torch.utils.tensorboard", "SummaryWriter")
+if not find_spec("tqdm"):
+    sys.modules["tqdm"] = MagicMock()
+if not find_spec("tensorboard"):
+    sys.modules["torch.utils.tensorboard"] = MagicMock(SummaryWriter=writer)

@@ -67,33 +67,11 @@ def run_script(name: str, *flags: str | Path, **how: Any) -> Outcome:
     return run_command(sys.executable, SRC / name, *flags, **how)
 
 
-def run_launcher(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
-    """Run src/training/launch.py as start_instruct_training.sh does."""
-    return run_command(sys.executable, "-m", "training.launch", *arguments, cwd=cwd, env={"PYTHONPATH": str(SRC)})
-
-
 def launch(folder: Path, script: str, *arguments: object, cwd: Path | None = None, **variables: str) -> Outcome:
     """A launcher of this folder, with this interpreter's environment as the active one unless variables say other."""
     return run_command(folder / script, *map(str, arguments), cwd=cwd, env={
         "VIRTUAL_ENV": sys.prefix, "CONDA_PREFIX": "", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         **variables})
-
-
-def write_checkpoint(path: Path, **changes: Any) -> Path:
-    """A checkpoint of ours with a random model of 2 layers and width 32; changes replace entries of its state,
-    or with context_length / vocab_size those of its model."""
-    from instruct_format import TEMPLATE
-    from model import GPT, GPTConfig
-    from weights.checkpoint import save
-
-    sizes = {"context_length": 64, "vocab_size": 50257}
-    sizes.update((name, changes.pop(name)) for name in list(changes) if name in sizes)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes)
-    model = GPT(config)
-    model.init_weights(seed=0)
-    save(path, {"step": 3, "val_losses": [[0, 10.9], [3, 4.25]], "template": TEMPLATE, "model_config": vars(config),
-                "model": model.state_dict(), **changes})
-    return path
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
@@ -129,6 +107,8 @@ def project(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuned checkpoint of ours: random, context 64, step 3, val loss 4.25. Shared, so copy it to change it."""
+    from models import write_checkpoint
+
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.pt")
 
 
@@ -136,8 +116,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The state of a run after one step, with a model small enough to be loaded a thousand times."""
     import train_instruct
-    from helpers import small_model, write_data, write_pretrained
+    from helpers import write_data
     from model import GPTConfig
+    from models import small_model, write_pretrained
     from weights.checkpoint import load_run
 
     folder = tmp_path_factory.mktemp("run")

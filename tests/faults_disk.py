@@ -13,8 +13,8 @@ from pathlib import Path
 
 from conftest import SRC, run_command
 from faults_tools import Lab, Result, Trainer, measurement, newest
-from helpers import small_model, write_pretrained
 from model import GPTConfig
+from models import small_model, write_pretrained
 from weights import checkpoint
 
 STEP_BYTES = 1_120_000  # of a step file of the small model

@@ -13,6 +13,8 @@ from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
+import pytest
+
 from conftest import SRC, run_command
 from faults_tools import RESUME, STEPS, WIDE, Lab, Result, Trainer, measurement, newest
 
@@ -148,6 +150,8 @@ def hangs(result: Result, here: Lab) -> None:
 @measurement("system calls of every save, traced")
 def write_order(result: Result, here: Lab) -> None:
     """Every save of a run, as strace sees it."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace (apt install strace)")
     folder, trace = here.new_folder(), here.folder / "trace"
     calls = "trace=openat,open,creat,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
     logs = here.folder / "tb"

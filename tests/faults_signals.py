@@ -31,8 +31,8 @@ def signals(result: Result, here: Lab, targets: tuple[str, ...], phases: tuple[s
 def _one_signal(here: Lab, target: str, phase: str, number: int, choose: random.Random) -> tuple[list[str], float]:
     processes, fault = 1 if target == "the process" else 2, {}
     if phase != "first second":
-        # samples take 63 visits; those before the first step are no case, as there is nothing to save yet
-        at = choose.randrange(*((64, 120) if phase == "sampling" else (2, 5)))
+        # what comes before the first step is no case, as there is nothing to save yet: 63 tokens, 3 or 5 micro-batches
+        at = choose.randrange(*{"sampling": (64, 120), "evaluation": (6, 12)}.get(phase, (2, 5)))
         fault = {"phase": phase, "at": at, "seconds": 1.0}
     run = here.start(processes, "--checkpoint_freq", 2 if phase == "save" else 100, **fault)
     run.wait_for(Trainer.stopped if fault else lambda run: target == "the launcher" or len(run.ranks()) == processes)

@@ -19,14 +19,14 @@ from threading import Lock
 from typing import Any
 
 from conftest import ROOT, SRC
-from helpers import random_examples, resume_flags, same_state, small_model, trajectory, write_data, write_pretrained
+from helpers import resume_flags, run_inputs, trajectory
 from model import GPTConfig
+from models import SMALL, same_state
 from weights import checkpoint
 
 STEPS = 24
 FINAL = f"step_{STEPS:06d}.pt"
-SMALL, WIDE = (GPTConfig(context_length=1024, vocab_size=1009, n_layer=2, n_head=2, n_embd=width)
-               for width in (32, 128))  # WIDE: a state of 8 MB
+WIDE = GPTConfig(context_length=1024, vocab_size=1009, n_layer=2, n_head=2, n_embd=128)  # a state of 8 MB
 RESUME = ["--resume", "latest"]
 
 
@@ -69,9 +69,7 @@ class Lab:
 
     def __init__(self, folder: Path, config: GPTConfig = SMALL) -> None:
         self.folder, self._runs, self._lock = folder, count(1), Lock()
-        examples = {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)}
-        self.data = write_data(folder / "data", examples)
-        self.pretrained = write_pretrained(folder / "pretrained.pt", small_model(config=config))
+        self.data, self.pretrained = run_inputs(folder, config)
         self.step_bytes = 3 * self.pretrained.stat().st_size  # nearly
         self._whole: dict[int, Path] = {}
         self.faulty = folder / "src"  # src/ with another trainer: the launcher starts the one of its own folder

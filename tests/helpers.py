@@ -1,17 +1,14 @@
-"""Prepared data and pre-trained models of a small vocabulary, made in no time, for the tests of training."""
+"""Prepared data of a small vocabulary, made in no time, and runs with them."""
 
 import os
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 import prepare_instruct_dataset
 import train_instruct
@@ -21,15 +18,9 @@ from data.shapes import Example, Shapes
 from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
 from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
-from model import GPT, GPTConfig
-from training.options import parse_options
-from training.processes import Processes
-from training.step import Learner
+from model import GPTConfig
+from models import SMALL, VOCAB, small_model, write_pretrained
 from weights import checkpoint
-
-VOCAB = 1009  # a prime: real token ids modulo this keep the real lengths and masks
-SMALL = GPTConfig(context_length=1024, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
-CPU = torch.device("cpu")
 
 
 def write_data(folder: Path, splits: dict[str, Iterable[tuple[list[int], list[int]]]]) -> Path:
@@ -84,36 +75,15 @@ def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[
     return examples
 
 
-def small_model(seed: int = 0, config: GPTConfig = SMALL) -> GPT:
-    """Random weights, norms and biases moved off their initial values, so that all of them count."""
-    model = GPT(config)
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
+def write_random(folder: Path, train: int, val: int, longest: int) -> Path:
+    """Prepared data of so many random examples a split."""
+    return write_data(folder, {"train": random_examples(train, longest), "val": random_examples(val, longest, seed=1)})
 
 
-def loud_model() -> GPT:
-    """Weights so large that the gradients overflow fp16 at the highest scale."""
-    model = small_model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
-def write_pretrained(path: Path, model: GPT) -> Path:
-    checkpoint.save(path, {"step": 0, "val_losses": [], "template": None, "model_config": vars(model.config),
-                           "model": model.state_dict()})
-    return path
-
-
-def run_inputs(folder: Path) -> tuple[Path, Path]:
+def run_inputs(folder: Path, config: GPTConfig = SMALL) -> tuple[Path, Path]:
     """What resume_flags takes: data of random examples, a pre-trained model."""
-    data = write_data(folder / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
-    return data, write_pretrained(folder / "pretrained.pt", small_model())
+    pretrained = write_pretrained(folder / "pretrained.pt", small_model(config=config))
+    return write_random(folder / "data", 60, 15, 64), pretrained
 
 
 def to(folder: Path, *flags: object) -> list[str]:
@@ -121,9 +91,9 @@ def to(folder: Path, *flags: object) -> list[str]:
     return ["--checkpoint_dir", str(folder), "--tensorboard_dir", str(folder / "runs"), *map(str, flags)]
 
 
-def options_of(*flags: object) -> Namespace:
-    """The trainer's options from flags."""
-    return parse_options([str(flag) for flag in flags])
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files below it, by their paths from there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def open_data(folder: Path, context_length: int = 1024) -> dict[str, InstructData]:
@@ -164,56 +134,6 @@ def train(inputs: tuple[Path, Path], folder: Path, *flags: object) -> int:
 
 def resume(folder: Path, source: object, *flags: object) -> int:
     return train_instruct.main(to(folder, "--resume", source, *flags))
-
-
-def learner_of(model: GPT | None = None, *flags: object, device: torch.device = CPU,
-               say: Callable[[str], None] = print) -> Learner:
-    """Of one process, for small_model() without a model; gradients are not clipped unless the flags say so."""
-    options = options_of("--grad_clip", 1e9, *flags)
-    return Learner((model or small_model()).to(device), options, Processes(0, 1, device), say)
-
-
-def gradients_of(learner: Learner) -> torch.Tensor:
-    """All of a step, in a row."""
-    return torch.cat([learner.gradients[each].flatten().cpu() for each in learner.model.parameters()])
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The length of the difference, of the expected one's."""
-    found, expected = (each.detach().double().cpu() for each in (found, expected))
-    return float((found - expected).norm() / expected.norm())
-
-
-def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Ours in transformers' layout, or theirs in ours."""
-    return {name: tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
-            for name, tensor in tensors.items()}
-
-
-def transformers_model(model: GPT) -> Any:
-    """Their GPT2LMHeadModel, without dropout, with the weights of this one."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = model.config
-    reference = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, n_positions=config.context_length,
-                                           n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager"))
-    missing, unexpected = reference.load_state_dict(transposed(model.state_dict()), strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected
-    reference.tie_weights()
-    return reference.eval()
-
-
-def same_state(one: object, other: object) -> bool:
-    """Equal to the bit, tensors and plain values alike: 0.0 is not -0.0."""
-    if isinstance(one, torch.Tensor):
-        return (isinstance(other, torch.Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
-                and torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other))))
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(same_state, one, other))
-    return one == other
 
 
 def trajectory(path: Path) -> dict:

@@ -2,8 +2,8 @@
 
     python tests/keyboard.py FOLDER          FOLDER gets small models
 
-PyTorch is imported once and every chat is a fork, because that takes longer than all else. Prints JSON: each situation,
-and "" or what was wrong.
+PyTorch is imported once and every chat is a fork, because that takes longer than all else. Prints each situation as it
+begins, and ends with an error at the first that is not as it should be.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import struct
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import SRC, TIMEOUT, write_checkpoint
-from helpers import small_model
+from conftest import SRC, TIMEOUT
 from instruct_format import tokenizer
 from model import GPTConfig
+from models import small_model, write_checkpoint
 
 FOLDER = Path(sys.argv[-1])
 PROMPT = r"> $"
@@ -36,11 +36,11 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def write_parrot(path: Path, token: int, context_length: int = 64, **changes: object) -> Path:
     """A model that always says this token: its embedding is the only one that the hidden state points at."""
-    weights = small_model(config=GPTConfig(context_length, n_layer=2, n_head=2, n_embd=32)).state_dict()
-    for name, tensor in weights.items():
+    model = small_model(config=GPTConfig(context_length, n_layer=2, n_head=2, n_embd=32))
+    for name, tensor in model.state_dict().items():
         tensor.fill_(name == "transformer.ln_f.bias")
-    weights["transformer.wte.weight"][token] = 1.0
-    return write_checkpoint(path, context_length=context_length, model=weights, **changes)
+    model.state_dict()["transformer.wte.weight"][token] = 1.0
+    return write_checkpoint(path, model, **changes)
 
 
 class Session:
@@ -71,16 +71,20 @@ class Session:
 
         cli.run(lambda: chat.main(list(flags)), os._exit)
 
-    def see(self, until: str = PROMPT, seconds: float = TIMEOUT / 4) -> str:
+    def _more(self) -> str:
+        """What shows next; nothing once the chat has left."""
+        assert select.select([self.screen], [], [], TIMEOUT / 4)[0], f"nothing more after {self.raw[-400:]!r}"
+        try:
+            return os.read(self.screen, 65536).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def see(self, until: str = PROMPT) -> str:
         """What shows up to a pattern, without the sequences that draw it."""
         self.raw = ""
         while not re.search(until, ESCAPES.sub("", self.raw)):
-            if not select.select([self.screen], [], [], seconds)[0]:
-                raise AssertionError(f"{until!r} did not show up after {self.raw[-400:]!r}")
-            try:
-                self.raw += os.read(self.screen, 65536).decode(errors="replace")
-            except OSError:  # the chat has left
-                raise AssertionError(f"left before {until!r}, after {self.raw[-400:]!r}") from None
+            self.raw += (more := self._more())
+            assert more, f"left before {until!r}, after {self.raw[-400:]!r}"
         return ESCAPES.sub("", self.raw)
 
     def type(self, keys: str, until: str = PROMPT) -> str:
@@ -97,16 +101,13 @@ class Session:
             self.type(part, r" word word|\.\.\. " if part.endswith("\r") else re.escape(part.rpartition("\r")[2]) + "$")
         return self.type(last)
 
-    def end(self) -> tuple[int, str]:
-        """Exit code (negative: the signal that ended it), and what showed last."""
-        text = ""
-        try:
-            while select.select([self.screen], [], [], TIMEOUT / 4)[0]:
-                text += os.read(self.screen, 65536).decode(errors="replace")
-        except OSError:
-            pass
-        os.close(self.screen)  # what has not left yet gets SIGHUP
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text
+    def end(self, code: int) -> None:
+        """Everything has been typed: the chat leaves by itself, with this exit code."""
+        self.raw = ""
+        while more := self._more():
+            self.raw += more
+        os.close(self.screen)
+        assert os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) == code and "Traceback" not in self.raw, self.raw
 
 
 def paste(text: str) -> str:
@@ -114,9 +115,10 @@ def paste(text: str) -> str:
 
 
 LINES = "\n".join(f"line {number}" for number in range(400))
-# Of one chat with --json, in order. What is typed: a list is typed in parts, each after the one before has shown.
+# What is typed: a list is typed in parts, each after the one before has shown.
 # What has to show: a pattern, or fields of the JSON line.
-ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
+Table = list[tuple[str, "str | list[str]", "str | dict[str, object]"]]
+ASKING: Table = [  # one chat with --json, in order
     ("a line", "One?\r", {"instruction": "One?", "input": "", "stopped": "length", "checkpoint": "parrot.pt"}),
     ("blanks around a line", "  Two? \r", {"instruction": "Two?"}),
     ("nothing", "\r", r"^\s*> $"),
@@ -203,17 +205,14 @@ ASKING: list[tuple[str, str | list[str], str | dict[str, object]]] = [
 ]
 
 
-def check(found: str, expected: str | dict[str, object]) -> str:
-    """What is wrong with what showed, or nothing."""
+def check(found: str, expected: str | dict[str, object]) -> None:
     if isinstance(expected, str):
-        return "" if re.search(expected, found) else found
-    lines = [line.strip() for line in found.splitlines() if line.startswith('{"instruction"')]
-    answer = json.loads(lines[-1]) if lines else {}
-    return "" if all(answer.get(name) == value for name, value in expected.items()) else found
+        assert re.search(expected, found), found
+    else:
+        [*_, line] = [line.strip() for line in found.splitlines() if line.startswith('{"instruction"')]
+        assert json.loads(line).items() >= expected.items(), found
 
 
-# Other chats: their flags, what is typed and what shows, how they are left, and the exit code.
-Table = list[tuple[str, "str | list[str]", "str | dict[str, object]"]]
 ENDLESS = ("--checkpoint", "parrot.pt", "--max_new_tokens", "4000", "--temperature", "0")
 SHORT = (*ENDLESS, "--max_new_tokens", "3")
 ANSWER = ("an answer", "One?\r", r"One\?\s+ word word word\s+\(cut at 3 tokens: /set max_new_tokens\)\s+> $")
@@ -259,6 +258,7 @@ PLAIN: Table = [
     ("Ctrl-C", "\x03", r"Ctrl-C again leaves"),
     ("/set", "/set top_k 3\r", "top_k +3 "),
 ]
+# other chats: how they are begun, what is typed and what shows, how they are left, and the exit code
 EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
     *((f"left by {words}", {}, [ANSWER], [f"{words}\r"], 0) for words in ("exit", "quit", "/exit", "/quit", " /bye ")),
     ("the end, at once", {}, [], ["\x04"], 0),
@@ -292,121 +292,107 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
 ]
 
 
-def play(name: str, flags: tuple[str, ...], rows: Table, leaving: list[str], code: int, **how: Any) -> Iterator[
-        tuple[str, str]]:
-    """Each situation of one chat, and what was wrong with it."""
-    session = Session(*flags, **how)
-    try:
-        if rows or leaving:
-            session.see()
-        for situation, keys, expected in rows:
-            found = session.do(keys)
-            is_plain = bool({"NO_COLOR": "1", "TERM": "dumb"}.items() & how.get("environment", {}).items())
-            is_dim = "\x1b[2m(cut" in session.raw
-            is_dumb = how.get("environment", {}).get("TERM") == "dumb"
-            yield f"{name}: {situation}", check(found, expected) or is_dim * is_plain * "dim" or (
-                "\x1b" in session.raw and is_dumb) * "an escape" or (
-                ("(cut" in found) > (is_dim or is_plain)) * "not dim"
-        for keys in leaving:
-            os.write(session.screen, keys.encode())
-            time.sleep(0.02)
-        left, text = session.end()
-        yield name, "" if left == code and "Traceback" not in text else f"left with {left}: {text}"
-    except AssertionError as error:
-        yield name, str(error)
+def begin(situation: str) -> None:
+    print(situation, flush=True)  # before the fork: it would print what waits as well
 
 
-def history() -> Iterator[tuple[str, str]]:
+def play(name: str, rows: Table, leaving: list[str], code: int, flags: tuple[str, ...] = SHORT, **how: Any) -> None:
+    """One chat. Notes are dim, unless the environment says that the terminal is plain."""
+    begin(name)
+    session, environment = Session(*flags, **how), how.get("environment", {})
+    is_dumb = environment.get("TERM") == "dumb"
+    if rows or leaving:
+        session.see()
+    for situation, keys, expected in rows:
+        begin(f"{name}: {situation}")
+        found = session.do(keys)
+        check(found, expected)
+        assert ("\x1b[2m(cut" in session.raw) == ("(cut" in found and not is_dumb and "NO_COLOR" not in environment)
+        assert not (is_dumb and "\x1b" in session.raw)
+    for keys in leaving:
+        os.write(session.screen, keys.encode())
+        time.sleep(0.02)
+    session.end(code)
+
+
+def history() -> None:
     """Of one chat in the next, capped, and for nobody else to read."""
-    path = FOLDER / ".gpt2_instruct_history.jsonl"
+    path, answer, flags = FOLDER / ".gpt2_instruct_history.jsonl", {"stopped": "length"}, (*SHORT, "--json")
     path.write_text("junk\n7\n" + "".join(f'"old {number}"\n' for number in range(1500)))
-    answer = {"stopped": "length"}
-    flags = (*SHORT, "--json")
-    yield from play("history", flags, [("to remember", paste("a\nb") + "\r", answer)], ["\x04"], 0)
+    play("history", [("to remember", paste("a\nb") + "\r", answer)], ["\x04"], 0, flags)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    yield "history capped", "" if len(entries) == 1000 and entries[-2:] == ["old 1499", "a\nb"] else str(entries[-2:])
-    yield "history of mode 600", "" if path.stat().st_mode & 0o777 == 0o600 else oct(path.stat().st_mode)
-    yield from play("the next chat", flags, [
+    assert len(entries) == 1000 and entries[-2:] == ["old 1499", "a\nb"] and path.stat().st_mode & 0o777 == 0o600
+    play("the next chat", [
         ("recalls it", "\x1b[A\r", {"instruction": "a\nb"}),
-        ("and what was before", "\x1b[A" * 3 + "\r", {"instruction": "old 1499"})], ["\x04"], 0)
+        ("and what was before", "\x1b[A" * 3 + "\r", {"instruction": "old 1499"})], ["\x04"], 0, flags)
     before = path.read_bytes()
-    yield from play("--no_history", (*flags, "--no_history"), [
-        ("recalls nothing", "\x1b[A\r", r"^\s*(\x07)?\s*> $"), ("and keeps nothing", "Secret?\r", answer)], ["\x04"], 0)
-    yield "--no_history leaves the file", "" if path.read_bytes() == before else "changed"
+    play("--no_history", [("recalls nothing", "\x1b[A\r", r"^\s*(\x07)?\s*> $"),
+                          ("and keeps nothing", "Secret?\r", answer)], ["\x04"], 0, (*flags, "--no_history"))
+    assert path.read_bytes() == before
 
 
-def ended_by_sigterm() -> Iterator[tuple[str, str]]:
+def ended_by_sigterm() -> None:
     """At the prompt the terminal is as it was before; in an answer too."""
     for name, keys in (("at the prompt", "half a line"), ("in an answer", "One?\r")):
+        begin(f"SIGTERM {name}")
         session = Session(*ENDLESS)
-        before = termios.tcgetattr(session.screen)
+        before, kept = termios.tcgetattr(session.screen), os.dup(session.screen)
         session.see()
         session.type(keys, r"line$|word word")
-        kept = os.dup(session.screen)
         os.kill(session.pid, signal.SIGTERM)
-        code, _ = session.end()
-        after = termios.tcgetattr(kept)
+        session.end(143)
+        assert termios.tcgetattr(kept)[:4] == before[:4]
         os.close(kept)
-        yield f"SIGTERM {name}", "" if (code, after[:4]) == (143, before[:4]) else f"{code}, {before}, {after}"
 
 
-def interrupted_at_random() -> Iterator[tuple[str, str]]:
+def interrupted_at_random() -> None:
     """200 times. A letter after each, so that no two come at an empty prompt."""
+    begin("200 times Ctrl-C")
     session, chance = Session(*ENDLESS, "--max_new_tokens", "60"), random.Random(0)
     session.see()
-    try:
-        for _ in range(200):
-            for keys in ("Q\r", "\x03"):
-                os.write(session.screen, keys.encode())
-                time.sleep(chance.random() * 0.02)
-            session.type("x", "> x")  # until readline has it: what only the terminal has, the next would discard
-        wrong = check(session.type("\x15/help\r", r"/exit[^>]*> $"), "/input")
-        os.write(session.screen, b"exit\r")
-        code, text = session.end()
-        yield "200 times Ctrl-C", wrong or ("" if code == 0 and "Traceback" not in text else f"{code} {text}")
-    except AssertionError as error:
-        yield "200 times Ctrl-C", str(error)
+    for _ in range(200):
+        for keys in ("Q\r", "\x03"):
+            os.write(session.screen, keys.encode())
+            time.sleep(chance.random() * 0.02)
+        session.type("x", "> x")  # until readline has it: what only the terminal has, the next would discard
+    check(session.type("\x15/help\r", r"/exit[^>]*> $"), "/input")
+    os.write(session.screen, b"exit\r")
+    session.end(0)
 
 
-def stopped_and_continued() -> Iterator[tuple[str, str]]:
+def stopped_and_continued() -> None:
     """The real program from a shell: Ctrl-Z and fg restore the prompt and what was typed."""
+    begin("Ctrl-Z and fg")
     session = Session(before=lambda: os.execlp("bash", "bash", "--norc", "--noprofile", "-i"),
                       environment={"PS1": "shell% "})
     session.see("shell% $")
     session.type(f"{sys.executable} {SRC}/chat.py --json {' '.join(SHORT)}\r")
     session.type("half", "half$")
-    try:
-        yield "Ctrl-Z", check(session.type("\x1a", "shell% $"), "Stopped")
-        shown = session.type("stty -a | grep -c ' icanon'\r", "shell% $")
-        yield "the shell's terminal meanwhile", check(shown, r"\s1\s")
-        yield "fg", check(session.type("fg\r", "half$"), r"> half$")
-        yield "what was typed", check(session.type(" done?\r"), {"instruction": "half done?"})
-        yield "a paste after fg", check(session.type(paste("a\nb") + "\r"), {"instruction": "a\nb"})
-        session.type("\x04", "shell% $")
-    except AssertionError as error:
-        yield "Ctrl-Z and fg", str(error)
+    check(session.type("\x1a", "shell% $"), "Stopped")
+    check(session.type("stty -a | grep -c ' icanon'\r", "shell% $"), r"\s1\s")  # the shell's terminal meanwhile
+    check(session.type("fg\r", "half$"), r"> half$")
+    check(session.type(" done?\r"), {"instruction": "half done?"})
+    check(session.type(paste("a\nb") + "\r"), {"instruction": "a\nb"})
+    session.type("\x04", "shell% $")
     os.write(session.screen, b"exit\r")
-    session.end()
+    session.end(0)
 
 
 def main() -> None:
-    word = tokenizer().encode_ordinary(" word")[0]
-    for name, context_length, changes in (("parrot.pt", 4096, {}), ("small.pt", 64, {}),
-                                          ("multi.pt", 128, {"multi_turn": True})):
-        write_parrot(FOLDER / name, word, context_length, **changes)
-    write_parrot(FOLDER / "accent.pt", tokenizer().encode_ordinary("\u00e9")[0])
+    word, accent = (tokenizer().encode_ordinary(text)[0] for text in (" word", "\u00e9"))
+    write_parrot(FOLDER / "parrot.pt", word, 4096)
+    write_parrot(FOLDER / "small.pt", word)
+    write_parrot(FOLDER / "multi.pt", word, 128, multi_turn=True)
+    write_parrot(FOLDER / "accent.pt", accent)
     (FOLDER / "file.txt").write_bytes(b"\xef\xbb\xbfin a\nfile\n")
     (FOLDER / "long.txt").write_text("word " * 5000)
-    asking = (*ENDLESS, "--json", "--max_new_tokens", "2", "--temperature", "0.7")
-    found = [*play("asking", asking, ASKING, ["/bye\r"], 0)]
+    play("asking", ASKING, ["/bye\r"], 0, (*ENDLESS, "--json", "--max_new_tokens", "2", "--temperature", "0.7"))
     for name, how, rows, leaving, code in EACH:
-        flags = how.pop("flags", SHORT)
-        found += play(name, flags, rows, leaving, code, **how)
-    for parts in (history, ended_by_sigterm, interrupted_at_random, stopped_and_continued):
-        found += parts()
-    found.append(("stdout in a file has answers only", "" if (FOLDER / "answers.txt").read_text() == " word word word\n"
-                  else (FOLDER / "answers.txt").read_text()))
-    print(json.dumps(found))
+        play(name, rows, leaving, code, **how)
+    for play_more in (history, ended_by_sigterm, interrupted_at_random, stopped_and_continued):
+        play_more()
+    begin("stdout in a file has answers only")
+    assert (FOLDER / "answers.txt").read_text() == " word word word\n"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 
 from cli import run
 from dataloader_instruct import ExampleStream, Position
-from helpers import open_data, options_of, small_model
+from helpers import open_data
+from models import options_of, small_model
 from training.ending import leave
 from training.processes import Processes, join
 from training.step import Learner, evaluate, learning_rate, train_step

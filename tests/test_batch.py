@@ -9,8 +9,8 @@ import answering.batch
 from answering.batch import WIDTH, finished
 from answering.decode_weights import FewRows, for_decoding
 from answering.generate import generate
-from helpers import small_model
 from model import GPT, GPTConfig
+from models import small_model
 
 CONFIG = GPTConfig(48, 301, 2, 4, 64)
 

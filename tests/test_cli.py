@@ -8,7 +8,7 @@ import pytest
 
 from cli import printable, printable_line
 from conftest import SRC, Outcome, launch, run_command, run_script
-from helpers import random_examples, resume_flags, small_model, write_data, write_pretrained
+from helpers import resume_flags, run_inputs, to
 from instruct_format import tokenizer
 
 
@@ -52,9 +52,8 @@ def start(folder: Path, *arguments: object) -> Outcome:
 
 
 def test_the_launcher_trains_resumes_and_passes_on_exit_codes(project):
-    data = write_data(project / "data", {"train": random_examples(60, 64), "val": random_examples(15, 64, seed=1)})
-    run, pretrained = project / "run", write_pretrained(project / "pretrained.pt", small_model())
-    inputs = [*resume_flags(data, pretrained), "--checkpoint_dir", run, "--tensorboard_dir", project / "logs"]
+    run = project / "run"
+    inputs = [*resume_flags(*run_inputs(project)), *to(run)]
     code, stdout, stderr = start(project, 2, *inputs, "--max_steps", 3)
     assert code == 0, stderr
     assert "device  cpu, 2 processes" in stdout and stdout.count("\nstep 3/3 ") == 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import SRC, run_command
-from helpers import relative
+from models import relative
 from training.cross_entropy import ROWS, output_loss, padded
 
 VOCAB, WIDTH, SCALE = 1009, 32, 0.125  # a prime: no multiple of 64, so that copies have padding

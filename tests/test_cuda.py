@@ -4,6 +4,7 @@ with nothing but torch, numpy, tiktoken, safetensors and pytest."""
 import gc
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,29 +12,14 @@ from torch._dynamo.utils import counters
 
 import bare  # noqa: F401  # before what shows and logs
 import chat
-from conftest import ROOT, write_checkpoint
+from conftest import ROOT
 from dataloader_instruct import InstructData
 from errors import UserError
-from helpers import (
-    CPU,
-    SMALL,
-    VOCAB,
-    gradients_of,
-    learner_of,
-    loud_model,
-    open_data,
-    random_examples,
-    relative,
-    resume,
-    run_ranks,
-    same_state,
-    small_model,
-    train,
-    write_data,
-)
+from helpers import open_data, resume, run_ranks, train, write_data, write_random
 from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
+from models import CPU, SMALL, computed, learner_of, loud_model, relative, same_state, small_model, write_checkpoint
 from training.memory import needed_bytes
-from training.step import HIGHEST_SCALE, Learner, evaluate, most_tokens, train_step
+from training.step import HIGHEST_SCALE, Learner, most_tokens, train_step
 from training.threads import copied
 from weights import checkpoint
 
@@ -53,8 +39,7 @@ def memory_is_free() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, InstructData]:
-    splits = {"train": random_examples(80, 256), "val": random_examples(80, 256, seed=1)}
-    return open_data(write_data(tmp_path_factory.mktemp("data"), splits), 256)
+    return open_data(write_random(tmp_path_factory.mktemp("data"), 80, 80, 256), 256)
 
 
 FLAGS = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 4096)
@@ -62,14 +47,6 @@ FLAGS = ("--context_length", 256, "--mini_batch_size", 2, "--total_batch_size", 
 
 def on(device: torch.device, *flags: object, model: GPT | None = None) -> Learner:
     return learner_of(model, *FLAGS, *flags, device=device)
-
-
-def computed(learner: Learner, data: dict[str, InstructData]) -> tuple[float, float, torch.Tensor]:
-    """The val loss, then loss and gradients, in a row, of a step of all of the train split."""
-    plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("val", "train")]
-    val_loss = evaluate(learner, data["val"], plans[0])
-    assert val_loss is not None
-    return val_loss, train_step(learner, data["train"], plans[1], 1e-3).loss, gradients_of(learner)
 
 
 def needs(precision: str, head_size: int = 64) -> None:
@@ -98,7 +75,7 @@ def test_the_packed_kernel_equals_a_call_for_each_document_in_fp32(precision, to
 @pytest.mark.parametrize("precision, n_embd", [("fp32", 32), ("auto", 32), ("fp16", 32), ("auto", 24)])
 def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, precision, n_embd, recompute):
     """A head size of 12, which is no multiple of 8, has no packed kernel: a call for each document."""
-    config = GPTConfig(SMALL.context_length, VOCAB, 2, 2, n_embd)
+    config = replace(SMALL, n_embd=n_embd)
     expected = computed(on(CPU, "--precision", "fp32", model=small_model(config=config)), data)
     learner = on(GPU, "--precision", precision, model=small_model(config=config))
     learner.computing.transformer.recompute = recompute
@@ -186,8 +163,7 @@ def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     """On two GPUs, joined by NCCL, in fp32 and float64: losses, gradients and weights of twenty steps."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    splits = {"train": random_examples(120, 500), "val": random_examples(30, 500, seed=1)}
-    data_dir, found = write_data(tmp_path / "data", splits), []
+    data_dir, found = write_random(tmp_path / "data", 120, 30, 500), []
     for device, ranks in (("cuda", 2), ("cpu", 1)):
         monkeypatch.setenv("STEPS_DEVICE", device)
         run_ranks(ROOT / "tests" / "steps_worker.py", ranks, data_dir, tmp_path / device, 1)
@@ -246,7 +222,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(inputs, tmp_path):
 
 def test_chat_on_the_gpu_answers_as_on_the_cpu(tmp_path, capsys):
     """Greedily, 40 tokens of a random model, a prompt longer than the pieces in which it is read."""
-    path, answers = write_checkpoint(tmp_path / "a.pt", context_length=1024), []
+    path, answers = write_checkpoint(tmp_path / "a.pt", small_model(config=GPTConfig(1024, 50257, 2, 2, 32))), []
     for device in ("cuda", "cpu"):
         flags = ["--checkpoint", path, "--device", device, "--temperature", 0, "--max_new_tokens", 40, "--json",
                  "--input", "", "--prompt", "What is the question? " * 100]

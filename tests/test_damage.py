@@ -15,8 +15,9 @@ import torch
 from conftest import run_script
 from data.shards import MANIFEST
 from errors import CheckpointError, UserError
-from helpers import open_data, random_examples, resume, run_inputs, same_state, train, write_data
+from helpers import open_data, resume, run_inputs, train, write_data, write_random
 from model import KVCache
+from models import same_state
 from weights.checkpoint import BEST, LATEST, load, load_run, model_of, newest_valid, save, save_step
 from weights.pretrained import open_any
 
@@ -174,7 +175,7 @@ def test_pieces_lost_doubled_or_of_another_checkpoint_lead_to_no_other_state(sma
 
 def test_410_damages_to_prepared_data_are_noticed(tmp_path):
     """Named, exit code 2: six arrays, all larger than a page, and the manifest, every byte of it. Missing ones too."""
-    write_data(tmp_path, {"train": random_examples(1100, 30), "val": random_examples(600, 30, seed=1)})
+    write_random(tmp_path, 1100, 600, 30)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(files) == 7 and tmp_path / MANIFEST in files
     originals = {path: path.read_bytes() for path in files}

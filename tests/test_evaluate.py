@@ -7,19 +7,17 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GPT2LMHeadModel
 
 import answering.scores
 import evaluate_instruct
 from answering.generate import generate
 from answering.scores import repetition
-from conftest import run_script, write_checkpoint, write_jsonl
+from conftest import run_script, write_jsonl
 from data_files import row
-from helpers import small_model, transformers_model, write_data
+from helpers import write_data
 from instruct_format import END_OF_TEXT, encode_example, encode_prompt, tokenizer
 from model import GPTConfig
+from models import reference_loss_sum, small_model, transformers_model, write_checkpoint
 
 CONFIG = GPTConfig(96, 50257, 2, 2, 32)
 
@@ -45,18 +43,14 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     write_data(folder / "data", {"train": documents()[:1], "val": [*documents(), ([5] * 97, [0] * 90 + [1] * 7)]})
     transformers_model(small_model(0, CONFIG)).save_pretrained(folder / "base")
-    write_checkpoint(folder / "tuned.pt", model=small_model(3, CONFIG).state_dict(), model_config=vars(CONFIG))
+    write_checkpoint(folder / "tuned.pt", small_model(3, CONFIG))
     return folder
 
 
-def reference_loss(model: GPT2LMHeadModel, documents: list[tuple[list[int], list[int]]]) -> float:
-    """Mean cross entropy of the trained tokens, over one padded batch."""
-    tokens = pad_sequence([torch.tensor(ids) for ids, _ in documents], batch_first=True)
-    mask = pad_sequence([torch.tensor(mask) for _, mask in documents], batch_first=True)
-    present = pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids, _ in documents], batch_first=True)
-    with torch.no_grad():
-        logits = model(tokens, attention_mask=present).logits[:, :-1]
-    return float(F.cross_entropy(logits.flatten(0, 1), tokens.where(mask == 1, -100)[:, 1:].flatten()))
+@torch.no_grad()
+def reference_loss(seed: int) -> float:
+    total = reference_loss_sum(transformers_model(small_model(seed, CONFIG)), documents())
+    return float(total) / sum(sum(mask) for _, mask in documents())
 
 
 def test_the_loss_is_that_of_transformers_before_and_after_fine_tuning(folder, capsys):
@@ -66,7 +60,7 @@ def test_the_loss_is_that_of_transformers_before_and_after_fine_tuning(folder, c
     assert report["examples"] == len(documents()) == len(report["answers"]) and report["left_out"] == 1
     assert [scores["about"] for scores in report["checkpoints"]] == ["pre-trained", "step 3"]
     for scores, seed in zip(report["checkpoints"], (0, 3)):
-        loss = reference_loss(transformers_model(small_model(seed, CONFIG)), documents())
+        loss = reference_loss(seed)
         assert scores["loss"] == pytest.approx(loss, abs=1e-5)
         assert scores["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     first, *_, last = report["answers"]

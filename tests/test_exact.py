@@ -4,25 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2LMHeadModel
 
 from conftest import ROOT, SRC
 from dataloader_instruct import ExampleStream, InstructData, Position
-from helpers import (
-    learner_of,
-    open_data,
-    options_of,
-    random_examples,
-    real_examples,
-    relative,
-    run_ranks,
-    small_model,
-    transformers_model,
-    transposed,
-    write_data,
-)
+from helpers import open_data, random_examples, real_examples, run_ranks, write_data
+from models import learner_of, options_of, reference_loss_sum, relative, small_model, transformers_model, transposed
 from training.step import evaluate, learning_rate, train_step
 
 
@@ -34,23 +21,13 @@ def data_dir(request, tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), {"train": examples[:64], "val": examples[64:]})
 
 
-def reference_loss_sum(reference: GPT2LMHeadModel, data: InstructData, examples: list[int]) -> torch.Tensor:
-    """Padded, one example a row, labels of -100 where nothing is trained: sum of cross entropy."""
-    pairs = [[torch.from_numpy(part.astype(int)) for part in data.example(number)] for number in examples]
-    tokens = pad_sequence([ids for ids, _ in pairs], batch_first=True)
-    present = pad_sequence([torch.ones_like(ids) for ids, _ in pairs], batch_first=True)
-    labels = pad_sequence([torch.where(mask == 1, ids, -100) for ids, mask in pairs], True, padding_value=-100)
-    logits = reference(tokens, attention_mask=present).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-
-
 def reference_step(reference: GPT2LMHeadModel, data: InstructData, examples: list[int]) -> tuple[float, float, dict]:
     """Loss, gradient norm and gradients (our names and layout) of one step."""
     reference.zero_grad()
     count = sum(int(data.example(number).loss_mask.sum()) for number in examples)
     loss = 0.0
     for start in range(0, len(examples), 8):
-        part = reference_loss_sum(reference, data, examples[start:start + 8]) / count
+        part = reference_loss_sum(reference, map(data.example, examples[start:start + 8])) / count
         part.backward()
         loss += part.item()
     gradients = {name: p.grad for name, p in reference.named_parameters()}
@@ -168,7 +145,8 @@ def test_a_micro_batch_without_response_tokens_contributes_nothing(data_dir):
 def test_evaluation_equals_transformers_and_covers_the_whole_split(data_dir):
     data = open_data(data_dir)["val"]
     with torch.no_grad():
-        total = float(reference_loss_sum(transformers_model(small_model()).double(), data, range(len(data))))
+        total = float(reference_loss_sum(transformers_model(small_model()).double(),
+                                         map(data.example, range(len(data)))))
     learner, count = learner_of(), data.plan(range(len(data)), 4096, 1).response_tokens
     found = [evaluate(learner, data, data.plan(range(len(data)), size * 1024, 1)) for size in (1, 4, 64)]
     assert found == pytest.approx([total / count] * 3, rel=1e-6)

@@ -6,7 +6,6 @@ import os
 import random
 import stat
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from safetensors.torch import load_file
 import convert_checkpoint
 from answering.answer import Answer
 from answering.settings import Settings
-from conftest import write_checkpoint
+from conftest import run_script
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
-from helpers import rows_of, same_state, small_model
 from instruct_format import (
     END_OF_TEXT,
     TEMPLATE,
@@ -35,6 +33,7 @@ from instruct_format import (
     tokenizer,
 )
 from model import Documents, GPTConfig
+from models import same_state, small_model, write_checkpoint
 from weights.checkpoint import load, model_of
 from weights.pretrained import open_any
 
@@ -46,12 +45,16 @@ def export(source: Path, output: Path, *flags: str) -> Path:
     return output
 
 
+def import_to(output: Path, source: Path | str, *flags: str) -> int:
+    return convert_checkpoint.main(["import", str(source), "--output", str(output), *flags])
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Fine-tuned on several turns or not; random weights, every parameter of them."""
     folder, model = tmp_path_factory.mktemp("checkpoints"), small_model(config=CONFIG)
     return {multi_turn: write_checkpoint(
-        folder / f"{multi_turn}.pt", model_config=vars(CONFIG), model=model.state_dict(), multi_turn=multi_turn,
+        folder / f"{multi_turn}.pt", model, multi_turn=multi_turn,
         data_source="vicgalle/alpaca-gpt4 and 2 more" if multi_turn else "my `rows`\n\x1b\udce9.jsonl")
         for multi_turn in (False, True)}
 
@@ -250,7 +253,7 @@ def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
     """Also when transformers has saved it again."""
     for multi_turn, folder in folders.items():
         output = tmp_path / f"{multi_turn}.pt"
-        assert convert_checkpoint.main(["import", str(folder), "--output", str(output)]) == 0
+        assert import_to(output, folder) == 0
         before, after = load(checkpoints[multi_turn]), load(output)
         same = ("template", "multi_turn", "data_source")
         assert {name: after[name] for name in same} == {name: before[name] for name in same}
@@ -260,6 +263,39 @@ def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
         assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
     hf[1].save_pretrained(tmp_path / "saved")
     assert open_any(tmp_path / "saved")["template"] == TEMPLATE
+
+
+def test_an_output_that_exists_is_not_replaced(folders, tmp_path, capsys):
+    """With --force a foreign file gets another name, and what is no file stays as it is."""
+    folder, existing = folders[False], tmp_path / "mine.pt"
+    existing.write_text("mine")
+    with pytest.raises(UserError, match="mine.pt: exists; --force replaces it"):
+        import_to(existing, folder)
+    assert existing.read_text() == "mine"
+    for is_foreign in (True, False):
+        assert import_to(existing, folder, "--force") == 0 and load(existing)["template"] == TEMPLATE
+        assert (f"{existing} was there: now mine.abandoned1.pt\n" in capsys.readouterr().out) == is_foreign
+    assert (tmp_path / "mine.abandoned1.pt").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    no_file = {str(path): "a .*, not a file" for path in (tmp_path, tmp_path / "pipe", tmp_path / "link", Path())}
+    no_name = {f"{tmp_path}/{name}": f"import writes a checkpoint; name it {tmp_path}/a.pt"
+               for name in ("a.BIN", "a.gguf", "a")}  # what no command would take for a checkpoint
+    for output, message in {**no_file, **no_name, f"{tmp_path}/{'a' * 300}": ".*too long"}.items():
+        with pytest.raises(UserError, match=f"^{output}: {message}"):
+            import_to(Path(output), folder, "--force")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.pt", "mine.abandoned1.pt", "pipe", "link"}
+
+
+def test_without_a_network_the_hub_is_one_line(tmp_path):
+    """The library's own words are for programmers. What cannot be a name of the hub is not asked for."""
+    code, _, stderr = run_script("convert_checkpoint.py", "import", "gpt2", "--output", tmp_path / "out.pt",
+                                 env={"HF_HOME": str(tmp_path)})
+    assert (code, stderr) == (2, "error: gpt2: no such file or folder, and fetching it from the Hugging Face hub "
+                                 "failed: check the network, or import a local file or folder\n")
+    for source in ("no/such/folder", "/absent", "./gpt2", "gpt--2", "my model", "checkpoints/absent.pt", "~/gpt2"):
+        with pytest.raises(UserError, match=f"^{source}: no such file or folder($|, and .* no public model of this )"):
+            import_to(tmp_path / "out.pt", source)
 
 
 # GGUF
@@ -324,10 +360,11 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
     for name in ("README.md", "config.json"):
         (tmp_path / "theirs" / name).write_text('{"model_type": "gpt2"}')
-    small = GPTConfig(8, 50257, 1, 2, 40)
-    narrow = write_checkpoint(tmp_path / "w.pt", model_config=vars(small), model=small_model(config=small).state_dict())
-    wide = small_model(config=CONFIG).state_dict()
-    wide["transformer.ln_f.weight"] = torch.full((64,), 1e6)
+    narrow = write_checkpoint(tmp_path / "w.pt", small_model(config=GPTConfig(8, 50257, 1, 2, 40)))
+    few_words = write_checkpoint(tmp_path / "d.pt", small_model(config=GPTConfig(8, 99, 1, 2, 40)))
+    wide, infinite = (small_model(config=CONFIG) for _ in range(2))
+    torch.nn.init.constant_(wide.transformer.ln_f.weight, 1e6)
+    torch.nn.init.constant_(infinite.transformer.ln_f.bias, torch.nan)
     for checkpoint, output, flags, message, kind in [
             *((source, "mine", flags, r"mine: not a folder that was exported here \(notes.txt in it\)", UserError)
               for flags in ([], ["--force"])),
@@ -337,8 +374,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             *((source, name, [], ": not a folder that was exported here", UserError) for name in ("/", "..")),
             (source, "a" * 300, [], "too long", UserError),
             (source, "file/x", [], "file/x: cannot write there: Not a directory", UserError),
-            (write_checkpoint(tmp_path / "n.pt", model_config=vars(CONFIG), model={
-                **wide, "transformer.ln_f.bias": torch.full((64,), torch.nan)}), "x", [], "finite", CheckpointError),
+            (write_checkpoint(tmp_path / "n.pt", infinite), "x", [], "finite", CheckpointError),
             (source, "g.gguf", ["--force"], "g.gguf: a folder, not a file", UserError),
             (source, "empty", [], "empty: exists; --force replaces it", UserError),
             (source, "b.gguf", [], "b.Modelfile: exists; --force replaces it", UserError),
@@ -346,8 +382,8 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch)
             (narrow, "w.gguf", ["--dtype", "q8_0"], "w.gguf: Can.t quantize .* to Q8_0.* --dtype float16", UserError),
             (write_checkpoint(tmp_path / "c.pt", template="other/7"), "out", [], "fine-tuned with template 'other/7'",
              CheckpointError),
-            (write_checkpoint(tmp_path / "d.pt", vocab_size=99), "out", [], "99 tokens, GPT-2's has", CheckpointError),
-            (write_checkpoint(tmp_path / "e.pt", model_config=vars(CONFIG), model=wide), "out", ["--dtype", "float16"],
+            (few_words, "out", [], "99 tokens, GPT-2's has", CheckpointError),
+            (write_checkpoint(tmp_path / "e.pt", wide), "out", ["--dtype", "float16"],
              r"ln_f.weight has a value of 1e\+06, too large", UserError),
             (tmp_path / "absent.pt", "out", [], "absent.pt: no such file", UserError)]:
         with pytest.raises(kind, match=message) as caught:
@@ -384,11 +420,3 @@ def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, fo
     export(checkpoints[False], folder, "--force")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         **{path.name: path.read_bytes() for path in folders[False].iterdir()}, "notes.txt": b"mine"}
-
-
-def test_thirty_real_questions_are_prompted_as_here(hf, alpaca):
-    for row in islice(rows_of(alpaca), 30):
-        [turn] = row.turns
-        messages = [user(turn.instruction, input=turn.input)]
-        assert rendered(hf, messages) == encode_prompt(turn.instruction, turn.input)
-        assert rendered(hf, [*messages, assistant(turn.output)], prompt=False) == encode_example(*turn)[0]

@@ -1,28 +1,46 @@
-"""Kills, signals, a full disk, a NaN on one rank: a short form of each measurement of faults.py, and the long (slow).
+"""Kills, signals, a full disk, a NaN on one rank: a short form of each measurement, and the long (slow), which
+faults.py runs.
 
-The short forms run two at a time: most of their time goes into starting Python.
+What was not as it should be is said at once, then how many cases were. The short forms run two at a time: most of their
+time goes into starting Python.
 """
 
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
 from errors import UserError
-from faults import FAULTS
 from faults_disk import disk_full, soak
-from faults_hosts import ports
+from faults_hosts import ports, two_hosts
 from faults_kill import MEMORY, dies_before_it_began, hangs, kills, memory, rank_dies, rank_dies_early, write_order
 from faults_signals import DIVERGENCES, hangup, one_rank_diverges, second_ctrl_c, signals
 from faults_tools import Lab, Result
 from training import launch
 from weights.durable import lock_folder
 
+FULL = {
+    "kill": partial(kills, 200, in_saves=100),
+    "order": write_order,
+    "disk": partial(disk_full, 20),
+    "signals_1": partial(signals, ("the process",)),
+    "signals_2": partial(signals, ("one rank", "all ranks", "the launcher")),
+    "second": second_ctrl_c,
+    "rank": partial(rank_dies, 5),
+    "rank_early": partial(rank_dies_early, 4),
+    "begun": dies_before_it_began,
+    "hangs": hangs,
+    "two_hosts": two_hosts,
+    "hangup": hangup,
+    "memory": memory,
+    "ports": ports,
+    "diverge": one_rank_diverges,
+    "soak": partial(soak, 100_000),
+}
 SHORT = {
     "USR1 to the launcher": partial(signals, ("the launcher",), ("save",), (signal.SIGUSR1,)),
     "a second Ctrl-C": partial(second_ctrl_c, ("save",), ("the process",)),
@@ -44,11 +62,6 @@ SHORT = {
 }
 
 
-def where_they_can_run(names: Iterable[str]) -> list:
-    no_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (apt install strace)")
-    return [pytest.param(name, marks=[no_strace] * (name == "order")) for name in names]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Result]]]:
     shared = Lab(tmp_path_factory.mktemp("faults"))
@@ -56,7 +69,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
         yield {name: pool.submit(measure, shared=shared) for name, measure in SHORT.items()}
 
 
-@pytest.mark.parametrize("name", where_they_can_run(SHORT))
+@pytest.mark.parametrize("name", SHORT)
 def test_faults_in_short(results, name):
     assert results[name].result().failures == []
 
@@ -71,6 +84,8 @@ def test_the_launcher_refuses_a_folder_in_use_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", where_they_can_run(FAULTS))
+@pytest.mark.parametrize("name", FULL)
 def test_faults_in_full(name):
-    assert FAULTS[name]().failures == []
+    result = FULL[name]()
+    print(f"{name}: {result}")
+    assert result.failures == []

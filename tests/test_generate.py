@@ -9,8 +9,8 @@ from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
 from answering.generate import GREEDY, choose, generate, likeliest
 from answering.settings import Settings
 from errors import CheckpointError
-from helpers import small_model
 from model import GPTConfig, KVCache
+from models import small_model
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 sampling = partial(Settings, Settings().max_new_tokens)  # of temperature, top_k, top_p

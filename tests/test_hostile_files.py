@@ -22,7 +22,8 @@ from chat import main as ask
 from conftest import SRC, write_jsonl
 from data.shards import MANIFEST, manifest_bytes, shard_file
 from errors import CheckpointError, UserError
-from helpers import open_data, prepare, small_model, write_data
+from helpers import open_data, prepare, write_data
+from models import small_model
 from test_hostile_texts import PAYLOADS, RAW
 from train_instruct import main as train
 from weights.checkpoint import LATEST, load, load_run, save

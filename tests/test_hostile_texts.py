@@ -12,9 +12,10 @@ from answering.answer import Answer
 from answering.settings import Settings
 from cli import printable, printable_line
 from conftest import Outcome, write_jsonl
-from helpers import prepare, small_model, texts_of, transformers_model
+from helpers import prepare, texts_of
 from instruct_format import END_OF_TEXT, prompt_text, tokenizer
 from model import GPTConfig
+from models import small_model, transformers_model
 
 # Texts that look like the template, or like special tokens
 

@@ -8,11 +8,10 @@ from unittest.mock import Mock
 import pytest
 
 from errors import UserError
-from faults_hosts import two_hosts, why_not
+from faults_hosts import two_hosts
 from training import hosts, launch
 from training.hosts import Hosts, Leader, Plan, Report
 
-NO_HOSTS = why_not()
 BOTH = {"hostC 1": 1, "hostD 2": 2}
 KILLED = "process 1 was killed (SIGKILL)"
 
@@ -130,7 +129,6 @@ def test_wrong_flags_of_torchrun_are_one_line(flags):
         launch._machines(flags)
 
 
-@pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS)
 @pytest.mark.parametrize("name", ["another --mini_batch_size", "Ctrl-C on the second",
                                   "a second Ctrl-C on the second"])
 def test_two_hosts_in_short(name):

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from errors import UserError
-from helpers import learner_of, open_data, options_of, same_state, train, trajectory, write_data
+from helpers import open_data, train, trajectory, write_data
 from model import GPT, GPTConfig
+from models import learner_of, options_of, same_state
 from training import setup
 from training.memory import fit, needed_bytes
 from training.processes import Processes

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answering.generate import generate
-from helpers import small_model, transformers_model
 from model import GPT, Documents, GPTConfig, KVCache
+from models import small_model, transformers_model
 
 CONTEXT = 48
 CONFIG = GPTConfig(CONTEXT, vocab_size=301, n_layer=3, n_head=4, n_embd=64)

@@ -13,19 +13,21 @@ import model
 import packed_kernels  # noqa: F401  # registers them
 import training.compiled
 from dataloader_instruct import InstructData
-from helpers import VOCAB, gradients_of, learner_of, open_data, random_examples, relative, small_model, write_data
+from helpers import open_data, write_random
 from model import GPTConfig, takes_packed
-from training.step import evaluate, most_tokens, train_step
+from models import VOCAB, computed, learner_of, relative, small_model
 
 CONFIG = GPTConfig(context_length=64, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=32)
 FLAGS = ("--precision", "bf16", "--context_length", 64, "--mini_batch_size", 2, "--total_batch_size", 1024)
-Computed = tuple[float, torch.Tensor, float]
+Computed = tuple[float, float, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, InstructData]:
-    splits = {"train": random_examples(80, 64), "val": random_examples(80, 64, seed=1)}
-    return open_data(write_data(tmp_path_factory.mktemp("data"), splits), CONFIG.context_length)
+    """Splits of at least 20 micro-batches."""
+    data = open_data(write_random(tmp_path_factory.mktemp("data"), 80, 80, 64), 64)
+    assert all(len(split.plan(range(80), 2 * 64, 1).micro_batches) >= 20 for split in data.values())
+    return data
 
 
 @pytest.fixture
@@ -37,20 +39,15 @@ def packed(monkeypatch) -> None:
     counters.clear()
 
 
-def computed(data: dict[str, InstructData], *flags: object, say: Any = print, recompute: str = "gelu") -> Computed:
-    """The loss of a step over all of the train split, its gradients in a row, and the val loss before it."""
+def taken(data: dict[str, InstructData], *flags: object, say: Any = print, recompute: str = "gelu") -> Computed:
+    """What a learner with these flags computes."""
     learner = learner_of(small_model(config=CONFIG), *FLAGS, *flags, say=say)
     learner.computing.transformer.recompute = recompute
-    plans = [data[split].plan(range(len(data[split])), most_tokens(learner.options), 1) for split in ("train", "val")]
-    assert all(len(plan.micro_batches) >= 20 for plan in plans)
-    val_loss = evaluate(learner, data["val"], plans[1])
-    assert val_loss is not None
-    return train_step(learner, data["train"], plans[0], 1e-3).loss, gradients_of(learner), val_loss
+    return computed(learner, data)
 
 
 def assert_close(found: Computed, expected: Computed, of_losses: float = 1e-6, of_gradients: float = 5e-4) -> None:
-    assert [found[0], found[2]] == pytest.approx([expected[0], expected[2]], rel=of_losses)
-    assert relative(found[1], expected[1]) < of_gradients
+    assert found[:2] == pytest.approx(expected[:2], rel=of_losses) and relative(found[2], expected[2]) < of_gradients
 
 
 @pytest.mark.parametrize("device, dtype, head_size, capability, expected", [
@@ -66,11 +63,11 @@ def test_which_attention_is_one_kernel(monkeypatch, device, dtype, head_size, ca
 def test_one_kernel_for_all_documents_equals_a_call_for_each(data, monkeypatch):
     """The kernel is called for each layer and micro-batch; its sums differ in their order only: the gradients, rounded
     to bf16 here and there, by 1.1e-4."""
-    expected = computed(data)
+    expected = taken(data)
     called = Mock(side_effect=torch.nn.attention.varlen.varlen_attn)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", called)
     monkeypatch.setattr(model, "takes_packed", lambda *_: True)
-    assert_close(computed(data), expected)
+    assert_close(taken(data), expected)
     assert called.call_count >= 2 * CONFIG.n_layer * 20
 
 
@@ -78,17 +75,17 @@ def test_one_kernel_for_all_documents_equals_a_call_for_each(data, monkeypatch):
 def test_compiled_there_are_two_graphs_however_the_micro_batches_differ(data, packed, monkeypatch, recompute):
     """One for training, one for evaluation, over 20 micro-batches of other lengths each, whatever is computed again in
     the backward pass. Captured whole, so that no part is left to Python."""
-    expected, said = computed(data), list[str]()
+    expected, said = taken(data), list[str]()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    assert_close(computed(data, "--compile", say=said.append, recompute=recompute), expected)
+    assert_close(taken(data, "--compile", say=said.append, recompute=recompute), expected)
     assert counters["stats"]["unique_graphs"] == 2 and not said and not counters["graph_break"]
 
 
 @pytest.mark.slow
 def test_a_transformer_compiled_in_earnest_computes_the_same(data, packed, capfd):
     """By Inductor and a C++ compiler. What it joins it does not round in between: losses 2e-5, gradients 1e-3 off."""
-    expected = computed(data)
-    assert_close(computed(data, "--compile"), expected, of_losses=1e-4, of_gradients=5e-3)
+    expected = taken(data)
+    assert_close(taken(data, "--compile"), expected, of_losses=1e-4, of_gradients=5e-3)
     assert counters["stats"]["unique_graphs"] == 2 and "going on without" not in capfd.readouterr().out
 
 
@@ -97,17 +94,17 @@ def refuse(graph: Any, inputs: Any) -> Any:
 
 
 def test_what_cannot_be_compiled_goes_on_without_and_says_so_once(data, packed, monkeypatch):
-    expected, said = computed(data), list[str]()
+    expected, said = taken(data), list[str]()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=refuse))
-    found = computed(data, "--compile", say=said.append)
+    found = taken(data, "--compile", say=said.append)
     assert len(said) == 1 and "--compile" in said[0] and "no compiler here" in said[0] and "\n" not in said[0]
     assert_close(found, expected)
 
 
 def test_without_the_kernel_nothing_is_compiled_which_is_one_line(data, caplog):
     """On a CPU, in fp32, on older GPUs: a call for each document would be a graph for each micro-batch."""
-    expected, said = computed(data), list[str]()
-    assert computed(data, "--compile", say=said.append)[::2] == expected[::2]
+    expected, said = taken(data), list[str]()
+    assert taken(data, "--compile", say=said.append)[:2] == expected[:2]
     assert len(said) == 1 and "--compile" in said[0] and "\n" not in said[0]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
@@ -119,4 +116,4 @@ def test_out_of_memory_is_not_taken_for_a_failed_compilation(data, packed, monke
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, inputs: full))
     with pytest.raises(torch.OutOfMemoryError):
-        computed(data, "--compile")
+        taken(data, "--compile")

@@ -5,20 +5,8 @@ import torch
 
 from dataloader_instruct import InstructData
 from errors import UserError
-from helpers import (
-    gradients_of,
-    learner_of,
-    loud_model,
-    open_data,
-    random_examples,
-    relative,
-    resume,
-    same_state,
-    train,
-    trajectory,
-    write_data,
-    write_pretrained,
-)
+from helpers import open_data, resume, train, trajectory, write_random
+from models import gradients_of, learner_of, loud_model, relative, same_state, write_pretrained
 from training import loop
 from training import step as training_step
 from training.precision import product_type
@@ -47,8 +35,7 @@ def test_the_type_of_the_products(monkeypatch, name, device, capability, expecte
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> InstructData:
-    splits = {"train": random_examples(60, 200), "val": random_examples(5, 64, seed=1)}
-    return open_data(write_data(tmp_path_factory.mktemp("data"), splits))["train"]
+    return open_data(write_random(tmp_path_factory.mktemp("data"), 60, 5, 200))["train"]
 
 
 def gradients(data: InstructData, *flags: object) -> tuple[float, torch.Tensor]:

@@ -17,7 +17,7 @@ from data.report import histogram, marked_sample
 from data.shards import KINDS, MANIFEST, SPLITS, Document, shard_file
 from data_files import HARD_ROWS, Row, row
 from errors import UserError
-from helpers import prepare, texts_of
+from helpers import files_of, prepare, texts_of
 from instruct_format import TEMPLATE, TOKENIZER, prompt_text, tidy, tokenizer
 
 
@@ -27,10 +27,6 @@ def questions(count: int, answers: int = 1) -> list[Row]:
 
 def prepare_rows(folder: Path, rows: list[Row], *flags: object) -> dict[str, Any]:
     return prepare(write_jsonl(folder / "data.jsonl", rows), folder / "out", *flags)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def expected_of(rows: list[Row]) -> list[tuple[str, str]]:

@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import chat
+import convert_checkpoint
 import train_instruct
 from conftest import write_jsonl
 from data_files import row
 from errors import CheckpointError, UserError
-from helpers import prepare, same_state, small_model, train, write_pretrained
+from helpers import prepare, train
 from model import GPT, Documents, GPTConfig
-from weights.checkpoint import model_of
+from models import same_state, small_model, write_pretrained
+from weights.checkpoint import load, model_of
 from weights.pretrained import config_of, open_any
 
 PADDED, CUT = (GPTConfig(64, vocab_size, 2, 4, 32) for vocab_size in (50304, 50257))
@@ -38,7 +40,10 @@ def with_output(weights: Weights) -> Weights:
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return dict(small_model(config=PADDED).state_dict())
+    """With rows of padding that show wherever they are used."""
+    weights = dict(small_model(config=PADDED).state_dict())
+    weights[EMBEDDING][50257:] = torch.nan
+    return weights
 
 
 def cut(weights: Weights) -> Weights:
@@ -203,18 +208,21 @@ def test_16_bit_weights_become_fp32(tmp_path, reference):
 
 
 def test_heads_are_never_guessed(tmp_path, weights):
-    path = tmp_path / "a b.pt"
+    """The advice helps."""
+    path, ours = tmp_path / "a b.pt", write_pretrained(tmp_path / "ours.pt", small_model())
     torch.save(with_output(weights), path)
     advice = rf"say it: python src/convert_checkpoint.py import '{path}' --n_head N --output NEW.pt; then name NEW.pt$"
     with pytest.raises(UserError, match=rf"how many heads its 2 layers of width 32 have.*; {advice}") as caught:
         open_any(path)
     assert caught.value.exit_code == 2
-    assert open_any(path, n_head=4)["model_config"]["n_head"] == 4
+    assert convert_checkpoint.main(["import", str(path), "--n_head", "4", "--output", f"{tmp_path}/new.pt"]) == 0
+    state = load(tmp_path / "new.pt")
+    assert GPTConfig(**state["model_config"]) == CUT and same_state(state["model"], cut(weights))
     with pytest.raises(CheckpointError, match="32 is not a multiple of n_head 5"):
         open_any(path, n_head=5)
     (tmp_path / "config.json").write_text('{"n_head": 2}')
     assert open_any(path)["model_config"]["n_head"] == 2
-    for named in (path, write_pretrained(tmp_path / "ours.pt", small_model())):
+    for named in (path, ours):
         with pytest.raises(CheckpointError, match="2.*4"):
             open_any(named, n_head=4)
 

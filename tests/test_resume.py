@@ -15,19 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_instruct
 from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
-from helpers import (
-    learner_of,
-    open_data,
-    random_examples,
-    resume,
-    resume_flags,
-    run_ranks,
-    same_state,
-    to,
-    train,
-    trajectory,
-    write_data,
-)
+from helpers import open_data, random_examples, resume, resume_flags, run_ranks, to, train, trajectory, write_data
+from models import learner_of, same_state
 from training import step as training_step
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
 from training.setup import open_run

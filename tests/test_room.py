@@ -19,7 +19,8 @@ from conftest import write_jsonl
 from data.shards import MANIFEST
 from data_files import row
 from errors import UserError
-from helpers import open_data, options_of, prepare, resume, train
+from helpers import files_of, open_data, prepare, resume, train
+from models import options_of
 from training import setup
 from training.log import RunLog
 from training.progress import Progress, say
@@ -57,10 +58,6 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
 # Files of others
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def link(target: str) -> Callable[[Path], None]:
     return lambda path: path.symlink_to(target)
 
@@ -79,10 +76,10 @@ def test_a_preparation_refuses_a_folder_that_holds_anything_else(tmp_path, name)
     prepare(data, tmp_path / "out" / "elsewhere")
     (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
     FOREIGN[name](tmp_path / "out" / name)
-    before = contents(tmp_path)
+    before = files_of(tmp_path)
     with pytest.raises(UserError, match=f"/out/{name}: not (of a preparation by|a lock of) this program"):
         prepare(data, tmp_path / "out")
-    assert contents(tmp_path).items() >= before.items()
+    assert files_of(tmp_path).items() >= before.items()
 
 
 def test_a_preparation_leaves_hidden_files_and_replaces_a_damaged_manifest(tmp_path):
@@ -104,7 +101,7 @@ def test_a_run_replaces_and_removes_its_own_files_only(inputs, tmp_path):
     for path, target in (("step_000002.pt", folder / "step_000004.pt"), ("step_000007.pt", tmp_path / "absent")):
         (folder / path).symlink_to(target)
     assert resume(folder, "latest", "--max_steps", 8, "--override") == 0
-    found = contents(folder)
+    found = files_of(folder)
     assert {data.decode() for data in found.values() if data.endswith((b".pt", b".tmp"))} == set(foreign)
     assert [found[name].decode() for name in ("step_000001.pt", "step_000009.pt", "mine.pt.tmp")] == [
         "step_000001.pt", "step_000009.pt", "mine.pt.tmp"]
@@ -114,10 +111,10 @@ def test_a_run_replaces_and_removes_its_own_files_only(inputs, tmp_path):
         for name in ("latest.pt", "step_000010.pt", "step_000011.pt.tmp"):
             (folder / name).unlink(missing_ok=True)
             make(folder / name)
-            before = set(contents(folder))
+            before = set(files_of(folder))
             with pytest.raises(UserError, match=rf"/{name}: not a file, so nothing is written there; move it away$"):
                 checkpoint.save(folder / name.removesuffix(".tmp"), {})
-            assert set(contents(folder)) == before
+            assert set(files_of(folder)) == before
             (folder / name).rmdir() if make is Path.mkdir else (folder / name).unlink()
 
 

@@ -14,24 +14,13 @@ import pytest
 import torch
 
 import train_instruct
-from conftest import SRC, run_launcher
+from conftest import ROOT, SRC, launch
 from data.shards import open_prepared
 from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError
-from helpers import (
-    gradients_of,
-    learner_of,
-    open_data,
-    options_of,
-    random_examples,
-    resume,
-    resume_flags,
-    small_model,
-    to,
-    train,
-    write_data,
-)
+from helpers import open_data, random_examples, resume, resume_flags, to, train, write_data
 from model import GPTConfig
+from models import gradients_of, learner_of, options_of, small_model
 from training.checks import doubt_about_weights, doubts
 from training.memory import fit
 from training.step import Learner, train_step
@@ -117,9 +106,9 @@ def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
     assert train(inputs, tmp_path, "--max_steps", 1) == 0
     before = [path for path, _ in tree(tmp_path)]
     for flags, code, said in ((resume_flags(*inputs), 2, ["failure  start .* a run is here already"]),
-                              (["--resume", "latest"], 0, ["cpu, 2 processes",
+                              (["--resume", "latest", "--data_dir", inputs[0]], 0, ["cpu, 2 processes",
                                                            f"goes on from {tmp_path}/latest.pt at step 1"])):
-        found = run_launcher(2, *flags, *to(tmp_path, "--dry_run"))
+        found = launch(ROOT, "start_instruct_training.sh", 2, *flags, *to(tmp_path, "--dry_run"))
         assert found.code == code and all(re.search(line, found.stdout) for line in said)
     assert [path for path, _ in tree(tmp_path)] == before
 

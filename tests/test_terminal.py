@@ -11,9 +11,9 @@ def test_every_situation_at_a_terminal(tmp_path):
     """The tables of keyboard.py; then what /save wrote is prepared like any other file."""
     code, stdout, stderr = run_command(sys.executable, ROOT / "tests" / "keyboard.py", tmp_path,
                                        env={"PYTHONPATH": str(SRC)}, timeout=600)
-    assert code == 0, stderr
-    situations = json.loads(stdout)
-    assert {name: wrong for name, wrong in situations if wrong} == {} and len(situations) > 100
+    situations = stdout.splitlines()
+    assert code == 0, f"{situations[-1]}: {stderr}"
+    assert len(situations) > 150
     turns = [turn[:3] for row in rows_of(tmp_path / "saved.jsonl") for turn in row.turns]
     assert turns[0] == ("One?", "", " word word") and ("One?", "some text", " word word") in turns
     assert [turn[:3] for row in rows_of(tmp_path / "half.jsonl") for turn in row.turns] == [("Two?", "", " word word")]
