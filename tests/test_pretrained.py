@@ -218,6 +218,8 @@ def test_heads_are_never_guessed(tmp_path, weights):
     assert convert_checkpoint.main(["import", str(path), "--n_head", "4", "--output", f"{tmp_path}/new.pt"]) == 0
     state = load(tmp_path / "new.pt")
     assert GPTConfig(**state["model_config"]) == CUT and same_state(state["model"], cut(weights))
+    assert convert_checkpoint.main(["import", f"{tmp_path}/new.pt", "--output", f"{tmp_path}/again.pt"]) == 0
+    assert same_state(load(tmp_path / "again.pt"), state)
     with pytest.raises(CheckpointError, match="32 is not a multiple of n_head 5"):
         open_any(path, n_head=5)
     (tmp_path / "config.json").write_text('{"n_head": 2}')
