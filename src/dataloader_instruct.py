@@ -17,7 +17,6 @@ from torch import Tensor
 
 from data.shards import Document, Prepared, open_shards
 from errors import UserError
-from instruct_format import VOCAB_SIZE
 from model import Documents
 
 
@@ -66,10 +65,10 @@ class InstructData:
     Raises UserError where open_shards does, and when no example is short enough.
     """
 
-    def __init__(self, prepared: Prepared, split: str, context_length: int, vocab_size: int = VOCAB_SIZE,
+    def __init__(self, prepared: Prepared, split: str, context_length: int,
                  loss_on: str = "response") -> None:
         self.loss_on, self.context_length = loss_on, context_length
-        self.shards = open_shards(prepared, split, vocab_size)
+        self.shards = open_shards(prepared, split)
         self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
         everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
         self.kept = np.flatnonzero(everything <= context_length).astype(np.int32)

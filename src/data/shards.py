@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from errors import UserError, errors_at
-from instruct_format import TEMPLATE, TOKENIZER, VOCAB_SIZE
+from instruct_format import TEMPLATE, TOKENIZER
 from weights.durable import TEMPORARY_SUFFIX, durable_file
 
 FORMAT_VERSION = 1
@@ -99,8 +99,7 @@ class DataWriter:
         entries, self.shards[full] = self.shards[full], []
         sides = iter(in_val)
         for entry in entries:
-            tokens, mask, starts = (_open_array(shard_file(self.folder, full, entry, kind), entry["sha256"][kind])
-                                    for kind in KINDS)
+            tokens, mask, starts = _open_shard(self.folder, full, entry).values()
             for document in zip(np.split(tokens, starts[1:]), np.split(mask, starts[1:])):
                 self.add("val" if next(sides) else "train", Document(*document))
 
@@ -185,35 +184,27 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, manifest)
 
 
-def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) -> list[dict[str, np.ndarray]]:
-    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, is not that of the
-    manifest (SHA-256), or nothing that a model of this vocabulary can be trained on."""
-    shards = []
-    for entry in prepared.manifest["shards"][split]:
-        shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])
-                 for kind in KINDS}
-        tokens, _, starts = shard.values()
-        sizes = (entry["tokens"], entry["tokens"], entry["examples"])
-        with errors_at(prepared.folder / split / entry["name"], ValueError, advice=_AGAIN):
-            if (any(values.dtype != code or values.shape != (size,)
-                    for values, code, size in zip(shard.values(), KINDS.values(), sizes))
-                    or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
-                raise ValueError("its arrays are not of the types and sizes that the manifest says")
-            if tokens.max() >= min(vocab_size, VOCAB_SIZE):
-                raise ValueError(f"it has token {tokens.max()}, the vocabulary has {vocab_size}")
-        shards.append(shard)
-    return shards
+def open_shards(prepared: Prepared, split: str) -> list[dict[str, np.ndarray]]:
+    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, or is not that of
+    the manifest: by its SHA-256, type and size."""
+    return [_open_shard(prepared.folder, split, shard) for shard in prepared.manifest["shards"][split]]
 
 
-def _open_array(path: Path, sha256: str) -> np.ndarray:
-    digest = hashlib.sha256()
-    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
-        with _regular(path).open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
-        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+def _open_shard(folder: Path, split: str, shard: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for kind, code in KINDS.items():
+        path, digest = shard_file(folder, split, shard, kind), hashlib.sha256()
+        with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
+            with _regular(path).open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if digest.hexdigest() != shard["sha256"][kind]:
+                raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
+            arrays[kind] = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+            size = shard["examples" if kind == "starts" else "tokens"]
+            if arrays[kind].dtype != code or arrays[kind].shape != (size,):
+                raise ValueError("not of the type and size that the manifest says")
+    return arrays
 
 
 def _regular(path: Path) -> Path:
