@@ -65,17 +65,19 @@ class InstructData:
     Raises UserError where open_shards does, and when no example is short enough.
     """
 
-    def __init__(self, prepared: Prepared, split: str, context_length: int,
-                 loss_on: str = "response") -> None:
-        self.loss_on, self.context_length = loss_on, context_length
+    def __init__(self, prepared: Prepared, split: str, context_length: int, loss_on: str = "response") -> None:
+        self.context_length = context_length
         self.shards = open_shards(prepared, split)
+        if loss_on == "all":
+            for shard in self.shards:  # ones without end, in no memory
+                shard["loss_mask"] = np.broadcast_to(np.uint8(1), len(shard["tokens"]))
         self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
         everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
         self.kept = np.flatnonzero(everything <= context_length).astype(np.int32)
         self.lengths = everything[self.kept].astype(np.int32)
         counts = [np.add.reduceat(shard["loss_mask"], shard["starts"], dtype=np.int32)
                   - shard["loss_mask"][shard["starts"]] for shard in self.shards]  # the first of each is never trained
-        self.trained_tokens = np.concatenate(counts)[self.kept] if loss_on == "response" else self.lengths - 1
+        self.trained_tokens = np.concatenate(counts)[self.kept]
         self.left_out = len(everything) - len(self.kept)
         if not len(self.kept):
             raise UserError(f"{prepared.folder}: no example of the {split} split fits a context_length of "
@@ -93,12 +95,6 @@ class InstructData:
         end = start + int(self.lengths[number])
         return Document(shard["tokens"][start:end], shard["loss_mask"][start:end])
 
-    def trained(self, document: Document) -> np.ndarray:
-        """Which tokens are to be predicted, (n_tokens,) uint8. Never the first: nothing comes before it."""
-        mask = document.loss_mask.copy() if self.loss_on == "response" else np.ones_like(document.loss_mask)
-        mask[0] = 0
-        return mask
-
     def plan(self, examples: Sequence[int], most_tokens: int, world_size: int) -> Plan:
         """Deal examples to micro-batches of at most most_tokens tokens, for this many ranks."""
         return Plan(examples, int(self.lengths[examples].sum()), int(self.trained_tokens[examples].sum()),
@@ -108,13 +104,14 @@ class InstructData:
         """The examples one after another, filled up to at least n_tokens with documents without targets: where graphs
         want a fixed size, or a rank that has no example takes part in the step all the same."""
         parts = [self.example(number) for number in examples]
-        masks = [self.trained(part) for part in parts]
-        missing = n_tokens - sum(map(len, masks))
-        fill = [np.zeros(min(missing - begin, self.context_length), dtype=np.uint8)
-                for begin in range(0, missing, self.context_length)]
-        tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts] + fill).astype(np.int64))
-        predicted = torch.from_numpy(np.flatnonzero(np.concatenate(masks + fill)))
-        documents = Documents.of([len(mask) for mask in masks + fill], longest=self.context_length)
+        missing = n_tokens - sum(len(part.tokens) for part in parts)
+        for begin in range(0, missing, self.context_length):
+            zeros = np.zeros(min(missing - begin, self.context_length), dtype=np.uint8)
+            parts.append(Document(zeros, zeros))
+        documents = Documents.of([len(part.tokens) for part in parts], longest=self.context_length)
+        flat, mask = map(np.concatenate, zip(*parts))
+        mask[documents.starts[:-1]] = 0  # nothing comes before a first token
+        tokens, predicted = torch.from_numpy(flat.astype(np.int64)), torch.from_numpy(np.flatnonzero(mask))
         return MicroBatch(tokens, documents, predicted - 1, tokens[predicted])
 
 
