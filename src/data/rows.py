@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, dropwhile
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,13 +99,11 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
             yield from _numbered(_parquet_rows(
                 place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name))
             return
-        lines = _lines(place, file)
-        head, filled = list[str](), 0  # up to the second line that is not blank
-        while filled < 2 and (line := next(lines, None)) is not None:
-            head.append(line)
-            filled += bool(line.strip())
-        is_table = kind in (".csv", ".tsv") or kind not in KINDS and not "".join(head).lstrip().startswith(("{", "["))
-        yield from (_csv_rows if is_table else _json_rows)(place, head, lines)
+        lines, ahead = tee(_lines(place, file))
+        first, second, *_ = [*islice(filter(str.strip, ahead), 2), "", ""]  # that are not blank
+        del ahead  # else all that is read stays in memory
+        is_table = kind in (".csv", ".tsv") or kind not in KINDS and not first.lstrip().startswith(("{", "["))
+        yield from _csv_rows(place, first, lines) if is_table else _json_rows(place, first, second, lines)
 
 
 def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
@@ -124,17 +122,15 @@ def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
                         f"0x{error.object[error.start]:02x} in column {error.start + 1}; {_NO_TEXT}") from error
 
 
-def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _json_rows(place: str, first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
-    first, second, *_ = [line.strip() for line in head if line.strip()] + ["", ""]
-    goes_on = isinstance(parse_json(first), BadRow) and (
-        first.startswith("[") or first.startswith("{") and not second.startswith("{"))
+    starts = first.lstrip()[:1] + second.lstrip()[:1]
+    goes_on = starts != "{{" and starts.startswith(("{", "[")) and isinstance(parse_json(first.strip()), BadRow)
     if not goes_on and (second or not first):
         yield from ((f"line {number}", parse_json(line.rstrip()))
-                    for number, line in enumerate(chain(head, lines), 1) if line.strip())
+                    for number, line in enumerate(lines, 1) if line.strip())
         return
-    value = parse_json("".join(chain(head, lines)).rstrip())
-    rows = value if isinstance(value, BadRow) else _listed(value)
+    rows = _listed(parse_json("".join(lines).rstrip()))
     if isinstance(rows, BadRow):
         raise UserError(f"{place}: {rows}")
     yield from _numbered(rows)
@@ -160,7 +156,7 @@ def _listed(value: Any) -> Any:
     """The rows of a JSON value: a list of them, perhaps under a key such as data, or lists under train and val; or what
     pandas writes by columns. A BadRow where several lists have other keys: not all of them may be for training."""
     if not isinstance(value, dict):
-        return value if isinstance(value, list) else [value]
+        return value if isinstance(value, (list, BadRow)) else [value]
     first, *others = value.values() or [None]
     if others and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
             isinstance(each, dict) and each.keys() == first.keys() for each in others):
@@ -178,30 +174,28 @@ def _listed(value: Any) -> Any:
             for key, rows in lists.items() for row in rows]
 
 
-def _csv_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _csv_rows(place: str, first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """The first line names the columns. They are separated as a line such as sep=; says, else as they look."""
     csv.field_size_limit(sys.maxsize)
-    filled = list(dropwhile(lambda line: not line.strip(), head))
-    if separator := re.fullmatch(r"sep=(\S|\t)\s*", "".join(filled[:1])):
-        filled = filled[1:]
-    before, header = len(head) - len(filled), list[str]()
-    line = before + 1  # where the row begins
+    separator = re.fullmatch(r"sep=(\S|\t)\s*", first)
+    header, line = list[str](), 1  # where the row begins
     try:
         delimiter = separator[1] if separator else max(",;\t", key=lambda each: len(next(
-            csv.reader(filled[:1], delimiter=each, skipinitialspace=True), [])))
+            csv.reader([first], delimiter=each, skipinitialspace=True), [])))
         # A blank in front of a quote is none of the field; others are, and hidden from the reader by what no text has
         blank = re.compile(rf'(^|{re.escape(delimiter)}) (?! *")')
-        reader = csv.reader((blank.sub("\\1\ud800", text) for text in chain(filled, lines)), delimiter=delimiter,
+        reader = csv.reader((blank.sub("\\1\ud800", text) for text in lines), delimiter=delimiter,
                             strict=True, skipinitialspace=True)
         for hidden in reader:
             fields = [field.replace("\ud800", " ") for field in hidden]
             if not header:
-                header = fields
-                _refuse_twice(f"{place}: line {line}", header)
+                if "".join(fields).strip() not in ("", "sep="):  # as of a blank line, or one such as sep=;
+                    header = fields
+                    _refuse_twice(f"{place}: line {line}", header)
             elif fields and fields != header:  # it comes again where files were joined
                 yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
                     f"expected {len(header)} columns as in the first line, found {len(fields)}")
-            line = before + reader.line_num + 1
+            line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{place}: line {line}: {str(error).split(' - ')[0]}: in the row that begins here a quote is "
                         "not closed, one inside is not doubled, or a line ends with CR alone") from error
