@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from cli import Parser, number, printable_line, run
 from data.report import Report, counts
-from data.rows import KINDS, BadRow, open_sources
-from data.shapes import IGNORE_SPLIT, NAMES, Example, Shapes
+from data.rows import KINDS, BadRow, BadSplit, open_sources
+from data.shapes import NAMES, Example, Shapes
 from data.shards import MANIFEST, SPLITS, DataWriter, Document
 from errors import UserError, errors_at
 from instruct_format import encode_conversation
@@ -126,7 +126,7 @@ class Selection:
         if self.splits_are_named is None:
             self.splits_are_named = row.split is not None
         if self.splits_are_named != (row.split is not None):
-            raise BadRow("column 'split' must be in every row or in none", IGNORE_SPLIT)
+            raise BadSplit("column 'split' must be in every row or in none")
         place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
         side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
         if row.split and (other := self.sides.setdefault(_digest(*prompt), side)) != side:

@@ -47,9 +47,13 @@ _NO_TEXT = ("save it as UTF-8, or convert it: iconv -f WINDOWS-1252 (or UTF-16LE
 class BadRow(Exception):
     """One row that cannot be used. It can be skipped, unlike a file whose structure is broken (UserError)."""
 
-    def __init__(self, reason: str, advice: str = " (--skip_bad drops such rows)") -> None:
-        super().__init__(reason)
-        self.advice = advice
+    advice = " (--skip_bad drops such rows)"
+
+
+class BadSplit(BadRow):
+    """Dropping such rows could drop a whole split."""
+
+    advice = "; --columns split= ignores that column"
 
 
 class Source(NamedTuple):

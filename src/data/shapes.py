@@ -12,7 +12,7 @@ from itertools import chain, cycle, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, Number, Source, parse_json, split_of
+from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, BadSplit, Number, Source, parse_json, split_of
 from instruct_format import join_texts, tidy
 
 # The names of a column of each meaning, the likelier first, in any case
@@ -36,7 +36,6 @@ UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 _WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
           "each row of JSON, has to name its columns. Where texts are whole conversations, take a variant of the data "
           "with messages or pairs, such as philschmid/guanaco-sharegpt-style")
-IGNORE_SPLIT = "; --columns split= ignores that column"
 LONGEST_BLANK = 100_000  # the tokenizer fails from about a million blanks in a row on
 _BLANK, _SURROGATE = re.compile(rf"\s{{{LONGEST_BLANK}}}"), re.compile("[\ud800-\udfff]")
 
@@ -159,7 +158,7 @@ class Shapes:
         if not self.split_is_one:
             return None
         if split is None:
-            raise BadRow(f"column {column!r} must be train, val or test, found {_shown(value)}", IGNORE_SPLIT)
+            raise BadSplit(f"column {column!r} must be train, val or test, found {_shown(value)}")
         self.used[column] = None
         return split
 
