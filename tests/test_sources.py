@@ -28,7 +28,6 @@ TEXTS: dict[str, tuple[str, str | bytes]] = {
     "list in a line": ("a.jsonl", json.dumps(HARD_ROWS)), "pretty list in .jsonl": ("a.jsonl", "\n\n" + PRETTY),
     "list without suffix": ("a", PRETTY), "data": ("a.json", json.dumps({"version": "1", "data": HARD_ROWS}, indent=1)),
     "data in one line": ("a.jsonl", json.dumps({"Data": HARD_ROWS})),
-    "under two cases of a key": ("a.json", json.dumps({"data": HARD_ROWS[:5], "Data": HARD_ROWS[5:]})),
     "by columns": ("a.json", json.dumps({name: {str(n): row[name] for n, row in enumerate(HARD_ROWS)}
                                          for name in HARD_ROWS[0]})),
     "under any name": ("a.json", json.dumps({"about": {"by": "me"}, "faq": HARD_ROWS})),

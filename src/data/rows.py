@@ -170,7 +170,7 @@ def _listed(value: Any) -> Any:
         key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
         return [value]
-    if len({key.strip().lower() for key in lists}) > 1 and not all(map(split_of, lists)):
+    if len(lists) > 1 and not all(map(split_of, lists)):
         return BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}; put those to train on into one list, "
                       "or under train and val")
     return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
