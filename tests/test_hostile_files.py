@@ -172,8 +172,8 @@ def check_refused(folder: Path) -> None:
 
 FORGED_MANIFESTS = [(key, value) for key, values in {
     "name": ["../../outside/00000-0123456789abcdef", "/etc/passwd", "00000-0123456789abcdef\n", "", ["x"]],
-    "tokens": [10**30, -1, 7.0, True], "sha256": [{}, "x"], "template": [7],
-    "shards": [{"train": ["x"], "val": []}, {"train": []}, None], "format_version": ["1", "\x1b[2J" * 1000],
+    "tokens": [10**30, -1, True, "x"], "sha256": [{}, "x"], "template": [7],
+    "shards": [{"train": ["x"], "val": []}, {"train": []}, None, 7], "format_version": ["1", "\x1b[2J" * 1000],
     "text": ["7", "{}", "[" * 100_000, "9" * 5000, "\0" * 100],
 }.items() for value in values]
 
