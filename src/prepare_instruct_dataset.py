@@ -15,7 +15,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Selection:
             return row.fault
         if row.split == "test":
             return "test_split"
-        digest, prompt = _digest(*map(str, chain.from_iterable(row.turns))), row.turns[0][:2]
+        digest, prompt = _digest(repr(row.turns)), row.turns[0][:2]
         if digest in self.seen:
             return "exact_repeat"
         self.seen.add(digest)

@@ -107,15 +107,17 @@ class DataWriter:
         if split not in self.waiting:
             return
         waiting = self.waiting.pop(split)
-        files = {kind: _npy_bytes(np.asarray(values)) for kind, values in waiting.items()}
-        digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
+        files = {kind: io.BytesIO() for kind in KINDS}
+        for kind, values in waiting.items():
+            np.save(files[kind], np.asarray(values))
+        digests = {kind: hashlib.sha256(data.getbuffer()).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
                  "tokens": len(waiting["tokens"]), "response_tokens": int(np.sum(waiting["loss_mask"])),
                  "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
-                file.write(data)
+                file.write(data.getbuffer())
         self.shards[split].append(shard)
 
     def finish(self, about: Mapping[str, Any], multi_turn: bool = False) -> dict[str, Any]:
@@ -150,12 +152,6 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
         elif path.is_dir():
             yield from (each for each in path.iterdir()
                         if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith(".")))
-
-
-def _npy_bytes(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
 
 
 def open_prepared(folder: Path) -> Prepared:
