@@ -6,6 +6,7 @@ same plan on its own, and a run resumes anywhere without replaying anything.
 
 import heapq
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -49,9 +50,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What some examples amount to, and how they are dealt to all ranks."""
+    """What the examples of a step amount to, and how they are dealt to all ranks."""
 
-    examples: Sequence[int]
     tokens: int
     response_tokens: int
     micro_batches: list[list[int]]  # examples of each; rank r computes r, r + world_size, ...
@@ -89,7 +89,7 @@ class InstructData:
     def example(self, number: int) -> Document:
         """One kept example."""
         original = int(self.kept[number])
-        shard_number = int(np.searchsorted(self.first_example, original, side="right")) - 1
+        shard_number = bisect(self.first_example, original) - 1
         shard = self.shards[shard_number]
         start = int(shard["starts"][original - self.first_example[shard_number]])
         end = start + int(self.lengths[number])
@@ -97,7 +97,7 @@ class InstructData:
 
     def plan(self, examples: Sequence[int], most_tokens: int, world_size: int) -> Plan:
         """Deal examples to micro-batches of at most most_tokens tokens, for this many ranks."""
-        return Plan(examples, int(self.lengths[examples].sum()), int(self.trained_tokens[examples].sum()),
+        return Plan(int(self.lengths[examples].sum()), int(self.trained_tokens[examples].sum()),
                     deal(examples, self.lengths, most_tokens, world_size))
 
     def micro_batch(self, examples: Sequence[int], n_tokens: int = 1) -> MicroBatch:

@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, cycle, islice
+from itertools import chain, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
@@ -209,11 +209,11 @@ class Shapes:
 
     def _messages(self, items: list[Any], column: str) -> Iterator[tuple[str, str, bool]]:
         """(user, assistant or system; its text; whether it may be trained) of every message."""
-        for number, (item, side) in enumerate(zip(items, cycle(("user", "assistant"))), 1):
+        for number, item in enumerate(items, 1):
             where = f"{column}: message {number}"
             if isinstance(item, str):
                 self.names["texts in turn"] = None
-                yield side, self._text(item, where), True
+                yield ("assistant", "user")[number % 2], self._text(item, where), True
                 continue
             if not isinstance(item, dict):
                 raise BadRow(f"{where} must be an object with role and content, found {_shown(item)}")

@@ -149,9 +149,7 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
     for path in (folder / split for split in SPLITS):
         if path.is_symlink():  # what it leads to may be the folder of other data
             yield path
-        elif path.is_dir():
-            yield from (each for each in path.iterdir()
-                        if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith(".")))
+        yield from (each for each in path.glob("[!.]*") if not _SHARD_FILE.fullmatch(each.name))
 
 
 def open_prepared(folder: Path) -> Prepared:
