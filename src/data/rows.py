@@ -45,7 +45,7 @@ _NO_TEXT = ("save it as UTF-8, or convert it: iconv -f WINDOWS-1252 (or UTF-16LE
 
 
 class BadRow(Exception):
-    """One row that cannot be used. It can be skipped, unlike a file whose structure is broken (UserError)."""
+    """Yielded, one row that cannot be used: it can be skipped. Raised in here, a file whose structure is broken."""
 
     advice = " (--skip_bad drops such rows)"
 
@@ -93,7 +93,7 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file or pipe. What its kind does not say, its content does."""
     place, kind = "standard input" if name == STDIN else name, Path(name.lower().removesuffix(".gz")).suffix
-    with (errors_at(place), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened,
+    with (errors_at(place, BadRow), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened,
           errors_at(place, EOFError, zlib.error, advice="; copy or download it again if it is damaged")):
         file: Any = opened
         if zipped := file.peek(2).startswith(b"\x1f\x8b"):
@@ -102,15 +102,15 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
             yield from _numbered(_parquet_rows(
                 place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name))
             return
-        lines, ahead = tee(_lines(place, file))
+        lines, ahead = tee(_lines(file))
         first, second, *_ = [*islice(filter(str.strip, ahead), 2), "", ""]  # that are not blank
         del ahead  # else all that is read stays in memory
         is_table = kind in (".csv", ".tsv") or kind not in KINDS and not first.lstrip().startswith(("{", "["))
-        yield from _csv_rows(place, first, lines) if is_table else _json_rows(place, first, second, lines)
+        yield from _csv_rows(first, lines) if is_table else _json_rows(first, second, lines)
 
 
-def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
-    """The lines of a text. Raises UserError naming the first byte that is none of it."""
+def _lines(file: io.BufferedReader) -> Iterator[str]:
+    """The lines of a text. Raises BadRow naming the first byte that is none of it."""
     number, is_utf_16 = 0, file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     lines: Iterable[bytes | str] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf_16 else file
     try:
@@ -121,11 +121,11 @@ def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
                 line = line.decode()
             yield line.removeprefix("\ufeff")  # files may be joined
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: {'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
-                        f"0x{error.object[error.start]:02x} in column {error.start + 1}; {_NO_TEXT}") from error
+        raise BadRow(f"{'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
+                     f"0x{error.object[error.start]:02x} in column {error.start + 1}; {_NO_TEXT}") from error
 
 
-def _json_rows(place: str, first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _json_rows(first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
     starts = first.lstrip()[:1] + second.lstrip()[:1]
     goes_on = starts != "{{" and starts.startswith(("{", "[")) and isinstance(parse_json(first.strip()), BadRow)
@@ -133,10 +133,10 @@ def _json_rows(place: str, first: str, second: str, lines: Iterator[str]) -> Ite
         yield from ((f"line {number}", parse_json(line.rstrip()))
                     for number, line in enumerate(lines, 1) if line.strip())
         return
-    rows = _listed(parse_json("".join(lines).rstrip()))
-    if isinstance(rows, BadRow):
-        raise UserError(f"{place}: {rows}")
-    yield from _numbered(rows)
+    value = parse_json("".join(lines).rstrip())
+    if isinstance(value, BadRow):
+        raise value
+    yield from _numbered(_listed(value))
 
 
 def parse_json(text: str) -> Any:
@@ -155,11 +155,11 @@ def split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(name.strip().lower().split("_")[0])
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: Any) -> list[Any]:
     """The rows of a JSON value: a list of them, perhaps under a key such as data, or lists under train and val; or what
-    pandas writes by columns. A BadRow where several lists have other keys: not all of them may be for training."""
+    pandas writes by columns. Raises BadRow where several lists have other keys: not all of them may be for training."""
     if not isinstance(value, dict):
-        return value if isinstance(value, (list, BadRow)) else [value]
+        return value if isinstance(value, list) else [value]
     first, *others = value.values() or [None]
     if others and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
             isinstance(each, dict) and each.keys() == first.keys() for each in others):
@@ -171,13 +171,13 @@ def _listed(value: Any) -> Any:
     if is_row or not lists:
         return [value]
     if len(lists) > 1 and not all(map(split_of, lists)):
-        return BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}; put those to train on into one list, "
-                      "or under train and val")
+        raise BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}; put those to train on into one list, "
+                     "or under train and val")
     return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
             for key, rows in lists.items() for row in rows]
 
 
-def _csv_rows(place: str, first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """The first line names the columns. They are separated as a line such as sep=; says, else as they look."""
     csv.field_size_limit(sys.maxsize)
     separator = re.fullmatch(r"sep=(\S|\t)\s*", first)
@@ -194,21 +194,21 @@ def _csv_rows(place: str, first: str, lines: Iterator[str]) -> Iterator[tuple[st
             if not header:
                 if "".join(fields).strip() not in ("", "sep="):  # as of a blank line, or one such as sep=;
                     header = fields
-                    _refuse_twice(f"{place}: line {line}", header)
+                    _refuse_twice(header, f"line {line}: ")
             elif fields and fields != header:  # it comes again where files were joined
                 yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
                     f"expected {len(header)} columns as in the first line, found {len(fields)}")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{place}: line {line}: {str(error).split(' - ')[0]}: in the row that begins here a quote is "
-                        "not closed, one inside is not doubled, or a line ends with CR alone") from error
+        raise BadRow(f"line {line}: {str(error).split(' - ')[0]}: in the row that begins here a quote is not closed, "
+                     "one inside is not doubled, or a line ends with CR alone") from error
 
 
-def _refuse_twice(place: str, names: list[str]) -> None:
-    """Raise UserError where two columns have one name; any number may have none."""
+def _refuse_twice(names: list[str], where: str = "") -> None:
+    """Raise BadRow where two columns have one name; any number may have none."""
     for name, count in Counter(map(str.strip, names)).items():
         if name and count > 1:
-            raise UserError(f"{place}: two columns {name!r:.60}; give each a name of its own")
+            raise BadRow(f"{where}two columns {name!r:.60}; give each a name of its own")
 
 
 def _parquet_rows(place: str, file: Any) -> Iterator[Any]:
@@ -216,7 +216,7 @@ def _parquet_rows(place: str, file: Any) -> Iterator[Any]:
 
     with errors_at(f"{place}: not a readable Parquet file", pyarrow.ArrowException, UnicodeDecodeError):
         table = pyarrow.parquet.ParquetFile(file)
-        _refuse_twice(place, table.schema_arrow.names)
+        _refuse_twice(table.schema_arrow.names)
         for batch in table.iter_batches(1000):
             yield from batch.to_pylist()
 
