@@ -68,6 +68,7 @@ class Shapes:
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         self.columns = columns  # as the user says: the column of instruction, output and so on; "" for none
+        self.not_found = [name for name in columns.values() if name]  # columns that the user names and no row has yet
         self.known: dict[tuple[str, ...], dict[str, str]] = {}  # names of columns -> which has which meaning
         self.names: dict[str, None] = {}  # of the shapes found
         self.used: dict[str, None] = {}  # columns
@@ -96,15 +97,15 @@ class Shapes:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
         turns = self._conversation(row, columns) if "messages" in columns else ()
-        used: tuple[str, ...] = ("messages", "system")
         if "messages" not in columns or columns.keys() >= NEEDED and Example(turns).fault:
-            turns, used = (self._pair(row, columns),), PAIR
-        self.used |= dict.fromkeys(columns[meaning] for meaning in used if meaning in columns)
+            return Example((self._pair(row, columns),), split)
+        self.used |= dict.fromkeys(columns[meaning] for meaning in ("messages", "system") if meaning in columns)
         return Example(turns, split)
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The column of each meaning: as the user says, else by their names."""
         free = {_plain(name): name for name in reversed(list(row))}
+        self.not_found = [name for name in self.not_found if _plain(name) not in free]
         found: dict[str, str | None] = {meaning: (name if name in row else free.get(_plain(name))) if name else None
                                         for meaning, name in self.columns.items()}
         if "instruction" in found or "output" in found:
@@ -122,7 +123,9 @@ class Shapes:
             named = (repr(name) if (name := self.columns.get(meaning)) else f"for the {meaning}" for meaning in missing)
             raise BadRow(f"no column {' and no column '.join(named)} (found: {_names(row)}); {_WHICH}")
         instruction, input, output, system = self._texts(row, columns)
-        shape = "/".join(_plain(columns[meaning]) for meaning in PAIR if meaning in columns)
+        used = [columns[meaning] for meaning in PAIR if meaning in columns]
+        self.used |= dict.fromkeys(used)
+        shape = "/".join(map(_plain, used))
         self.names[KNOWN_PAIRS.get(shape, shape)] = None
         return Turn(join_texts(system if instruction or input else "", instruction), input, output)
 
@@ -246,12 +249,6 @@ class Shapes:
                 raise BadRow(f"{where} has a part that is no text: {_shown(part)}")
             texts.append(text)
         return self._text("\n".join(texts), where)
-
-    @property
-    def not_found(self) -> list[str]:
-        """Columns that the user named and no row has."""
-        found = {_plain(name) for name in chain.from_iterable(self.known)}
-        return [name for name in self.columns.values() if name and _plain(name) not in found]
 
     def notes(self, turns: float) -> list[str]:
         """What was recognised, and what was changed. turns is their number in an example, on average."""
