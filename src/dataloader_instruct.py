@@ -169,8 +169,7 @@ def deal(examples: Sequence[int], lengths: np.ndarray, most_tokens: int, world_s
     micro-batches r, r + world_size, ... No example may be longer than most_tokens.
     """
     longest_first = sorted(examples, key=lambda example: (-int(lengths[example]), example))
-    tokens = sum(int(lengths[example]) for example in examples)
-    count = -(-max(tokens, 1) // (most_tokens * world_size)) * world_size
+    count = -(-max(int(lengths[examples].sum()), 1) // (most_tokens * world_size)) * world_size
     while True:
         micro_batches: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, number) for number in range(count)]

@@ -155,12 +155,9 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
 def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path = folder / MANIFEST
-    if folder.is_file():
-        raise UserError(f"{folder}: a file; prepare it first: python src/prepare_instruct_dataset.py --dataset "
-                        f"{folder}")
     if not path.exists():
-        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
-                        f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")
+        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: python src/"
+                        f"prepare_instruct_dataset.py {'--dataset' if folder.is_file() else '--output_dir'} {folder}")
     with errors_at(path, Exception, advice=_AGAIN):  # a forged manifest can fail anywhere
         data = _regular(path).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
