@@ -81,7 +81,7 @@ class Selection:
         self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
         self.seen: set[bytes] = set()  # digests of whole examples
-        self.sides: dict[bytes, str] = {}  # digest of a prompt -> the split that its rows name
+        self.sides: dict[int, str] = {}  # where the hash puts a prompt -> the split that its rows name
         self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
 
     @property
@@ -116,15 +116,15 @@ class Selection:
             return row.fault
         if row.split == "test":
             return "test_split"
-        digest, prompt = _digest(repr(row.turns)), row.turns[0][:2]
+        digest = _digest(repr(row.turns))
         if digest in self.seen:
             return "exact_repeat"
         self.seen.add(digest)
         if self.places and bool(self.sides) != bool(row.split):
             raise BadSplit("column 'split' must be in every row or in none")
-        place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
+        place = int.from_bytes(_digest(str(self.options.seed), *row.turns[0][:2])[:8], "big")
         side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
-        if row.split and (other := self.sides.setdefault(_digest(*prompt), side)) != side:
+        if row.split and (other := self.sides.setdefault(place, side)) != side:
             raise BadRow(f"this prompt stands in split {other!r} already")
         self.places.append(place)
         return side
