@@ -87,7 +87,7 @@ def flops(config: GPTConfig, data: InstructData, plan: Plan) -> float:
     """
     width, n_layer = config.n_embd, config.n_layer
     everywhere, at_responses = 12 * width**2 * (n_layer - 1) + 3 * width**2, (9 * width + config.vocab_size) * width
-    squares = float(np.square(data.lengths[plan.examples].astype(np.float64)).sum())
+    squares = float(np.square(data.lengths[sum(plan.micro_batches, [])].astype(np.float64)).sum())
     return 6.0 * (plan.tokens * everywhere + plan.response_tokens * at_responses) + 6.0 * n_layer * width * squares
 
 

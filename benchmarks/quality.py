@@ -74,7 +74,7 @@ def main() -> None:
     for name, model in models.items():
         for_decoding(model, OneRowInt8 if name == "int8" else OneRow)
     config = models["fp32"].config
-    data = InstructData(open_prepared(options.data_dir), "val", config.context_length, config.vocab_size)
+    data = InstructData(open_prepared(options.data_dir), "val", config.context_length)
     quality(models, data, options.examples)
     for name, model in models.items():
         growth(model, name)

@@ -6,6 +6,7 @@ same plan on its own, and a run resumes anywhere without replaying anything.
 
 import heapq
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from data.shards import Document, Prepared, open_shards
 from errors import UserError
-from instruct_format import VOCAB_SIZE
 from model import Documents
 
 
@@ -50,9 +50,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What some examples amount to, and how they are dealt to all ranks."""
+    """What the examples of a step amount to, and how they are dealt to all ranks."""
 
-    examples: Sequence[int]
     tokens: int
     response_tokens: int
     micro_batches: list[list[int]]  # examples of each; rank r computes r, r + world_size, ...
@@ -66,17 +65,19 @@ class InstructData:
     Raises UserError where open_shards does, and when no example is short enough.
     """
 
-    def __init__(self, prepared: Prepared, split: str, context_length: int, vocab_size: int = VOCAB_SIZE,
-                 loss_on: str = "response") -> None:
-        self.loss_on, self.context_length = loss_on, context_length
-        self.shards = open_shards(prepared, split, vocab_size)
+    def __init__(self, prepared: Prepared, split: str, context_length: int, loss_on: str = "response") -> None:
+        self.context_length = context_length
+        self.shards = open_shards(prepared, split)
+        if loss_on == "all":
+            for shard in self.shards:  # ones without end, in no memory
+                shard["loss_mask"] = np.broadcast_to(np.uint8(1), len(shard["tokens"]))
         self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
         everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
         self.kept = np.flatnonzero(everything <= context_length).astype(np.int32)
         self.lengths = everything[self.kept].astype(np.int32)
         counts = [np.add.reduceat(shard["loss_mask"], shard["starts"], dtype=np.int32)
                   - shard["loss_mask"][shard["starts"]] for shard in self.shards]  # the first of each is never trained
-        self.trained_tokens = np.concatenate(counts)[self.kept] if loss_on == "response" else self.lengths - 1
+        self.trained_tokens = np.concatenate(counts)[self.kept]
         self.left_out = len(everything) - len(self.kept)
         if not len(self.kept):
             raise UserError(f"{prepared.folder}: no example of the {split} split fits a context_length of "
@@ -88,34 +89,29 @@ class InstructData:
     def example(self, number: int) -> Document:
         """One kept example."""
         original = int(self.kept[number])
-        shard_number = int(np.searchsorted(self.first_example, original, side="right")) - 1
+        shard_number = bisect(self.first_example, original) - 1
         shard = self.shards[shard_number]
         start = int(shard["starts"][original - self.first_example[shard_number]])
         end = start + int(self.lengths[number])
         return Document(shard["tokens"][start:end], shard["loss_mask"][start:end])
 
-    def trained(self, document: Document) -> np.ndarray:
-        """Which tokens are to be predicted, (n_tokens,) uint8. Never the first: nothing comes before it."""
-        mask = document.loss_mask.copy() if self.loss_on == "response" else np.ones_like(document.loss_mask)
-        mask[0] = 0
-        return mask
-
     def plan(self, examples: Sequence[int], most_tokens: int, world_size: int) -> Plan:
         """Deal examples to micro-batches of at most most_tokens tokens, for this many ranks."""
-        return Plan(examples, int(self.lengths[examples].sum()), int(self.trained_tokens[examples].sum()),
+        return Plan(int(self.lengths[examples].sum()), int(self.trained_tokens[examples].sum()),
                     deal(examples, self.lengths, most_tokens, world_size))
 
     def micro_batch(self, examples: Sequence[int], n_tokens: int = 1) -> MicroBatch:
         """The examples one after another, filled up to at least n_tokens with documents without targets: where graphs
         want a fixed size, or a rank that has no example takes part in the step all the same."""
         parts = [self.example(number) for number in examples]
-        masks = [self.trained(part) for part in parts]
-        missing = n_tokens - sum(map(len, masks))
-        fill = [np.zeros(min(missing - begin, self.context_length), dtype=np.uint8)
-                for begin in range(0, missing, self.context_length)]
-        tokens = torch.from_numpy(np.concatenate([part.tokens for part in parts] + fill).astype(np.int64))
-        predicted = torch.from_numpy(np.flatnonzero(np.concatenate(masks + fill)))
-        documents = Documents.of([len(mask) for mask in masks + fill], longest=self.context_length)
+        missing = n_tokens - sum(len(part.tokens) for part in parts)
+        for begin in range(0, missing, self.context_length):
+            zeros = np.zeros(min(missing - begin, self.context_length), dtype=np.uint8)
+            parts.append(Document(zeros, zeros))
+        documents = Documents.of([len(part.tokens) for part in parts], longest=self.context_length)
+        flat, mask = map(np.concatenate, zip(*parts))
+        mask[documents.starts[:-1]] = 0  # nothing comes before a first token
+        tokens, predicted = torch.from_numpy(flat.astype(np.int64)), torch.from_numpy(np.flatnonzero(mask))
         return MicroBatch(tokens, documents, predicted - 1, tokens[predicted])
 
 
@@ -173,8 +169,7 @@ def deal(examples: Sequence[int], lengths: np.ndarray, most_tokens: int, world_s
     micro-batches r, r + world_size, ... No example may be longer than most_tokens.
     """
     longest_first = sorted(examples, key=lambda example: (-int(lengths[example]), example))
-    tokens = sum(int(lengths[example]) for example in examples)
-    count = -(-max(tokens, 1) // (most_tokens * world_size)) * world_size
+    count = -(-max(int(lengths[examples].sum()), 1) // (most_tokens * world_size)) * world_size
     while True:
         micro_batches: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, number) for number in range(count)]

@@ -13,9 +13,9 @@ import sys
 from argparse import ArgumentTypeError, Namespace
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from cli import Parser, number, printable_line, run
 from data.report import Report, counts
-from data.rows import KINDS, BadRow, open_sources
-from data.shapes import IGNORE_SPLIT, NAMES, Example, Shapes
+from data.rows import KINDS, BadRow, BadSplit, open_sources
+from data.shapes import NAMES, Example, Shapes
 from data.shards import MANIFEST, SPLITS, DataWriter, Document
 from errors import UserError, errors_at
 from instruct_format import encode_conversation
@@ -58,8 +58,6 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or [DATASET]
-    if len(dict(options.columns)) < len(set(options.columns)):
-        parser.error("--columns: a meaning has one column")
     return options
 
 
@@ -82,9 +80,8 @@ class Selection:
         self.dropped: Counter[str] = Counter(empty_output=0, exact_repeat=0, bad_row=0)
         self.turns = self.conversations = 0  # turns that are kept, and examples of several
         self.first_bad = ""
-        self.splits_are_named: bool | None = None  # by the rows; known from the first one on
         self.seen: set[bytes] = set()  # digests of whole examples
-        self.sides: dict[bytes, str] = {}  # digest of a prompt -> the split that its rows name
+        self.sides: dict[int, str] = {}  # where the hash puts a prompt -> the split that its rows name
         self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
 
     @property
@@ -119,17 +116,15 @@ class Selection:
             return row.fault
         if row.split == "test":
             return "test_split"
-        digest, prompt = _digest(*map(str, chain.from_iterable(row.turns))), row.turns[0][:2]
+        digest = _digest(repr(row.turns))
         if digest in self.seen:
             return "exact_repeat"
         self.seen.add(digest)
-        if self.splits_are_named is None:
-            self.splits_are_named = row.split is not None
-        if self.splits_are_named != (row.split is not None):
-            raise BadRow("column 'split' must be in every row or in none", IGNORE_SPLIT)
-        place = int.from_bytes(_digest(str(self.options.seed), *prompt)[:8], "big")
+        if self.places and bool(self.sides) != bool(row.split):
+            raise BadSplit("column 'split' must be in every row or in none")
+        place = int.from_bytes(_digest(str(self.options.seed), *row.turns[0][:2])[:8], "big")
         side = row.split or ("val" if place < self.options.val_fraction * 2**64 else "train")
-        if row.split and (other := self.sides.setdefault(_digest(*prompt), side)) != side:
+        if row.split and (other := self.sides.setdefault(place, side)) != side:
             raise BadRow(f"this prompt stands in split {other!r} already")
         self.places.append(place)
         return side
@@ -161,15 +156,15 @@ def _tokenize(batch: list[tuple[str, Example]]) -> list[tuple[str, Document]]:
     return documents
 
 
-def tokenized(rows: Iterable[tuple[str, Example]], workers: int) -> Iterator[tuple[str, Document]]:
+def tokenized(rows: Iterator[tuple[str, Example]], workers: int) -> Iterator[tuple[str, Document]]:
     """Tokenize in threads (the tokenizer releases the interpreter), in order, reading only a little ahead."""
-    rows = iter(rows)
     with ThreadPoolExecutor(workers) as pool:
         batches = iter(lambda: list(islice(rows, BATCH_EXAMPLES)), [])
-        waiting = deque(pool.submit(_tokenize, batch) for batch in islice(batches, 2 * workers))
+        submitted = (pool.submit(_tokenize, batch) for batch in batches)
+        waiting = deque(islice(submitted, 2 * workers))
         while waiting:
             yield from waiting.popleft().result()
-            waiting.extend(pool.submit(_tokenize, batch) for batch in islice(batches, 1))
+            waiting.extend(islice(submitted, 1))
 
 
 def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[str]]:
@@ -183,7 +178,7 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
         raise UserError(f"{', '.join(options.dataset)}: --columns: no row has a column {missing[0]!r}")
     notes = selection.shapes.notes(selection.turns / max(1, len(selection.places)))
     if writer.empty_splits:
-        if selection.splits_are_named:
+        if selection.sides:
             notes.append(f"no row that is kept names {writer.empty_splits[0]}: a hash divides them, not their split")
         writer.deal_again(selection.dealt_again())
     manifest = writer.finish({

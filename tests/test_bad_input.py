@@ -160,6 +160,7 @@ FINE: dict[str, tuple[str, bytes]] = {
     "columns without a name": ("a.csv", table(*(f"Question {n},,Answer {n},," for n in range(12)),
                                               header="instruction,input,output,,")),
     "empty lines in a table": ("a.csv", TABLE.replace(b"\n", b"\n\n")),
+    "empty rows above a table": ("a.csv", b",,\n\n" + TABLE),
     "a split that is none": ("a.jsonl", lines(*(row(n, split="abc"[n % 3]) for n in range(12)))),
     "millions of letters, line": ("a.jsonl", lines(*GOOD[:-1], row(output="word " * 600_000))),
     "millions of letters, list": ("a.json", listed(*GOOD[:-1], row(output="a" * 1_000_000))),

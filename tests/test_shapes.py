@@ -161,11 +161,13 @@ def test_columns_that_no_row_has_are_refused(tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"frage": "Q", "antwort": "A"}, {"frage": "R", "antwort": "B"}])
     pair = ["instruction=Frage", "output=antwort"]
     assert prepare(data, tmp_path, "--columns", pair[0], "--columns", pair[1])["train_examples"] == 1
+    turns = [{"conversation": [{"frage": f"Q{n}", "antwort": "A"}]} for n in range(2)]  # messages have them too
+    in_turn = prepare(write_jsonl(tmp_path / "b.jsonl", turns), tmp_path, "--columns", "messages=conversation", *pair)
+    assert in_turn["train_examples"] == 1
     for flags, reason in ((["instruction=x"], "a.jsonl: line 1: no column 'x' and no column for the output"),
                           (pair[:1], "line 1: no column for the output"),
                           ([pair[0], "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.; say which"),
                           ([*pair, "input=kontext"], "a.jsonl: --columns: no row has a column 'kontext'"),
-                          ([*pair, "output=frage"], "--columns: a meaning has one column"),
                           (["x"], "'x' is not MEANING=NAME with a MEANING of messages, instruction, output")):
         with pytest.raises(UserError, match=reason):
             prepare(data, tmp_path, "--columns", *flags)

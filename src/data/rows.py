@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, dropwhile
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +45,15 @@ _NO_TEXT = ("save it as UTF-8, or convert it: iconv -f WINDOWS-1252 (or UTF-16LE
 
 
 class BadRow(Exception):
-    """One row that cannot be used. It can be skipped, unlike a file whose structure is broken (UserError)."""
+    """Yielded, one row that cannot be used: it can be skipped. Raised in here, a file whose structure is broken."""
 
-    def __init__(self, reason: str, advice: str = " (--skip_bad drops such rows)") -> None:
-        super().__init__(reason)
-        self.advice = advice
+    advice = " (--skip_bad drops such rows)"
+
+
+class BadSplit(BadRow):
+    """Dropping such rows could drop a whole split."""
+
+    advice = "; --columns split= ignores that column"
 
 
 class Source(NamedTuple):
@@ -77,8 +81,7 @@ def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if any(hub.values()):
             raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
         return _file_rows(name)
-    is_local = name.lower().endswith((*KINDS, ".gz", ".txt")) or os.path.isdir(os.path.dirname(name))
-    if is_local or not _HUB_NAME.fullmatch(name):
+    if name.lower().endswith((*KINDS, ".gz", ".txt")) or not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name or 'an empty name'}: no such file")
     return _numbered(_hub_rows(name, **hub))
 
@@ -90,7 +93,7 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file or pipe. What its kind does not say, its content does."""
     place, kind = "standard input" if name == STDIN else name, Path(name.lower().removesuffix(".gz")).suffix
-    with (errors_at(place), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened,
+    with (errors_at(place, BadRow), sys.stdin.buffer if name == STDIN else open(name, "rb") as opened,
           errors_at(place, EOFError, zlib.error, advice="; copy or download it again if it is damaged")):
         file: Any = opened
         if zipped := file.peek(2).startswith(b"\x1f\x8b"):
@@ -99,17 +102,15 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
             yield from _numbered(_parquet_rows(
                 place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name))
             return
-        lines = _lines(place, file)
-        head, filled = list[str](), 0  # up to the second line that is not blank
-        while filled < 2 and (line := next(lines, None)) is not None:
-            head.append(line)
-            filled += bool(line.strip())
-        is_table = kind in (".csv", ".tsv") or kind not in KINDS and not "".join(head).lstrip().startswith(("{", "["))
-        yield from (_csv_rows if is_table else _json_rows)(place, head, lines)
+        lines, ahead = tee(_lines(file))
+        first, second, *_ = [*islice(filter(str.strip, ahead), 2), "", ""]  # that are not blank
+        del ahead  # else all that is read stays in memory
+        is_table = kind in (".csv", ".tsv") or kind not in KINDS and not first.lstrip().startswith(("{", "["))
+        yield from _csv_rows(first, lines) if is_table else _json_rows(first, second, lines)
 
 
-def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
-    """The lines of a text. Raises UserError naming the first byte that is none of it."""
+def _lines(file: io.BufferedReader) -> Iterator[str]:
+    """The lines of a text. Raises BadRow naming the first byte that is none of it."""
     number, is_utf_16 = 0, file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     lines: Iterable[bytes | str] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf_16 else file
     try:
@@ -120,24 +121,22 @@ def _lines(place: str, file: io.BufferedReader) -> Iterator[str]:
                 line = line.decode()
             yield line.removeprefix("\ufeff")  # files may be joined
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: {'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
-                        f"0x{error.object[error.start]:02x} in column {error.start + 1}; {_NO_TEXT}") from error
+        raise BadRow(f"{'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
+                     f"0x{error.object[error.start]:02x} in column {error.start + 1}; {_NO_TEXT}") from error
 
 
-def _json_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _json_rows(first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
-    first, second, *_ = [line.strip() for line in head if line.strip()] + ["", ""]
-    goes_on = isinstance(parse_json(first), BadRow) and (
-        first.startswith("[") or first.startswith("{") and not second.startswith("{"))
+    starts = first.lstrip()[:1] + second.lstrip()[:1]
+    goes_on = starts != "{{" and starts.startswith(("{", "[")) and isinstance(parse_json(first.strip()), BadRow)
     if not goes_on and (second or not first):
         yield from ((f"line {number}", parse_json(line.rstrip()))
-                    for number, line in enumerate(chain(head, lines), 1) if line.strip())
+                    for number, line in enumerate(lines, 1) if line.strip())
         return
-    value = parse_json("".join(chain(head, lines)).rstrip())
-    rows = value if isinstance(value, BadRow) else _listed(value)
-    if isinstance(rows, BadRow):
-        raise UserError(f"{place}: {rows}")
-    yield from _numbered(rows)
+    value = parse_json("".join(lines).rstrip())
+    if isinstance(value, BadRow):
+        raise value
+    yield from _numbered(_listed(value))
 
 
 def parse_json(text: str) -> Any:
@@ -156,9 +155,9 @@ def split_of(name: str) -> str | None:
     return SPLIT_NAMES.get(name.strip().lower().split("_")[0])
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: Any) -> list[Any]:
     """The rows of a JSON value: a list of them, perhaps under a key such as data, or lists under train and val; or what
-    pandas writes by columns. A BadRow where several lists have other keys: not all of them may be for training."""
+    pandas writes by columns. Raises BadRow where several lists have other keys: not all of them may be for training."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     first, *others = value.values() or [None]
@@ -171,47 +170,45 @@ def _listed(value: Any) -> Any:
         key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
         return [value]
-    if len({key.strip().lower() for key in lists}) > 1 and not all(map(split_of, lists)):
-        return BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}; put those to train on into one list, "
-                      "or under train and val")
+    if len(lists) > 1 and not all(map(split_of, lists)):
+        raise BadRow(f"rows under {', '.join(f'{key!r:.60}' for key in lists)}; put those to train on into one list, "
+                     "or under train and val")
     return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
             for key, rows in lists.items() for row in rows]
 
 
-def _csv_rows(place: str, head: list[str], lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """The first line names the columns. They are separated as a line such as sep=; says, else as they look."""
     csv.field_size_limit(sys.maxsize)
-    filled = list(dropwhile(lambda line: not line.strip(), head))
-    if separator := re.fullmatch(r"sep=(\S|\t)\s*", "".join(filled[:1])):
-        filled = filled[1:]
-    before, header = len(head) - len(filled), list[str]()
-    line = before + 1  # where the row begins
+    separator = re.fullmatch(r"sep=(\S|\t)\s*", first)
+    header, line = list[str](), 1  # where the row begins
     try:
         delimiter = separator[1] if separator else max(",;\t", key=lambda each: len(next(
-            csv.reader(filled[:1], delimiter=each, skipinitialspace=True), [])))
+            csv.reader([first], delimiter=each, skipinitialspace=True), [])))
         # A blank in front of a quote is none of the field; others are, and hidden from the reader by what no text has
         blank = re.compile(rf'(^|{re.escape(delimiter)}) (?! *")')
-        reader = csv.reader((blank.sub("\\1\ud800", text) for text in chain(filled, lines)), delimiter=delimiter,
+        reader = csv.reader((blank.sub("\\1\ud800", text) for text in lines), delimiter=delimiter,
                             strict=True, skipinitialspace=True)
         for hidden in reader:
             fields = [field.replace("\ud800", " ") for field in hidden]
             if not header:
-                header = fields
-                _refuse_twice(f"{place}: line {line}", header)
+                if "".join(fields).strip() not in ("", "sep="):  # as of a blank line, or one such as sep=;
+                    header = fields
+                    _refuse_twice(header, f"line {line}: ")
             elif fields and fields != header:  # it comes again where files were joined
                 yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
                     f"expected {len(header)} columns as in the first line, found {len(fields)}")
-            line = before + reader.line_num + 1
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{place}: line {line}: {str(error).split(' - ')[0]}: in the row that begins here a quote is "
-                        "not closed, one inside is not doubled, or a line ends with CR alone") from error
+        raise BadRow(f"line {line}: {str(error).split(' - ')[0]}: in the row that begins here a quote is not closed, "
+                     "one inside is not doubled, or a line ends with CR alone") from error
 
 
-def _refuse_twice(place: str, names: list[str]) -> None:
-    """Raise UserError where two columns have one name; any number may have none."""
+def _refuse_twice(names: list[str], where: str = "") -> None:
+    """Raise BadRow where two columns have one name; any number may have none."""
     for name, count in Counter(map(str.strip, names)).items():
         if name and count > 1:
-            raise UserError(f"{place}: two columns {name!r:.60}; give each a name of its own")
+            raise BadRow(f"{where}two columns {name!r:.60}; give each a name of its own")
 
 
 def _parquet_rows(place: str, file: Any) -> Iterator[Any]:
@@ -219,7 +216,7 @@ def _parquet_rows(place: str, file: Any) -> Iterator[Any]:
 
     with errors_at(f"{place}: not a readable Parquet file", pyarrow.ArrowException, UnicodeDecodeError):
         table = pyarrow.parquet.ParquetFile(file)
-        _refuse_twice(place, table.schema_arrow.names)
+        _refuse_twice(table.schema_arrow.names)
         for batch in table.iter_batches(1000):
             yield from batch.to_pylist()
 

@@ -8,11 +8,11 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, cycle, islice
+from itertools import chain, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, Number, Source, parse_json, split_of
+from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, BadSplit, Number, Source, parse_json, split_of
 from instruct_format import join_texts, tidy
 
 # The names of a column of each meaning, the likelier first, in any case
@@ -36,7 +36,6 @@ UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 _WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
           "each row of JSON, has to name its columns. Where texts are whole conversations, take a variant of the data "
           "with messages or pairs, such as philschmid/guanaco-sharegpt-style")
-IGNORE_SPLIT = "; --columns split= ignores that column"
 LONGEST_BLANK = 100_000  # the tokenizer fails from about a million blanks in a row on
 _BLANK, _SURROGATE = re.compile(rf"\s{{{LONGEST_BLANK}}}"), re.compile("[\ud800-\udfff]")
 
@@ -69,6 +68,7 @@ class Shapes:
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         self.columns = columns  # as the user says: the column of instruction, output and so on; "" for none
+        self.not_found = [name for name in columns.values() if name]  # columns that the user names and no row has yet
         self.known: dict[tuple[str, ...], dict[str, str]] = {}  # names of columns -> which has which meaning
         self.names: dict[str, None] = {}  # of the shapes found
         self.used: dict[str, None] = {}  # columns
@@ -97,15 +97,15 @@ class Shapes:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
         turns = self._conversation(row, columns) if "messages" in columns else ()
-        used: tuple[str, ...] = ("messages", "system")
         if "messages" not in columns or columns.keys() >= NEEDED and Example(turns).fault:
-            turns, used = (self._pair(row, columns),), PAIR
-        self.used |= dict.fromkeys(columns[meaning] for meaning in used if meaning in columns)
+            return Example((self._pair(row, columns),), split)
+        self.used |= dict.fromkeys(columns[meaning] for meaning in ("messages", "system") if meaning in columns)
         return Example(turns, split)
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The column of each meaning: as the user says, else by their names."""
         free = {_plain(name): name for name in reversed(list(row))}
+        self.not_found = [name for name in self.not_found if _plain(name) not in free]
         found: dict[str, str | None] = {meaning: (name if name in row else free.get(_plain(name))) if name else None
                                         for meaning, name in self.columns.items()}
         if "instruction" in found or "output" in found:
@@ -123,7 +123,9 @@ class Shapes:
             named = (repr(name) if (name := self.columns.get(meaning)) else f"for the {meaning}" for meaning in missing)
             raise BadRow(f"no column {' and no column '.join(named)} (found: {_names(row)}); {_WHICH}")
         instruction, input, output, system = self._texts(row, columns)
-        shape = "/".join(_plain(columns[meaning]) for meaning in PAIR if meaning in columns)
+        used = [columns[meaning] for meaning in PAIR if meaning in columns]
+        self.used |= dict.fromkeys(used)
+        shape = "/".join(map(_plain, used))
         self.names[KNOWN_PAIRS.get(shape, shape)] = None
         return Turn(join_texts(system if instruction or input else "", instruction), input, output)
 
@@ -159,7 +161,7 @@ class Shapes:
         if not self.split_is_one:
             return None
         if split is None:
-            raise BadRow(f"column {column!r} must be train, val or test, found {_shown(value)}", IGNORE_SPLIT)
+            raise BadSplit(f"column {column!r} must be train, val or test, found {_shown(value)}")
         self.used[column] = None
         return split
 
@@ -179,29 +181,30 @@ class Shapes:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
         questions and answers without the other are left out, and so is what no trained answer comes after."""
         turns, orphans = list[Turn](), list[Turn]()  # the second: answers without a question
-        waiting = [("system", system)]  # what the next answer answers
+        waiting, asked = [system], list[str]()  # what the next answer answers, and the questions in it
         is_empty = False  # the answer, until now
         for speaker, text, is_trained in self._messages(messages, where):
-            users = [said for who, said in waiting if who == "user"]
-            if speaker != "assistant":
-                if speaker == "user" and users and is_empty:
-                    waiting = [each for each in waiting if each[0] != "user"]
+            if speaker == "system":
+                waiting += [text] * (text != system)  # datasets may say it in both places
+            elif speaker == "user":
+                if asked and is_empty:
+                    waiting, asked = [each for each in waiting if each not in asked], []
                     self.changes["empty answers left out with their questions"] += 1
-                is_empty &= speaker != "user"
-                if speaker == "user" or text != system:  # datasets may say it in both places
-                    waiting.append((speaker, text))
+                waiting.append(text)
+                asked.append(text)
+                is_empty = False
             elif not text:
                 is_empty = True
-            elif any(users):
-                turns.append(Turn(join_texts(*(said for _, said in waiting)), "", text, is_trained))
-                waiting = []
-            elif turns and not users:
+            elif any(asked):
+                turns.append(Turn(join_texts(*waiting), "", text, is_trained))
+                waiting, asked = [], []
+            elif turns and not asked:
                 turns[-1] = Turn(turns[-1].instruction, "", join_texts(turns[-1].output, text),
                                  turns[-1].is_trained and is_trained)
             else:
                 self.changes["answers without a question left out"] += 1
                 orphans.append(Turn("", "", text, is_trained))
-        if any(said for who, said in waiting if who == "user"):
+        if any(asked):
             self.changes["questions without an answer left out"] += 1
         while turns and not turns[-1].is_trained:
             turns.pop()
@@ -209,11 +212,11 @@ class Shapes:
 
     def _messages(self, items: list[Any], column: str) -> Iterator[tuple[str, str, bool]]:
         """(user, assistant or system; its text; whether it may be trained) of every message."""
-        for number, (item, side) in enumerate(zip(items, cycle(("user", "assistant"))), 1):
+        for number, item in enumerate(items, 1):
             where = f"{column}: message {number}"
             if isinstance(item, str):
                 self.names["texts in turn"] = None
-                yield side, self._text(item, where), True
+                yield ("assistant", "user")[number % 2], self._text(item, where), True
                 continue
             if not isinstance(item, dict):
                 raise BadRow(f"{where} must be an object with role and content, found {_shown(item)}")
@@ -246,12 +249,6 @@ class Shapes:
                 raise BadRow(f"{where} has a part that is no text: {_shown(part)}")
             texts.append(text)
         return self._text("\n".join(texts), where)
-
-    @property
-    def not_found(self) -> list[str]:
-        """Columns that the user named and no row has."""
-        found = {_plain(name) for name in chain.from_iterable(self.known)}
-        return [name for name in self.columns.values() if name and _plain(name) not in found]
 
     def notes(self, turns: float) -> list[str]:
         """What was recognised, and what was changed. turns is their number in an example, on average."""

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from errors import UserError, errors_at
-from instruct_format import TEMPLATE, TOKENIZER, VOCAB_SIZE
+from instruct_format import TEMPLATE, TOKENIZER
 from weights.durable import TEMPORARY_SUFFIX, durable_file
 
 FORMAT_VERSION = 1
@@ -99,8 +99,7 @@ class DataWriter:
         entries, self.shards[full] = self.shards[full], []
         sides = iter(in_val)
         for entry in entries:
-            tokens, mask, starts = (_open_array(shard_file(self.folder, full, entry, kind), entry["sha256"][kind])
-                                    for kind in KINDS)
+            tokens, mask, starts = _open_shard(self.folder, full, entry).values()
             for document in zip(np.split(tokens, starts[1:]), np.split(mask, starts[1:])):
                 self.add("val" if next(sides) else "train", Document(*document))
 
@@ -108,15 +107,17 @@ class DataWriter:
         if split not in self.waiting:
             return
         waiting = self.waiting.pop(split)
-        files = {kind: _npy_bytes(np.asarray(values)) for kind, values in waiting.items()}
-        digests = {kind: hashlib.sha256(data).hexdigest() for kind, data in files.items()}
+        files = {kind: io.BytesIO() for kind in KINDS}
+        for kind, values in waiting.items():
+            np.save(files[kind], np.asarray(values))
+        digests = {kind: hashlib.sha256(data.getbuffer()).hexdigest() for kind, data in files.items()}
         content = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         shard = {"name": f"{len(self.shards[split]):05d}-{content[:16]}", "examples": len(waiting["starts"]),
                  "tokens": len(waiting["tokens"]), "response_tokens": int(np.sum(waiting["loss_mask"])),
                  "sha256": digests}
         for kind, data in files.items():
             with durable_file(shard_file(self.folder, split, shard, kind)) as file:
-                file.write(data)
+                file.write(data.getbuffer())
         self.shards[split].append(shard)
 
     def finish(self, about: Mapping[str, Any], multi_turn: bool = False) -> dict[str, Any]:
@@ -148,26 +149,15 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
     for path in (folder / split for split in SPLITS):
         if path.is_symlink():  # what it leads to may be the folder of other data
             yield path
-        elif path.is_dir():
-            yield from (each for each in path.iterdir()
-                        if not (_SHARD_FILE.fullmatch(each.name) or each.name.startswith(".")))
-
-
-def _npy_bytes(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
+        yield from (each for each in path.glob("[!.]*") if not _SHARD_FILE.fullmatch(each.name))
 
 
 def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path = folder / MANIFEST
-    if folder.is_file():
-        raise UserError(f"{folder}: a file; prepare it first: python src/prepare_instruct_dataset.py --dataset "
-                        f"{folder}")
     if not path.exists():
-        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: "
-                        f"python src/prepare_instruct_dataset.py --output_dir {path.parent}")
+        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: python src/"
+                        f"prepare_instruct_dataset.py {'--dataset' if folder.is_file() else '--output_dir'} {folder}")
     with errors_at(path, Exception, advice=_AGAIN):  # a forged manifest can fail anywhere
         data = _regular(path).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
@@ -177,43 +167,32 @@ def open_prepared(folder: Path) -> Prepared:
             raise ValueError(f"prepared with template {manifest['template']!r:.40}, this version knows {TEMPLATE!r}")
         if data != manifest_bytes(manifest):
             raise ValueError("changed or damaged (its checksum does not fit)")
-        shards = [manifest["shards"][split] for split in SPLITS]
-        if not all(shards) or not all(
-                _SHARD_NAME.fullmatch(shard["name"]) and shard["sha256"].keys() >= KINDS.keys()
-                and type(shard["tokens"]) is type(shard["examples"]) is int for shard in sum(shards, [])):
+        if not all(_SHARD_NAME.fullmatch(shard["name"]) for split in SPLITS for shard in manifest["shards"][split]):
             raise ValueError("its shards are not as this program writes them")
     return Prepared(folder, manifest)
 
 
-def open_shards(prepared: Prepared, split: str, vocab_size: int = VOCAB_SIZE) -> list[dict[str, np.ndarray]]:
-    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, is not that of the
-    manifest (SHA-256), or nothing that a model of this vocabulary can be trained on."""
-    shards = []
-    for entry in prepared.manifest["shards"][split]:
-        shard = {kind: _open_array(shard_file(prepared.folder, split, entry, kind), entry["sha256"][kind])
-                 for kind in KINDS}
-        tokens, _, starts = shard.values()
-        sizes = (entry["tokens"], entry["tokens"], entry["examples"])
-        with errors_at(prepared.folder / split / entry["name"], ValueError, advice=_AGAIN):
-            if (any(values.dtype != code or values.shape != (size,)
-                    for values, code, size in zip(shard.values(), KINDS.values(), sizes))
-                    or not len(starts) or starts[0] != 0 or (np.diff(starts, append=len(tokens)) <= 0).any()):
-                raise ValueError("its arrays are not of the types and sizes that the manifest says")
-            if tokens.max() >= min(vocab_size, VOCAB_SIZE):
-                raise ValueError(f"it has token {tokens.max()}, the vocabulary has {vocab_size}")
-        shards.append(shard)
-    return shards
+def open_shards(prepared: Prepared, split: str) -> list[dict[str, np.ndarray]]:
+    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, or is not that of
+    the manifest: by its SHA-256, type and size."""
+    return [_open_shard(prepared.folder, split, shard) for shard in prepared.manifest["shards"][split]]
 
 
-def _open_array(path: Path, sha256: str) -> np.ndarray:
-    digest = hashlib.sha256()
-    with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
-        with _regular(path).open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
-        return np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+def _open_shard(folder: Path, split: str, shard: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for kind, code in KINDS.items():
+        path, digest = shard_file(folder, split, shard, kind), hashlib.sha256()
+        with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
+            with _regular(path).open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if digest.hexdigest() != shard["sha256"][kind]:
+                raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
+            arrays[kind] = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
+            size = shard["examples" if kind == "starts" else "tokens"]
+            if arrays[kind].dtype != code or arrays[kind].shape != (size,):
+                raise ValueError("not of the type and size that the manifest says")
+    return arrays
 
 
 def _regular(path: Path) -> Path:

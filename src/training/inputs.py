@@ -32,7 +32,7 @@ def split_data(prepared: Prepared, options: Namespace, vocab_size: int) -> dict[
     """Both splits. The val loss is that of responses whatever is trained on, so that runs can be compared."""
     if prepared.manifest["tokenizer"] == TOKENIZER:
         check_vocabulary(vocab_size, Path(options.pretrained_model))
-    return {split: InstructData(prepared, split, options.context_length, vocab_size,
+    return {split: InstructData(prepared, split, options.context_length,
                                 options.loss_on if split == "train" else "response") for split in SPLITS}
 
 
