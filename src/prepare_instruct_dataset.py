@@ -58,6 +58,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or [DATASET]
+    if len(dict(options.columns)) < len(set(options.columns)):
+        parser.error("--columns: a meaning has one column")
     return options
 
 

@@ -168,6 +168,7 @@ def test_columns_that_no_row_has_are_refused(tmp_path):
                           (pair[:1], "line 1: no column for the output"),
                           ([pair[0], "output=nope"], "no column 'nope' .found: 'frage', 'antwort'.; say which"),
                           ([*pair, "input=kontext"], "a.jsonl: --columns: no row has a column 'kontext'"),
+                          ([*pair, "output=frage"], "--columns: a meaning has one column"),
                           (["x"], "'x' is not MEANING=NAME with a MEANING of messages, instruction, output")):
         with pytest.raises(UserError, match=reason):
             prepare(data, tmp_path, "--columns", *flags)
