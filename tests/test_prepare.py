@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import run_script, write_jsonl
-from data.report import marked_sample
+from data.report import histogram, marked_sample
 from data.shards import KINDS, MANIFEST, SPLITS, Document, shard_file
 from data_files import HARD_ROWS, Row, row
 from errors import UserError
@@ -156,6 +158,18 @@ def test_shards_are_bounded_and_whole(tmp_path, monkeypatch):
     shards = [shard for split in SPLITS for shard in manifest["shards"][split]]
     assert len(shards) > 5 and [shard["examples"] for shard in shards if shard["tokens"] > 100] == [1]
     assert sorted(chain(*texts_of(tmp_path / "out").values())) == sorted(expected_of(rows))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=60))
+def test_histogram_counts_every_example_in_its_bin(lengths):
+    lines = [re.fullmatch(r" *(\d+) - (\d+) +(\d+) (#{0,50})", line) for line in histogram(np.array(lengths))]
+    bins = [(int(line[1]), int(line[2]), int(line[3]), len(line[4])) for line in lines if line]
+    assert len(bins) == len(lines) <= 10 and sum(count for _, _, count, _ in bins) == len(lengths)
+    size = bins[0][1] + 1
+    for number, (low, high, count, bar) in enumerate(bins):
+        assert (low, high) == (number * size, (number + 1) * size - 1)
+        assert count == sum(low <= length <= high for length in lengths) and (count > 0) == (bar > 0)
 
 
 def test_report_tells_lengths_and_shows_samples(tmp_path, capsys):

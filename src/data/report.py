@@ -1,4 +1,4 @@
-"""What data preparation shows: counts, lengths, and samples with the trained parts marked."""
+"""What data preparation shows: counts, lengths, a histogram, and samples with the trained parts marked."""
 
 from array import array
 from collections.abc import Mapping
@@ -39,6 +39,7 @@ class Report:
         for name, lengths in {"prompt": totals - responses, "response": responses, "total": totals}.items():
             longest = np.percentile(lengths, (50, 90, 95, 99, 100), method="inverted_cdf")  # the nearest rank
             print(f"{name:<17}" + "".join(f"{length:>7}" for length in longest))
+        print("\n" + "\n".join(histogram(totals)))
         for number, document in enumerate(self.samples, 1):
             print(f"\nsample {number}, the trained part between >>> and <<<")
             print(marked_sample(document))
@@ -48,6 +49,14 @@ def counts(kept: int, dropped: Mapping[str, int]) -> str:
     """How many examples were read and kept, and why the others were dropped."""
     reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items())
     return f"{kept + sum(dropped.values()):,} read, {kept:,} kept; dropped: {reasons}"
+
+
+def histogram(lengths: np.ndarray, bins: int = 10, width: int = 50) -> list[str]:
+    """One line a bin of equal width: the range of lengths, the number of examples, a bar."""
+    size = -(-(int(lengths.max()) + 1) // bins)
+    heights = np.bincount(lengths // size)
+    return [f"{bin * size:>6} - {bin * size + size - 1:<6}{height:>9} {'#' * -(-width * height // heights.max())}"
+            for bin, height in enumerate(heights)]
 
 
 def marked_sample(document: Document) -> str:
