@@ -78,15 +78,7 @@ class Processes:
 
     def compare(self, facts: Mapping[str, object]) -> None:
         """Raise UserError on all ranks, naming what differs and where, unless all have the same facts."""
-        found, different = self.gather([HOST, dict(facts)]), []
-        several = len({host for host, _ in found}) > 1
-        for name in facts:
-            if len({str(theirs.get(name)) for _, theirs in found}) > 1:
-                places = (f"{theirs.get(name)} on {host if several else f'rank {rank}'}"
-                          for rank, (host, theirs) in enumerate(found))
-                different.append(f"{name} is {', '.join(dict.fromkeys(places))}")
-        if different:
-            raise UserError(f"the processes were started differently: {'; '.join(different)}")
+        _refuse_differences(self.gather([HOST, dict(facts)]))
 
     def check_shared(self, folder: Path) -> None:
         """Raise UserError on all ranks unless they see what rank 0 wrote into the folder, within some seconds."""
@@ -155,12 +147,15 @@ def comparable(options: Namespace) -> dict[str, object]:
             "the program in src/": digest(program), "torch": torch.__version__}
 
 
-def _compare_devices(store: Any, rank: int, world_size: int, device_name: str) -> None:
-    """Raise UserError on all ranks unless all compute on the same kind of device: else the group would never form."""
-    store.set(f"device {rank}", f"{device_name} on {HOST}")
-    found = [store.get(f"device {other}").decode() for other in range(world_size)]
-    if len({each.partition(" on ")[0] for each in found}) > 1:
-        raise UserError(f"the processes were started differently: --device is {', '.join(dict.fromkeys(found))}")
+def _refuse_differences(found: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    """Raise UserError unless all ranks, each with its host, have the same facts."""
+    different = []
+    for name in found[0][1]:
+        if len({str(facts.get(name)) for _, facts in found}) > 1:
+            places = dict.fromkeys(f"{facts.get(name)} on {host}" for host, facts in found)
+            different.append(f"{name} is {', '.join(places)}")
+    if different:
+        raise UserError(f"the processes were started differently: {'; '.join(different)}")
 
 
 def join(device_name: str) -> Processes:
@@ -198,7 +193,9 @@ def _connect(processes: Processes) -> None:
                next(rendezvous(where, rank, world_size, timeout=timeout))[0])
         # each start of the run, whose number the name ends with, has a part of the store of its own
         store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
-        _compare_devices(store, rank, world_size, device.type)
+        # else the group would never form
+        store.set(f"facts {rank}", json.dumps([HOST, {"--device": device.type}]))
+        _refuse_differences([json.loads(store.get(f"facts {other}")) for other in range(world_size)])
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store,
                                 device_id=device if device.type == "cuda" else None)
