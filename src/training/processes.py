@@ -87,12 +87,13 @@ class Processes:
                 return (folder / LOCK).read_text()
             return ""
 
-        expected, end = self.gather(mark())[0], time.monotonic() + 5
+        expected = self.gather(mark())[0]
         with self.together():
-            while mark() != expected:
+            for _ in range(20):
+                if mark() == expected:
+                    return
                 time.sleep(0.25)
-                if time.monotonic() > end:
-                    raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
+            raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
 
     @contextmanager
     def failures_explained(self, advice: str = "") -> Iterator[None]:
@@ -188,9 +189,7 @@ def _connect(processes: Processes) -> None:
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
         where = os.environ.get("INSTRUCT_STORE", "env://")
-        is_file = where.startswith("file://")  # on a single host
-        met = (dist.FileStore(where.removeprefix("file://"), world_size) if is_file else  # type: ignore[attr-defined]
-               next(rendezvous(where, rank, world_size, timeout=timeout))[0])
+        met = next(rendezvous(where, rank, world_size, timeout=timeout))[0]
         # each start of the run, whose number the name ends with, has a part of the store of its own
         store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
         # else the group would never form
