@@ -49,10 +49,6 @@ class Processes:
         dist.all_gather(found, padded)
         return [json.loads(bytes(each.tolist())) for each in found]
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-        return [sum(each) for each in zip(*self.gather(values))]
-
     def largest(self, *values: int) -> list[int]:
         """The largest of all ranks' values, one by one: what one rank noticed, all know."""
         return [max(each) for each in zip(*self.gather(values))]
