@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, number, printable_line, run, say
+from cli import Parser, number, run, say
 from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
@@ -30,7 +30,6 @@ from weights.durable import lock_folder
 GRACE = 5.0  # seconds to end in, for processes that another one has left alone
 NOTICE, PATIENCE = 8.0, 600.0  # seconds to wait for other hosts before that is said, and in all
 QUIET = 600.0  # seconds without a step before that is said
-NAMES = {number.value: number.name for number in signal.Signals}
 TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 
 
@@ -50,7 +49,7 @@ def main() -> int:
             pass  # refused before any process is started if a run goes on there
     with tempfile.TemporaryDirectory() as temporary:
         hosts = Hosts(endpoint, Leader(least, most, folder / "latest.pt", restarts), Report(processes))
-        return Launcher(processes, flags, temporary, hosts).run()
+        return Launcher(flags, temporary, hosts).run()
 
 
 def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
@@ -75,9 +74,9 @@ def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
 class Launcher:
     """What this host does in a run, from its first start to its end."""
 
-    def __init__(self, processes: int, flags: list[str], folder: str, hosts: Hosts) -> None:
+    def __init__(self, flags: list[str], folder: str, hosts: Hosts) -> None:
         self.flags, self.folder, self.hosts = flags, folder, hosts
-        self.report, self.signals = Report(processes), Signals()
+        self.report, self.signals = hosts.report, Signals()
         self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
         self.killed = set[int]()  # the ranks that were ended from here
         self.end = math.inf  # when those that still run are to be ended
@@ -87,32 +86,31 @@ class Launcher:
 
     def run(self) -> int:
         """Do what the plan says until the run is over. Returns or raises its exit code."""
-        code = DiedError.exit_code
         try:
             while True:
-                received = signal.sigtimedwait(WATCHED_SIGNALS, 0.1)
-                if received and received.si_signo != AGAIN:  # which only comes from here
+                if received := signal.sigtimedwait(WATCHED_SIGNALS, 0.1):
                     if self.signals.note(received.si_signo):
                         self._kill()
                     self._send(received.si_signo)
                 plan = self.hosts.decide(self.report)
                 if plan.code is None and plan.news not in ("", self.news):
                     self.news = plan.news
-                    say(printable_line(f"warning: {plan.news}"))
+                    say(f"warning: {plan.news}")
                     if plan.saving:
                         self._send(AGAIN)
                 if self.report.code is None:
                     self._watch(plan)
-                elif plan.code is not None or self.signals.stop:
-                    code = 128 + self.signals.stop if plan.code is None else plan.code
-                    return self._show_end(plan, code)
+                elif plan.code is not None:
+                    return self._exit_code(plan.code, plan.news)
+                elif self.signals.stop:
+                    return 128 + self.signals.stop
                 elif plan.goes and self.hosts.key in plan.members and plan.start > self.report.start:
                     self._start(plan)
                 else:
                     self._wait(plan.waiting or "a place among the hosts of the run")
         finally:
             self._kill()
-            self.hosts.leave(code)
+            self.hosts.leave(128 + self.signals.stop if self.signals.stop else DiedError.exit_code)
 
     def _start(self, plan: Plan) -> None:
         # a start of this command that has begun has obeyed --resume; so has one that another host knows of
@@ -123,13 +121,13 @@ class Launcher:
             store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
         else:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
-        keys = list(plan.members)
-        first = sum(plan.members[key] for key in keys[:keys.index(self.hosts.key)])
+        counts = list(plan.members.values())
+        first = sum(counts[:list(plan.members).index(self.hosts.key)])
         self.trainers, self.killed, self.end, self.notice = {}, set(), math.inf, QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
             environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
-                           "WORLD_SIZE": sum(plan.members.values()), "LOCAL_WORLD_SIZE": self.report.processes,
+                           "WORLD_SIZE": sum(counts), "LOCAL_WORLD_SIZE": self.report.processes,
                            "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # no trainer makes it
                            "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun}
             self.trainers[first + local_rank] = subprocess.Popen(
@@ -138,8 +136,7 @@ class Launcher:
 
     def _send(self, number: int) -> None:
         for trainer in self.trainers.values():
-            if trainer.poll() is None:
-                trainer.send_signal(number)
+            trainer.send_signal(number)
 
     def _kill(self) -> None:
         self.killed |= {rank for rank, trainer in self.trainers.items() if trainer.poll() is None}
@@ -176,7 +173,7 @@ class Launcher:
             return 0, ""
         if self.signals.stop:
             return 128 + self.signals.stop, ""
-        died = [f"process {rank} " + (f"was killed ({NAMES.get(-code, -code)})" if code < 0 else "failed")
+        died = [f"process {rank} " + (f"was killed ({signal.Signals(-code).name})" if code < 0 else "failed")
                 + ", often because memory ran out" * (code == -signal.SIGKILL)
                 for rank, code in ended.items() if code < 0 or code == 1]
         return DiedError.exit_code if died else LostError.exit_code, ", ".join(died)
@@ -188,15 +185,15 @@ class Launcher:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
         if waited >= self.notice:
             self.notice = 2 * waited
-            say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
+            say(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more")
 
-    def _show_end(self, plan: Plan, code: int) -> int:
-        """Returns the exit code. Raises the error that ended the run, unless a trainer of this host has shown it."""
-        if plan.code and plan.news and (code != self.report.code or code == DiedError.exit_code):
-            error = UserError(plan.news)
-            error.exit_code = code
-            raise error
-        return code
+    def _exit_code(self, code: int, news: str) -> int:
+        """That of the run. Raises the error that ended it, unless a trainer of this host has shown it."""
+        if code in (0, self.report.code) and code != DiedError.exit_code:
+            return code
+        error = UserError(news)
+        error.exit_code = code
+        raise error
 
 
 if __name__ == "__main__":
