@@ -16,7 +16,7 @@ from model import GPT, Linear
 from training.cross_entropy import copy_again, padded
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # by PyTorch, CUDA, cuBLAS, NCCL
-_UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal", re.ASCII)
+_UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal")
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,7 +82,7 @@ def failures_explained(device: torch.device, advice: str = "") -> Iterator[None]
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(text):
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
             advice = advice or "free some of it" + ", or add --device cpu" * (device.type != "cpu")
             raise UserError(f"out of memory on {device}: {advice}") from error
         if "no kernel image" in text:

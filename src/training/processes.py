@@ -179,7 +179,8 @@ def join(device_name: str) -> Processes:
 def _connect(processes: Processes) -> None:
     """Take the device, and meet the other processes."""
     rank, world_size, device = processes.rank, processes.world_size, processes.device
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
     if world_size > 1:
@@ -191,8 +192,7 @@ def _connect(processes: Processes) -> None:
         # else the group would never form
         store.set(f"facts {rank}", json.dumps([HOST, {"--device": device.type}]))
         _refuse_differences([json.loads(store.get(f"facts {other}")) for other in range(world_size)])
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store,
-                                device_id=device if device.type == "cuda" else None)
-        if device.type == "cuda":  # NCCL fails now if it does, and takes its memory before what is free is looked at
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", rank=rank, world_size=world_size,
+                                timeout=timeout, store=store, device_id=device if is_cuda else None)
+        if is_cuda:  # NCCL fails now if it does, and takes its memory before what is free is looked at
             dist.all_reduce(torch.zeros(1, device=device))

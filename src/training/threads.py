@@ -50,10 +50,10 @@ class Saver:
 
     def close(self) -> None:
         """Wait until all is written, and say what failed."""
-        if self._thread:
-            self._thread.shutdown()
-        if self.has_failed and self._writing:
-            self._say(f"error: {self._writing.exception()}")
+        try:
+            self.wait()
+        except Exception as error:
+            self._say(f"error: {error}")
 
 
 def copied(state: Any) -> Any:
