@@ -60,7 +60,9 @@ def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
                           ("rdzv_id", ""), ("node_rank", "")):  # the last three of them change nothing
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default=default)
     with errors_at("TORCHRUN_FLAGS", ValueError):
-        flags = parser.parse_args(shlex.split(text))
+        flags, unknown = parser.parse_known_args(shlex.split(text))
+        if unknown:
+            raise ValueError(f"{unknown[0]}: it takes --nnodes, --rdzv_endpoint and --max_restarts")
         least, most = (int(number) for number in f"{flags.nnodes}:{flags.nnodes}".split(":")[:2])
         host, _, port = flags.rdzv_endpoint.partition(":")
         endpoint = (host, int(port or 29500))
