@@ -125,7 +125,7 @@ def test_the_launcher_reads_torchruns_flags(flags, machines):
 @pytest.mark.parametrize("flags", ["--nnodes=0", "--nnodes=2", "--nnodes=3:2", "--nnodes=a", "--tee=3",
                                    "--rdzv_endpoint=a:b", "'"])
 def test_wrong_flags_of_torchrun_are_one_line(flags):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="^TORCHRUN_FLAGS: "):
         launch._machines(flags)
 
 

@@ -31,7 +31,7 @@ def one_of_two(others: list[Any]) -> Processes:
     ("hostD", {"--a": 2, "data": "x"}, "--a is 1 on hostC, 2 on hostD"),
     ("hostD", {"--a": None, "data": "y"}, "--a is 1 on hostC, None on hostD; data is x on hostC, y on hostD"),
     ("hostD", {"data": "x"}, "--a is 1 on hostC, None on hostD"),
-    ("hostC", {"--a": 2, "data": "x"}, "--a is 1 on rank 0, 2 on rank 1"),
+    ("hostC", {"--a": 2, "data": "x"}, "--a is 1 on hostC, 2 on hostC"),
 ])
 def test_what_differs_is_named_with_the_places(monkeypatch, host, theirs, said):
     monkeypatch.setattr(processes, "HOST", "hostC")

@@ -33,20 +33,19 @@ class Compiled:
             self._go_without("it needs the packed attention of GPUs with bf16, in bf16 or fp16")
 
     def __call__(self, tokens: Tensor, documents: Documents, rows: Tensor) -> Tensor:
-        if self._is_off:
-            return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
-        torch._dynamo.mark_dynamic(documents.starts, 0)
-        try:
-            hidden = self._transform(tokens, documents.positions, documents.starts, documents.longest)
-            self._graphs.add(torch.is_grad_enabled())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if torch.is_grad_enabled() in self._graphs:
+        if not self._is_off:
+            torch._dynamo.mark_dynamic(documents.starts, 0)
+            try:
+                hidden = self._transform(tokens, documents.positions, documents.starts, documents.longest)
+                self._graphs.add(torch.is_grad_enabled())
+                return hidden.index_select(0, rows)
+            except torch.OutOfMemoryError:
                 raise
-            self._go_without(str(getattr(error, "inner_exception", error)))
-            return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
-        return hidden.index_select(0, rows)
+            except Exception as error:
+                if torch.is_grad_enabled() in self._graphs:
+                    raise
+                self._go_without(str(getattr(error, "inner_exception", error)))
+        return self._model(tokens, documents, rows)  # type: ignore[no-any-return]
 
     def _go_without(self, reason: str) -> None:
         self._is_off = True

@@ -39,9 +39,8 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     the products, which are then in its type. gradient (vocab_size, n_embd) grows by that of weight. Returns the loss, a
     scalar of weight's type, and the gradient of hidden, or None.
     """
-    matrix, is_cuda = weight if copy is None else copy, hidden.is_cuda
-    rows = ROWS if copy is None else 6 * ROWS if is_cuda else 2 * ROWS
-    piece_rows = min(rows, 2 * ROWS if is_cuda else ROWS)
+    matrix, is_exact = weight if copy is None else copy, copy is not None and hidden.is_cuda
+    rows, piece_rows = (6 * ROWS, 2 * ROWS) if is_exact else (ROWS if copy is None else 2 * ROWS, ROWS)
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
     scores = matrix.new_empty(n_rows, len(matrix))
     exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
@@ -49,11 +48,11 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     for begin in range(0, len(inputs), rows):
         some = slice(begin, begin + rows)
         chunk = scores[:len(inputs[some])]
-        if copy is None or not is_cuda:
+        if not is_exact:
             torch.mm(inputs[some], matrix.t(), out=chunk)
         for piece, states, wanted in zip(*(each.split(piece_rows) for each in (chunk, inputs[some], targets[some]))):
             wide = piece if copy is None else exact[:len(piece)]
-            if copy is not None and is_cuda:  # these products can come out in fp32
+            if is_exact:  # products of small types come out in fp32 on a GPU
                 torch.mm(states, matrix.t(), out_dtype=wide.dtype, out=wide)
             elif copy is not None:
                 wide.copy_(piece)

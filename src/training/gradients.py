@@ -1,6 +1,6 @@
 """The gradients of a step: summed over its micro-batches and over the ranks, in the type of the weights."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from weakref import ref
 
 import torch
@@ -21,15 +21,21 @@ class Gradients:
 
     def __init__(self, model: GPT, copies: Iterable[tuple[nn.Parameter, nn.Parameter]], world_size: int) -> None:
         self.is_last = False  # whether this is the last micro-batch of the step
-        self._model, self._world_size = model, world_size
+        self._world_size = world_size
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._found: list[tuple[nn.Parameter, Tensor]] = []  # by this pass, and not added yet
-        # sent in this order on all ranks, whatever the order in which they are found; nearly that of a backward pass
-        self._to_send, self._complete = list(model.parameters()), set[nn.Parameter]()
+        self._to_send, self._complete = list[nn.Parameter](), set[nn.Parameter]()
         self._sent = list[dist.Work]()
-        in_place = {id(parameter): copy for parameter, copy in copies}
-        for parameter in model.parameters():
-            in_place.get(id(parameter), parameter).register_post_accumulate_grad_hook(_collector(self, parameter))
+        copy_of = dict(copies)
+        self._stands_for: dict[Tensor, nn.Parameter] = {copy_of.get(each, each): each for each in model.parameters()}
+        here = ref(self)  # a parameter has its hooks where Python's collector does not look
+
+        def collect(computed: Tensor) -> None:
+            if (gradients := here()) is not None:
+                gradients._collect(computed)
+
+        for computed in self._stands_for:
+            computed.register_post_accumulate_grad_hook(collect)
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         """The sum of a parameter until now, which may be added to before the backward pass."""
@@ -41,7 +47,8 @@ class Gradients:
         """Forget those of the step before."""
         self._sums.clear()
         self._complete.clear()
-        self._to_send = list(self._model.parameters())
+        # sent in this order on all ranks, whatever the order in which they are found; nearly that of a backward pass
+        self._to_send = list(self._stands_for.values())
         for parameter in self._to_send:
             parameter.grad = None
 
@@ -57,9 +64,9 @@ class Gradients:
             parameter.grad = gradient
         return gradients
 
-    def _collect(self, parameter: nn.Parameter, computed: Tensor) -> None:
+    def _collect(self, computed: Tensor) -> None:
         assert computed.grad is not None
-        self._found.append((parameter, computed.grad))
+        self._found.append((self._stands_for[computed], computed.grad))
         computed.grad = None
         if len(self._found) == GROUP:
             self.add()
@@ -82,14 +89,3 @@ class Gradients:
             self._complete |= found.keys()
             while self._to_send and self._to_send[-1] in self._complete:
                 self._sent.append(dist.all_reduce(self._sums[self._to_send.pop()], async_op=True))
-
-
-def _collector(gradients: Gradients, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-    """A hook that keeps neither alive: a parameter has its hooks where Python's collector does not look."""
-    to, of = ref(gradients), ref(parameter)
-
-    def collect(computed: Tensor) -> None:
-        if (found := to()) is not None and (which := of()) is not None:
-            found._collect(which, computed)
-
-    return collect

@@ -73,18 +73,19 @@ class Leader:
             self.here, self.arrived = set(reports), time.monotonic()
         if self.plan.goes:
             self._watch(reports)
-        elif self.plan.code is None and (running := [name_of(key) for key in reports if reports[key].code is None]):
-            self.plan.waiting = f"the processes of {', '.join(running)} to end"
-            self.plan.saving &= self.plan.members.keys() <= reports.keys()  # one that is gone takes part in no save
         elif self.plan.code is None:
-            self._begin({key: report for key, report in reports.items() if not report.left})
+            if running := [name_of(key) for key in reports if reports[key].code is None]:
+                self.plan.waiting = f"the processes of {', '.join(running)} to end"
+                self.plan.saving &= self.plan.members.keys() <= reports.keys()  # one that is gone takes part in no save
+            else:
+                self._begin({key: report for key, report in reports.items() if not report.left})
         return self.plan
 
     def _begin(self, reports: Mapping[str, Report]) -> None:
         """Start the run when enough hosts are here."""
         if len(reports) >= self.most or (len(reports) >= self.least and time.monotonic() - self.arrived >= LAST_CALL):
             members = {key: report.processes for key, report in list(reports.items())[:self.most]}
-            start = 1 + max([self.plan.start, *(report.start for report in reports.values())])
+            start = 1 + max(self.plan.start, *(report.start for report in reports.values()))
             self.plan = Plan(start, members, goes=True, news=self.plan.news)
         else:
             here = ", ".join(map(name_of, reports))

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, number, printable_line, run, say
+from cli import Parser, number, run, say
 from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
@@ -50,7 +50,7 @@ def main() -> int:
             pass  # refused before any process is started if a run goes on there
     with tempfile.TemporaryDirectory() as temporary:
         hosts = Hosts(endpoint, Leader(least, most, folder / "latest.pt", restarts), Report(processes))
-        return Launcher(processes, flags, temporary, hosts).run()
+        return Launcher(flags, temporary, hosts).run()
 
 
 def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
@@ -61,7 +61,9 @@ def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
                           ("rdzv_id", ""), ("node_rank", "")):  # the last three of them change nothing
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default=default)
     with errors_at("TORCHRUN_FLAGS", ValueError):
-        flags = parser.parse_args(shlex.split(text))
+        flags, unknown = parser.parse_known_args(shlex.split(text))
+        if unknown:
+            raise ValueError(f"{unknown[0]}: it takes --nnodes, --rdzv_endpoint and --max_restarts")
         least, most = (int(number) for number in f"{flags.nnodes}:{flags.nnodes}".split(":")[:2])
         host, _, port = flags.rdzv_endpoint.partition(":")
         endpoint = (host, int(port or 29500))
@@ -75,9 +77,9 @@ def _machines(text: str) -> tuple[int, int, tuple[str, int] | None, int]:
 class Launcher:
     """What this host does in a run, from its first start to its end."""
 
-    def __init__(self, processes: int, flags: list[str], folder: str, hosts: Hosts) -> None:
+    def __init__(self, flags: list[str], folder: str, hosts: Hosts) -> None:
         self.flags, self.folder, self.hosts = flags, folder, hosts
-        self.report, self.signals = Report(processes), Signals()
+        self.report, self.signals = hosts.report, Signals()
         self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
         self.killed = set[int]()  # the ranks that were ended from here
         self.end = math.inf  # when those that still run are to be ended
@@ -87,7 +89,6 @@ class Launcher:
 
     def run(self) -> int:
         """Do what the plan says until the run is over. Returns or raises its exit code."""
-        code = DiedError.exit_code
         try:
             while True:
                 received = signal.sigtimedwait(WATCHED_SIGNALS, 0.1)
@@ -98,21 +99,22 @@ class Launcher:
                 plan = self.hosts.decide(self.report)
                 if plan.code is None and plan.news not in ("", self.news):
                     self.news = plan.news
-                    say(printable_line(f"warning: {plan.news}"))
+                    say(f"warning: {plan.news}")
                     if plan.saving:
                         self._send(AGAIN)
                 if self.report.code is None:
                     self._watch(plan)
-                elif plan.code is not None or self.signals.stop:
-                    code = 128 + self.signals.stop if plan.code is None else plan.code
-                    return self._show_end(plan, code)
+                elif plan.code is not None:
+                    return self._exit_code(plan.code, plan.news)
+                elif self.signals.stop:
+                    return 128 + self.signals.stop
                 elif plan.goes and self.hosts.key in plan.members and plan.start > self.report.start:
                     self._start(plan)
                 else:
                     self._wait(plan.waiting or "a place among the hosts of the run")
         finally:
             self._kill()
-            self.hosts.leave(code)
+            self.hosts.leave(128 + self.signals.stop if self.signals.stop else DiedError.exit_code)
 
     def _start(self, plan: Plan) -> None:
         # a start of this command that has begun has obeyed --resume; so has one that another host knows of
@@ -123,13 +125,13 @@ class Launcher:
             store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
         else:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
-        keys = list(plan.members)
-        first = sum(plan.members[key] for key in keys[:keys.index(self.hosts.key)])
+        counts = list(plan.members.values())
+        first = sum(counts[:list(plan.members).index(self.hosts.key)])
         self.trainers, self.killed, self.end, self.notice = {}, set(), math.inf, QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
             environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
-                           "WORLD_SIZE": sum(plan.members.values()), "LOCAL_WORLD_SIZE": self.report.processes,
+                           "WORLD_SIZE": sum(counts), "LOCAL_WORLD_SIZE": self.report.processes,
                            "INSTRUCT_STORE": store, "TORCHELASTIC_USE_AGENT_STORE": True,  # no trainer makes it
                            "INSTRUCT_SAID": f"{self.folder}/said{plan.start}", "INSTRUCT_BEGUN": self.begun}
             self.trainers[first + local_rank] = subprocess.Popen(
@@ -138,8 +140,7 @@ class Launcher:
 
     def _send(self, number: int) -> None:
         for trainer in self.trainers.values():
-            if trainer.poll() is None:
-                trainer.send_signal(number)
+            trainer.send_signal(number)
 
     def _kill(self) -> None:
         self.killed |= {rank for rank, trainer in self.trainers.items() if trainer.poll() is None}
@@ -188,15 +189,15 @@ class Launcher:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
         if waited >= self.notice:
             self.notice = 2 * waited
-            say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
+            say(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more")
 
-    def _show_end(self, plan: Plan, code: int) -> int:
-        """Returns the exit code. Raises the error that ended the run, unless a trainer of this host has shown it."""
-        if plan.code and plan.news and (code != self.report.code or code == DiedError.exit_code):
-            error = UserError(plan.news)
-            error.exit_code = code
-            raise error
-        return code
+    def _exit_code(self, code: int, news: str) -> int:
+        """That of the run. Raises the error that ended it, unless a trainer of this host has shown it."""
+        if code in (0, self.report.code) and code != DiedError.exit_code:
+            return code
+        error = UserError(news)
+        error.exit_code = code
+        raise error
 
 
 if __name__ == "__main__":

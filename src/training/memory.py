@@ -41,8 +41,11 @@ def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[Namespace
         options.precision = type_name(product_type(options.precision, processes.device))
     if "fp16" in processes.gather(options.precision):
         options.precision = "fp16"
-    is_checkpointed, is_cuda = options.gradient_checkpointing == "on", processes.device.type == "cuda"
-    room = int(_ROOM * torch.cuda.mem_get_info(processes.device)[0]) if is_cuda else 0
+    least = "blocks" if options.gradient_checkpointing == "on" else "gelu"
+    if processes.device.type != "cuda":
+        options.mini_batch_size = options.mini_batch_size or 8
+        return options, least
+    room = _ROOM * torch.cuda.mem_get_info(processes.device)[0]
     product_bytes = product_type(options.precision, processes.device).itemsize
 
     def fits(size: int, recompute: str) -> bool:
@@ -50,9 +53,7 @@ def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[Namespace
         return needed_bytes(model, n_tokens, recompute, product_bytes) <= room
 
     if not options.mini_batch_size:
-        most = max(1, options.total_batch_size // (options.context_length * processes.world_size)) if is_cuda else 8
-        least = "blocks" if is_checkpointed else "gelu"
-        size = next((size for size in range(most, 1, -1) if not is_cuda or fits(size, least)), 1)
-        [options.mini_batch_size] = (-largest for largest in processes.largest(-size))
-    may_keep = is_cuda and fits(options.mini_batch_size, "nothing")
-    return options, "blocks" if is_checkpointed else "nothing" if may_keep else "gelu"
+        most = options.total_batch_size // (options.context_length * processes.world_size)
+        size = next((size for size in range(most, 1, -1) if fits(size, least)), 1)
+        options.mini_batch_size = min(processes.gather(size))
+    return options, "nothing" if least == "gelu" and fits(options.mini_batch_size, "nothing") else least

@@ -16,7 +16,7 @@ from model import GPT, Linear
 from training.cross_entropy import copy_again, padded
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # by PyTorch, CUDA, cuBLAS, NCCL
-_UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal", re.ASCII)
+_UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal")
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,7 +63,7 @@ def product_type(name: str, device: torch.device) -> torch.dtype:
 
 def type_name(dtype: torch.dtype) -> str:
     """fp32, bf16 or fp16."""
-    return next((name for name, known in _TYPES.items() if known is dtype), str(dtype))
+    return next(name for name, known in _TYPES.items() if known is dtype)
 
 
 def name_of(device: torch.device) -> str:
@@ -82,7 +82,7 @@ def failures_explained(device: torch.device, advice: str = "") -> Iterator[None]
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(text):
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
             advice = advice or "free some of it" + ", or add --device cpu" * (device.type != "cpu")
             raise UserError(f"out of memory on {device}: {advice}") from error
         if "no kernel image" in text:
@@ -113,7 +113,7 @@ class Products:
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
-        self.model, self.weight = model, model.transformer.wte.weight
+        self.model = model
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.output: Tensor | None = None
         if dtype is torch.float32:
@@ -125,11 +125,11 @@ class Products:
                     memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
                     self.copies.append((parameter, memo[id(parameter)]))
         self.model = deepcopy(model, memo)  # which takes from memo what is in there
-        self.output = padded(self.weight, dtype)
+        self.output = padded(model.transformer.wte.weight, dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights as they are now."""
         if self.output is not None:
             torch._foreach_copy_([copy for _, copy in self.copies], [parameter for parameter, _ in self.copies])
-            copy_again(self.weight, self.output)
+            copy_again(self.model.transformer.wte.weight, self.output)

@@ -49,10 +49,6 @@ class Processes:
         dist.all_gather(found, padded)
         return [json.loads(bytes(each.tolist())) for each in found]
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-        return [sum(each) for each in zip(*self.gather(values))]
-
     def largest(self, *values: int) -> list[int]:
         """The largest of all ranks' values, one by one: what one rank noticed, all know."""
         return [max(each) for each in zip(*self.gather(values))]
@@ -78,15 +74,7 @@ class Processes:
 
     def compare(self, facts: Mapping[str, object]) -> None:
         """Raise UserError on all ranks, naming what differs and where, unless all have the same facts."""
-        found, different = self.gather([HOST, dict(facts)]), []
-        several = len({host for host, _ in found}) > 1
-        for name in facts:
-            if len({str(theirs.get(name)) for _, theirs in found}) > 1:
-                places = (f"{theirs.get(name)} on {host if several else f'rank {rank}'}"
-                          for rank, (host, theirs) in enumerate(found))
-                different.append(f"{name} is {', '.join(dict.fromkeys(places))}")
-        if different:
-            raise UserError(f"the processes were started differently: {'; '.join(different)}")
+        _refuse_differences(self.gather([HOST, dict(facts)]))
 
     def check_shared(self, folder: Path) -> None:
         """Raise UserError on all ranks unless they see what rank 0 wrote into the folder, within some seconds."""
@@ -95,12 +83,13 @@ class Processes:
                 return (folder / LOCK).read_text()
             return ""
 
-        expected, end = self.gather(mark())[0], time.monotonic() + 5
+        expected = self.gather(mark())[0]
         with self.together():
-            while mark() != expected:
+            for _ in range(20):
+                if mark() == expected:
+                    return
                 time.sleep(0.25)
-                if time.monotonic() > end:
-                    raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
+            raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
 
     @contextmanager
     def failures_explained(self, advice: str = "") -> Iterator[None]:
@@ -155,12 +144,15 @@ def comparable(options: Namespace) -> dict[str, object]:
             "the program in src/": digest(program), "torch": torch.__version__}
 
 
-def _compare_devices(store: Any, rank: int, world_size: int, device_name: str) -> None:
-    """Raise UserError on all ranks unless all compute on the same kind of device: else the group would never form."""
-    store.set(f"device {rank}", f"{device_name} on {HOST}")
-    found = [store.get(f"device {other}").decode() for other in range(world_size)]
-    if len({each.partition(" on ")[0] for each in found}) > 1:
-        raise UserError(f"the processes were started differently: --device is {', '.join(dict.fromkeys(found))}")
+def _refuse_differences(found: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    """Raise UserError unless all ranks, each with its host, have the same facts."""
+    different = []
+    for name in found[0][1]:
+        if len({str(facts.get(name)) for _, facts in found}) > 1:
+            places = dict.fromkeys(f"{facts.get(name)} on {host}" for host, facts in found)
+            different.append(f"{name} is {', '.join(places)}")
+    if different:
+        raise UserError(f"the processes were started differently: {'; '.join(different)}")
 
 
 def join(device_name: str) -> Processes:
@@ -187,20 +179,20 @@ def join(device_name: str) -> Processes:
 def _connect(processes: Processes) -> None:
     """Take the device, and meet the other processes."""
     rank, world_size, device = processes.rank, processes.world_size, processes.device
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
         where = os.environ.get("INSTRUCT_STORE", "env://")
-        is_file = where.startswith("file://")  # on a single host
-        met = (dist.FileStore(where.removeprefix("file://"), world_size) if is_file else  # type: ignore[attr-defined]
-               next(rendezvous(where, rank, world_size, timeout=timeout))[0])
+        met = next(rendezvous(where, rank, world_size, timeout=timeout))[0]
         # each start of the run, whose number the name ends with, has a part of the store of its own
         store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
-        _compare_devices(store, rank, world_size, device.type)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store,
-                                device_id=device if device.type == "cuda" else None)
-        if device.type == "cuda":  # NCCL fails now if it does, and takes its memory before what is free is looked at
+        # else the group would never form
+        store.set(f"facts {rank}", json.dumps([HOST, {"--device": device.type}]))
+        _refuse_differences([json.loads(store.get(f"facts {other}")) for other in range(world_size)])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", rank=rank, world_size=world_size,
+                                timeout=timeout, store=store, device_id=device if is_cuda else None)
+        if is_cuda:  # NCCL fails now if it does, and takes its memory before what is free is looked at
             dist.all_reduce(torch.zeros(1, device=device))

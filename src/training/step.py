@@ -157,5 +157,5 @@ def evaluate(learner: Learner, data: InstructData, plan: Plan,
         if is_stopped():
             return None
         losses.append(learner.loss(batch))
-    [loss] = learner.processes.sum([float(torch.stack(losses).cpu().double().sum())])
-    return loss / plan.response_tokens
+    total: float = sum(learner.processes.gather(float(torch.stack(losses).cpu().double().sum())))
+    return total / plan.response_tokens

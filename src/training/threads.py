@@ -36,16 +36,11 @@ class Saver:
         return bool(self._writing and self._writing.done() and self._writing.exception())
 
     def write(self, write: Callable[[Mapping[str, Any]], None], state: Mapping[str, Any]) -> None:
-        """Call write with the state as it is now. Raises what it raises, or what an earlier call did in the thread;
-        this state is written all the same."""
+        """Call write with the state as it is now. Raises what it raises, or what an earlier call did in the thread."""
         if not self._thread:
             return write(state)
-        before, self._writing = self._writing, None
-        if before:
-            before.exception()  # waits, so that there is never more than one copy
+        self.wait()  # so that there is never more than one copy
         self._writing = self._thread.submit(write, copied(state))
-        if before:
-            before.result()
 
     def wait(self) -> None:
         """Wait until all is written. Raises what a write raised."""
@@ -55,10 +50,10 @@ class Saver:
 
     def close(self) -> None:
         """Wait until all is written, and say what failed."""
-        if self._thread:
-            self._thread.shutdown()
-        if self.has_failed and self._writing:
-            self._say(f"error: {self._writing.exception()}")
+        try:
+            self.wait()
+        except Exception as error:
+            self._say(f"error: {error}")
 
 
 def copied(state: Any) -> Any:
