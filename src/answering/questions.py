@@ -1,6 +1,5 @@
 """Questions from a pipe or a file: one a line, as text or as JSON objects. A line that holds none does not end them."""
 
-import codecs
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,10 @@ Made = TypeVar("Made")
 
 def text_of(data: bytes) -> str:
     """Data as text, without a byte order mark. Raises UserError when they are none."""
-    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: byte 0x{data[error.start]:02x} in column {error.start + 1}") from error
+        raise UserError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in column {error.start + 1}") from error
     if "\0" in text:
         raise UserError("a NUL character, which is in no text; is it UTF-16?")
     return text
@@ -32,10 +30,10 @@ def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
     """Of each line that is not blank: its number, its question as far as it is known, and what make makes of that, or
     why it cannot. input goes with the first."""
     for number, line in enumerate(iter(read_line, b""), 1):
-        line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
+        shown = line.decode("utf-8-sig", "replace").strip()
+        if not shown:
             continue
-        question = Question("" if as_objects else line.decode(errors="replace").strip(), input)
+        question = Question("" if as_objects else shown, input)
         try:
             text = text_of(line)
             if as_objects:
