@@ -114,12 +114,14 @@ def _says_it() -> bool:
 
 
 def _mend_streams() -> None:
-    """Streams that were closed before the start are empty, and characters that an encoding lacks are escapes."""
+    """Streams that were closed before the start are empty, and characters that an encoding lacks are escapes; bytes that
+    are no text in it are shown as such."""
     sys.stdin, sys.stdout, sys.stderr = (
         stream or open(os.devnull, mode)  # noqa: SIM115 (for as long as the process lives)
         for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
-    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:

@@ -121,7 +121,7 @@ class Lines:
                     readline.add_history(entry)
 
     def read(self, prompt: str) -> str:
-        """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C, UnicodeDecodeError."""
+        """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C."""
         self.signals.interrupted = False  # it stopped the last answer
         text = self._line(prompt)
         if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}(.*)", text, re.DOTALL):
@@ -146,10 +146,9 @@ class Lines:
             raise EOFError  # Ctrl-D during an answer, which readline would not see
         self.signals.prompt = prompt
         try:
-            line = self.signals.wait(input, prompt)
+            return self.signals.wait(input, prompt)
         except (OSError, termios.error) as error:  # the terminal is gone
             raise EOFError from error
-        return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def _completion(self, word: str, number: int) -> str | None:
         found = [f"{name} " for name in self.complete(readline.get_line_buffer()) if name.startswith(word)]

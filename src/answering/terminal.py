@@ -109,8 +109,6 @@ class Chat:
                         return 130
                     is_warned = not self.signals.typed
                     self.say("\n(Ctrl-C again leaves, and so do Ctrl-D and /exit)" * is_warned)
-                except UnicodeDecodeError as error:
-                    self.say(f"error: no text in the terminal's encoding, {error.encoding}")
                 except UserError as error:
                     self.say(f"error: {printable_line(error)}")
 
