@@ -145,7 +145,7 @@ BAD_OBJECTS = {
     b'{"instruction": 7}': "'instruction' must be text", b'{"instruction": null}': "'instruction' must be text",
     b'{"instruction": "a", "input": 0}': "'input' must be text", b'{"instruction": " "}': "the question is empty",
     b'{"instruction": "a", "input": "' + b"word " * 90 + b'"}': "too many for a context of 64; shorten the input",
-    b"[" * 100_000: "cannot be read as JSON", b"7" * 5000: "cannot be read as JSON"}
+    b"[" * 100_000: "nested too deeply", b"7" * 5000: "expected an ob"}
 
 
 @pytest.mark.parametrize("flag, good, bad", [("--json", b"One?", BAD),

@@ -1,13 +1,13 @@
 """Questions from a pipe or a file: one a line, as text or as JSON objects. A line that holds none does not end them."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from answering.answer import Answer, Question
 from answering.batch import WIDTH, finished
 from answering.decode_weights import OneRowInt8
+from data.rows import BadRow, parse_json
 from errors import UserError
 from instruct_format import END_OF_TEXT
 
@@ -37,26 +37,21 @@ def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
         try:
             text = text_of(line)
             if as_objects:
-                question = _question_of(text)
+                question = _question_of(parse_json(text.strip()))
             yield number, question, make(question)
         except UserError as error:
             yield number, question, error
         input = ""
 
 
-def _question_of(text: str) -> Question:
-    """Raises UserError unless text is an object with an instruction and perhaps an input; other names are ignored."""
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"cannot be read as JSON: {error.msg} in column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
-        raise UserError(f"cannot be read as JSON: {error}") from error
+def _question_of(row: Any) -> Question:
+    """Raises UserError unless this is an object with an instruction and perhaps an input; other names are ignored."""
     if not isinstance(row, dict) or "instruction" not in row:
-        raise UserError("expected an object with an instruction, and perhaps an input")
+        raise UserError(str(row) if isinstance(row, BadRow) else
+                        "expected an object with an instruction, and perhaps an input")
     question = Question(row["instruction"], "" if row.get("input") is None else row["input"])
     for name, value in question._asdict().items():
-        if not isinstance(value, str):
+        if type(value) is not str:  # numbers are texts of another type
             raise UserError(f"{name!r} must be text")
     return question
 
