@@ -100,8 +100,9 @@ def said(monkeypatch) -> list[str]:
     """What the models say instead of decoding, taken from the front of this list; an ! at its end means no end."""
     texts: list[str] = []
 
-    def finished(model, prompts, limits, stop_token):
+    def finished(model, prompts, limit, stop_token):
         assert stop_token == END_OF_TEXT
+        limits = [min(limit, model.config.context_length - len(prompt)) for prompt in prompts]
         answers = [(tokenizer().encode_ordinary((text := texts.pop(0)).rstrip("!"))
                     + [0] * limit * text.endswith("!"))[:limit] for limit in limits]
         yield from reversed(list(enumerate(answers)))  # they end in any order

@@ -58,28 +58,26 @@ class Rows:
 
 
 @torch.inference_mode()
-def finished(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int],
+def finished(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              settings: Settings = GREEDY, stop_token: int | None = None,
              generators: Sequence[torch.Generator] | None = None, width: int = WIDTH,
              is_stopped: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, list[int]]]:
     """Yield (number of the prompt, the tokens after it) as they end: those that generate() yields for it alone. Those
     that have not ended when it is_stopped, which is asked before each step, are not yielded.
 
-    max_new_tokens, at least 1, is one for all or one for each; so are generators, which make sampling reproducible.
+    max_new_tokens is at least 1; generators, one for each prompt, make sampling reproducible.
     At most width sequences, fewer if they are large, grow together: when one ends, the next prompt takes its place, the
     longest first. Raises ValueError for an empty prompt, or one that leaves no room in the context.
     """
-    context_length = model.config.context_length
+    config = model.config
     for prompt in prompts:
-        if not 0 < len(prompt) < context_length:
-            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit a context of {context_length}")
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    limits = [min(limit, context_length - len(prompt)) for prompt, limit in zip(prompts, limits)]
+        if not 0 < len(prompt) < config.context_length:
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit a context of {config.context_length}")
+    limits = [min(max_new_tokens, config.context_length - len(prompt)) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     active: list[int] = []  # the number of each row's prompt
     capacity = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)
-    config = model.config
     row_bytes = 2 * config.n_layer * config.n_embd * capacity * model.transformer.wte.weight.element_size()
     width = max(1, min(width, len(prompts), LARGEST_CACHE // row_bytes))
     rows = Rows(model, width, capacity)

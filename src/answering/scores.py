@@ -70,12 +70,12 @@ def evaluate(model: GPT, cases: Sequence[Case], limit: int, bar: Callable[..., I
     when the loss is no finite number."""
     if model.transformer.wte.weight.device.type == "cpu":
         for_decoding(model, FewRows)
-    limits = [min(limit, model.config.context_length - len(case.prompt)) for case in cases]
     scored = [case for case in cases if case.spans]
     losses: list[tuple[float, int]] = list(bar(response_losses(model, scored), total=len(scored)))
-    found: dict[int, list[int]] = dict(bar(finished(model, [case.prompt for case in cases], limits,
+    found: dict[int, list[int]] = dict(bar(finished(model, [case.prompt for case in cases], limit,
                                                     stop_token=END_OF_TEXT), total=len(cases)))
-    answers = [(found[index], len(found[index]) < most) for index, most in enumerate(limits)]
+    answers = [(found[index], len(found[index]) < min(limit, model.config.context_length - len(case.prompt)))
+               for index, case in enumerate(cases)]
     loss = perplexity = exact = None
     if losses:
         loss = sum(each for each, _ in losses) / sum(count for _, count in losses)
