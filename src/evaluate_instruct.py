@@ -35,10 +35,9 @@ def parse_options(argv: list[str] | None) -> Namespace:
                              + " and ".join(map(str, DEFAULT)) + ", as far as they are there")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data_dir", type=Path, default=Path("data_instruct"),
-                        help="prepared data (default: %(default)s)")
+                        help="prepared data, of which val is taken (default: %(default)s)")
     source.add_argument("--dataset", help="examples of a file instead, in any form that the preparation takes")
     source.add_argument("--prompts", type=Path, help="questions of a text file instead, a line each: no loss then")
-    parser.add_argument("--split", choices=("train", "val"), help="of the prepared data (default: val)")
     parser.add_argument("--examples", type=number(int, 0), default=64,
                         help="this many, spread over all; 0 means all (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=256,
@@ -48,10 +47,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object, with all answers")
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    options = parser.parse_args(argv)
-    if options.split and (options.dataset or options.prompts):
-        parser.error("--split is for prepared data, not for --dataset or --prompts")
-    return options
+    return parser.parse_args(argv)
 
 
 def report_of(options: Namespace) -> dict[str, Any]:
@@ -102,7 +98,7 @@ def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], in
     elif options.dataset:
         documents = _dataset(options.dataset)
     else:
-        data = InstructData(open_prepared(options.data_dir), options.split or "val", 1 << 30)
+        data = InstructData(open_prepared(options.data_dir), "val", 1 << 30)
         documents = [data.example(number) for number in range(len(data))]
     fitting = [document for document in documents if len(document[0]) <= context_length]
     if not fitting:

@@ -158,7 +158,6 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["good.pt", "--dataset", "dpo.jsonl"], 2, "dpo.jsonl: row 1: no column for the output (found: 'prompt', 'chosen"
      "'); say which it is: --columns instruction=NAME output=NAME"),
     (["good.pt", "--prompts", "good.jsonl"], 2, "good.jsonl: not questions, a line each, but JSON; with answers, -"),
-    (["good.pt", "--dataset", "good.jsonl", "--split", "val"], 2, "--split is for prepared data, not for --data"),
     (["good.pt", "--json", "--markdown"], 2, "argument --markdown: not allowed with argument --json"),
 ])
 def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, run_main):
