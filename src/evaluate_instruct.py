@@ -37,7 +37,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
     source.add_argument("--data_dir", type=Path, default=Path("data_instruct"),
                         help="prepared data, of which val is taken (default: %(default)s)")
     source.add_argument("--dataset", help="examples of a file instead, in any form that the preparation takes")
-    source.add_argument("--prompts", type=Path, help="questions of a text file instead, a line each: no loss then")
+    source.add_argument("--prompts", type=Path, help="questions instead, one a line, as text or in a .jsonl as chat "
+                        "takes them: no loss then")
     parser.add_argument("--examples", type=number(int, 0), default=64,
                         help="this many, spread over all; 0 means all (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=256,
@@ -120,10 +121,9 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.answer import encode_question
     from answering.questions import questions_of
 
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
-        raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
+    as_objects = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
     with errors_at(path), path.open("rb") as file:
-        for line, _, tokens in questions_of(file.readline, "", False, partial(encode_question, context_length)):
+        for line, _, tokens in questions_of(file.readline, "", as_objects, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):
                 raise UserError(f"{path}: line {line}: {tokens}")
             yield tokens

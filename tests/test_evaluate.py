@@ -136,8 +136,8 @@ def test_the_terminal_shows_scores_and_answers_side_by_side(said, capsys, tmp_pa
 
 
 def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said, capsys, tiny_checkpoint, tmp_path):
-    (tmp_path / "q.txt").write_text("".join(f"Question {n} {'What is it? ' * 8}\n" for n in range(10)))
-    flags = [*[tiny_checkpoint] * 3, "--prompts", tmp_path / "q.txt", "--max_new_tokens", 30, "--examples", 3]
+    questions = [{"instruction": f"Question {n} {'What is it? ' * 8}"} for n in range(10)]
+    flags = [*[tiny_checkpoint] * 3, "--prompts", write_jsonl(tmp_path / "q.jsonl", questions), "--max_new_tokens", 30, "--examples", 3]
     said += ["many words " * 20] * 18
     out = evaluation(capsys, *flags)
     assert all(len(line) < 80 for line in out.splitlines() if str(tiny_checkpoint) not in line)
@@ -157,7 +157,7 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["good.pt", "--dataset", "empty.txt"], 2, "empty.txt: nothing to evaluate: no question with an answer "),
     (["good.pt", "--dataset", "dpo.jsonl"], 2, "dpo.jsonl: row 1: no column for the output (found: 'prompt', 'chosen"
      "'); say which it is: --columns instruction=NAME output=NAME"),
-    (["good.pt", "--prompts", "good.jsonl"], 2, "good.jsonl: not questions, a line each, but JSON; with answers, -"),
+    (["good.pt", "--prompts", "dpo.jsonl"], 2, "dpo.jsonl: line 1: expected an object with an instruction"),
     (["good.pt", "--json", "--markdown"], 2, "argument --markdown: not allowed with argument --json"),
 ])
 def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, run_main):
