@@ -22,6 +22,8 @@ if sys.platform == "win32":  # before anything imports what Windows does not hav
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
                      "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
 
+_OF_OUTPUT = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what a stream may refuse; files say their names
+
 
 def printable(text: str) -> str:
     """Return text with control characters written as escapes such as \\x1b, so that no terminal obeys them."""
@@ -72,18 +74,25 @@ def matching(pattern: str, expected: str) -> Callable[[str], str]:
 
 
 def write(text: str, stream: TextIO, *, may_be_lost: bool = False) -> None:
-    """Write and flush. Where that is impossible, all that comes later goes nowhere. When it was standard output, and
-    the text may not be lost, the program leaves, saying so, or raises BrokenPipeError when the reader has left."""
+    """Write and flush. Where that is impossible, all that comes later goes nowhere, and the program leaves when it was
+    standard output, and the text may not be lost."""
     try:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is sys.stdout and not may_be_lost:
-            if isinstance(error, BrokenPipeError):
-                raise
-            write(f"error: standard output: {error.strerror}\n", sys.stderr)
-            raise SystemExit(UserError.exit_code) from error
+            raise SystemExit(_end_of_output(error)) from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _end_of_output(error: OSError) -> int:
+    """Send standard output nowhere from now on. Returns the exit code: 0 when its reader has left, else it is said why.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno in (errno.EPIPE, errno.EIO):
+        return 0
+    write(f"error: standard output: {error.strerror}\n", sys.stderr)
+    return UserError.exit_code
 
 
 _COMMAND = re.compile(r"(?:^|\s)(?:\./\w+\.sh|python src/)")
@@ -140,12 +149,8 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO):  # nobody is there to read
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # print's: files say their names
-            code = UserError.exit_code
-            write(f"error: standard output: {error.strerror}\n", sys.stderr)
+        if isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:  # of print
+            code = _end_of_output(error)
         else:
             traceback.print_exc()
             code = 1

@@ -41,7 +41,7 @@ def errors_at(place: object, *kinds: type[Exception], advice: str = "",
     advice. Those that are one already pass."""
     try:
         yield
-    except (UserError, BrokenPipeError):  # the second is about standard output, whatever is done in here
+    except UserError:
         raise
     except (OSError, *kinds) as error:  # type: ignore[misc]
         lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
