@@ -182,7 +182,8 @@ def test_the_script_takes_the_two_usual_checkpoints(tmp_path, tiny_checkpoint):
     for name in ("checkpoints", "checkpoints_instruct"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "best_model.pt").symlink_to(tiny_checkpoint)
-    (tmp_path / "q.txt").write_text("What?\n")
-    code, stdout, stderr = run_script("evaluate_instruct.py", "--prompts", "q.txt", "--show", "0", cwd=tmp_path)
-    assert (code, stderr) == (0, "")
+    (tmp_path / "q.txt").write_text("Gruß?\n", encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # what it lacks is shown as an escape
+    code, stdout, stderr = run_script("evaluate_instruct.py", "--prompts", "q.txt", cwd=tmp_path, env=ascii_only)
+    assert (code, stderr) == (0, "") and "\nGru\\xdf?\n" in stdout
     assert stdout.startswith("1. checkpoints/best_model.pt (step 3)\n2. checkpoints_instruct/best_model.pt (step 3)\n")
