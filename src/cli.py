@@ -51,7 +51,7 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value in (float("inf"), float("-inf")):
+        if value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is no finite number")
         if not low <= value <= high or (above and value == low):
             bound = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < float("inf"))

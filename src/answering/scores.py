@@ -50,7 +50,7 @@ def response_losses(model: GPT, cases: Sequence[Case]) -> Iterator[tuple[float, 
     device = model.transformer.wte.weight.device
     for case in cases:
         tokens = torch.tensor(case.tokens, device=device)
-        rows = torch.tensor([row for start, end in case.spans for row in range(max(start, 1) - 1, end - 1)],
+        rows = torch.tensor([row for start, end in case.spans for row in range(start - 1, end - 1)],
                             dtype=torch.int64, device=device)  # the token before each response token predicts it
         hidden = model(tokens, Documents.of([len(tokens)], device), rows)
         yield float(F.cross_entropy(model.logits(hidden).float(), tokens[rows + 1], reduction="sum")), len(rows)
