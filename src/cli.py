@@ -123,8 +123,8 @@ def _says_it() -> bool:
 
 
 def _mend_streams() -> None:
-    """Streams that were closed before the start are empty, and characters that an encoding lacks are escapes; bytes that
-    are no text in it are shown as such."""
+    """Streams that were closed before the start are empty. Bytes that are no text are replaced, and characters that an
+    encoding lacks are escapes."""
     sys.stdin, sys.stdout, sys.stderr = (
         stream or open(os.devnull, mode)  # noqa: SIM115 (for as long as the process lives)
         for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))

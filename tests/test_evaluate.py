@@ -137,7 +137,8 @@ def test_the_terminal_shows_scores_and_answers_side_by_side(said, capsys, tmp_pa
 
 def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said, capsys, tiny_checkpoint, tmp_path):
     questions = [{"instruction": f"Question {n} {'What is it? ' * 8}"} for n in range(10)]
-    flags = [*[tiny_checkpoint] * 3, "--prompts", write_jsonl(tmp_path / "q.jsonl", questions), "--max_new_tokens", 30, "--examples", 3]
+    prompts = write_jsonl(tmp_path / "q.jsonl", questions)
+    flags = [*[tiny_checkpoint] * 3, "--prompts", prompts, "--max_new_tokens", 30, "--examples", 3]
     said += ["many words " * 20] * 18
     out = evaluation(capsys, *flags)
     assert all(len(line) < 80 for line in out.splitlines() if str(tiny_checkpoint) not in line)
