@@ -138,8 +138,9 @@ class Chat:
             case "/help":
                 self.say(HELP)
             case _:
-                raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, *LEAVING])}; /help lists them, // "
-                                "begins a question with a slash")
+                nearest = get_close_matches(command, [*COMMANDS, *LEAVING], 1)
+                meant = f", did you mean {nearest[0]}?" if nearest else ""
+                raise UserError(f"no command {command}{meant}; /help lists them, // begins a question with a slash")
 
     def _ask(self, question: Question) -> None:
         """Answer, and remember it."""
@@ -155,7 +156,7 @@ class Chat:
     def _set(self, name: str = "", value: str = "") -> None:
         """Change a setting, or show all, or one."""
         if name and name not in TABLE:
-            raise UserError(f"no setting {name}{_nearest(name, TABLE)}; there are {', '.join(TABLE)}")
+            raise UserError(f"no setting {name}; there are {', '.join(TABLE)}")
         if value:
             self.settings = changed(self.settings, name, value.strip())
         for shown in [name] if name else TABLE:
@@ -244,11 +245,6 @@ def fields_of(answer: Answer, checkpoint: str) -> dict[str, Any]:
             "seconds": round(answer.seconds, 3), "stopped": answer.stopped, "prompt_tokens": len(answer.prompt),
             "tokens_per_second": round(answer.tokens / max(answer.seconds, 1e-9), 1), "seed": answer.seed,
             "settings": settings, "checkpoint": checkpoint}
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    found = get_close_matches(name, names, 1, 0.6)
-    return f", did you mean {found[0]}?" if found else ""
 
 
 def _input_of(text: str) -> str:
