@@ -8,7 +8,7 @@ import torch
 import answering.batch
 from answering.batch import WIDTH, finished
 from answering.decode_weights import FewRows, for_decoding
-from answering.generate import generate
+from answering.generate import GREEDY, generate
 from model import GPT, GPTConfig
 from models import small_model
 
@@ -59,12 +59,15 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(count, form):
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_answers_come_as_they_end_from_rows_that_are_filled_again(width, monkeypatch):
     model, prompts = small_model(config=CONFIG).double(), prompts_of(10)
-    how = model, prompts, 40
-    found, whole = list(finished(*how, width=width)), together(*how)
-    assert len(found) == 10 and dict(found) == dict(enumerate(whole))
+    stop = together(model, prompts[7:8], 1)[0][0]  # so that some end early
+    how = model, prompts, 40, GREEDY, stop
+    whole = dict(enumerate(together(*how)))
     row_bytes = 2 * 2 * 64 * 48 * 8  # keys and values of two layers for a full context, in fp64
-    for bytes_there, expected in ((width * row_bytes + 7, found), (1, list(finished(*how, width=1)))):
-        monkeypatch.setattr(answering.batch, "LARGEST_CACHE", bytes_there)
-        assert list(finished(*how)) == expected  # as many as there is memory for
-    if width == 1:
-        assert [number for number, _ in found] == sorted(range(10), key=lambda n: -len(prompts[n]))
+    found = []
+    for name, value in (("WIDTH", width), ("LARGEST_CACHE", width * row_bytes + 7), ("LARGEST_CACHE", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(answering.batch, name, value)
+            found.append(list(finished(*how)))
+    assert all(len(each) == 10 and dict(each) == whole for each in found)
+    assert found[0] == found[1] and (found[1] == found[2]) == (width == 1)  # as many as there is memory for
+    assert [number for number, _ in found[2]] == sorted(range(10), key=lambda n: -len(prompts[n]))

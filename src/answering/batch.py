@@ -60,13 +60,13 @@ class Rows:
 @torch.inference_mode()
 def finished(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int,
              settings: Settings = GREEDY, stop_token: int | None = None,
-             generators: Sequence[torch.Generator] | None = None, width: int = WIDTH,
+             generators: Sequence[torch.Generator] | None = None,
              is_stopped: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, list[int]]]:
     """Yield (number of the prompt, the tokens after it) as they end: those that generate() yields for it alone. Those
     that have not ended when it is_stopped, which is asked before each step, are not yielded.
 
     max_new_tokens is at least 1; generators, one for each prompt, make sampling reproducible.
-    At most width sequences, fewer if they are large, grow together: when one ends, the next prompt takes its place, the
+    At most WIDTH sequences, fewer if they are large, grow together: when one ends, the next prompt takes its place, the
     longest first. Raises ValueError for an empty prompt, or one that leaves no room in the context.
     """
     config = model.config
@@ -79,7 +79,7 @@ def finished(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     active: list[int] = []  # the number of each row's prompt
     capacity = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=1)
     row_bytes = 2 * config.n_layer * config.n_embd * capacity * model.transformer.wte.weight.element_size()
-    width = max(1, min(width, len(prompts), LARGEST_CACHE // row_bytes))
+    width = max(1, min(WIDTH, len(prompts), LARGEST_CACHE // row_bytes))
     rows = Rows(model, width, capacity)
     while (waiting or active) and not is_stopped():
         # read a prompt where a row is free, else one token for every row

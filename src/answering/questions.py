@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from answering.answer import Answer, Question
-from answering.batch import WIDTH, finished
-from answering.decode_weights import OneRowInt8
+from answering.batch import finished
 from data.rows import BadRow, parse_json
 from errors import UserError
 from instruct_format import END_OF_TEXT
@@ -60,7 +59,6 @@ def answer_together(answers: Sequence[Answer], is_stopped: Callable[[], bool]) -
     """Find the tokens of several answers at once: the same ones, in less time. Some stay unknown when it is stopped."""
     if answers:
         begin, model, settings = time.perf_counter(), answers[0].model, answers[0].settings
-        width = 1 if isinstance(model.output, OneRowInt8) else WIDTH
         for number, tokens in finished(model, [answer.prompt for answer in answers], settings.max_new_tokens, settings,
-                                       END_OF_TEXT, [answer.generator() for answer in answers], width, is_stopped):
+                                       END_OF_TEXT, [answer.generator() for answer in answers], is_stopped):
             answers[number].known, answers[number].seconds = tokens, time.perf_counter() - begin

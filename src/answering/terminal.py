@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from answering.answer import Answer, Question
 from answering.batch import WIDTH
+from answering.decode_weights import OneRowInt8
 from answering.lines import Lines, Signals
 from answering.questions import answer_together, questions_of, text_of
 from answering.settings import TABLE, Settings, changed
@@ -63,11 +64,12 @@ class Chat:
         """Answer the lines of stdin; input goes with the first. Returns the exit code: 0, or 130 after Ctrl-C. Raises
         UserError at the end if one was not answered."""
         n_lines = n_failed = 0
+        together = as_objects and not isinstance(self.model.output, OneRowInt8)  # which is for one row
         with self.signals:
             lines = questions_of(lambda: self.signals.wait(sys.stdin.buffer.readline, -1), input, as_objects,
                                  lambda question: Answer(self.model, *question, self.settings))
-            while not self.signals.interrupted and (batch := list(islice(lines, WIDTH if as_objects else 1))):
-                if as_objects:
+            while not self.signals.interrupted and (batch := list(islice(lines, WIDTH if together else 1))):
+                if together:
                     answer_together([answer for *_, answer in batch if isinstance(answer, Answer)],
                                     lambda: self.signals.interrupted)
                 for number, question, answer in batch:
@@ -75,7 +77,7 @@ class Chat:
                     if isinstance(answer, UserError):
                         n_failed += 1
                         self._write_error(f"line {number}: {answer}", question)
-                    elif as_objects and answer.known is None:
+                    elif together and answer.known is None:
                         break  # after Ctrl-C
                     else:
                         self._write_answer(answer)
