@@ -115,15 +115,14 @@ def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context():
             next(generate(model, prompt, 1))
 
 
-@pytest.mark.parametrize("form, dtype", [(OneRow, torch.float32), (FewRows, torch.float32), (FewRows, torch.float64)])
-def test_decoding_gives_the_logits_of_linear_layers(form, dtype):
-    """In fp64 too, which oneDNN does not take."""
-    plain, decoding = small_model().to(dtype), small_model().to(dtype)
+@pytest.mark.parametrize("form", [OneRow, FewRows])
+def test_decoding_gives_the_logits_of_linear_layers(form):
+    plain, decoding = small_model(), small_model()
     for_decoding(decoding, form)
     tokens = torch.randint(0, plain.config.vocab_size, (200,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for pieces in ((200,), (1,) * 20, (50, 1, 1, 148)):
-            caches = KVCache(plain.config, dtype=dtype), KVCache(plain.config, dtype=dtype)
+            caches = KVCache(plain.config), KVCache(plain.config)
             for piece in tokens[:sum(pieces)].split(pieces):
                 one, other = (model.logits(model.decode(piece, cache))
                               for model, cache in zip((plain, decoding), caches))

@@ -80,7 +80,7 @@ def for_decoding(model: GPT, form: type[OneRow | FewRows | OneRowInt8]) -> None:
     can be read with afterwards, not trained or saved. Nothing of it stays in the memory of the weights that it had,
     which may be a mapped file."""
     output = model.transformer.wte.weight
-    if form is FewRows and not (torch.backends.mkldnn.is_available() and output.dtype is torch.float32):
+    if form is FewRows and not torch.backends.mkldnn.is_available():
         form = OneRow
     for name, module in list(model.named_modules()):
         if form is OneRowInt8 or not isinstance(module, nn.Linear):  # else the form is a copy
