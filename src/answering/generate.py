@@ -24,12 +24,11 @@ def likeliest(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     smallest set of the likeliest that sum to at least top_p (Holtzman et al. 2020) stays, and is made to sum to 1.
     Temperature must be above 0, however little: the scores are at most 0 and in fp64, so that none overflows.
     """
-    n_kept = settings.top_k if 0 < settings.top_k < logits.size(0) else logits.size(0)
-    largest, tokens = (part.cpu() for part in logits.topk(n_kept))
+    largest, tokens = (part.cpu() for part in logits.topk(min(settings.top_k or len(logits), len(logits))))
     scores = largest.double() - _finite(largest[0])
     kept = (scores / settings.temperature).softmax(0)
     if settings.top_p < 1.0:
-        kept = kept[:max(1, int((kept.cumsum(0) - kept < settings.top_p).sum()))]  # the likeliest always stays
+        kept = kept[:int((kept.cumsum(0) - kept < settings.top_p).sum())]  # the likeliest always stays: 0 is below
     return tokens[:kept.size(0)], kept / kept.sum()
 
 
@@ -40,7 +39,7 @@ def choose(logits: Tensor, settings: Settings, generator: torch.Generator | None
     et al. 2019). Raises CheckpointError when the logits are not finite numbers."""
     logits = logits[:GPT2_TOKENS]
     if settings.repetition_penalty != 1 and answer:
-        recent = torch.tensor(list(set(answer[-REMEMBERED:])), device=logits.device)
+        recent = torch.tensor(answer[-REMEMBERED:], device=logits.device)
         scores = logits[recent]
         penalized = torch.where(scores > 0, scores / settings.repetition_penalty, scores * settings.repetition_penalty)
         logits = logits.index_copy(0, recent, penalized)
