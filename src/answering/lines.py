@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.rows import parse_json
+
 try:
     import readline
 except ImportError:  # some builds of Python lack it: no editing and no history then
@@ -105,10 +107,10 @@ class Lines:
     be recalled too, in later chats if keep_history."""
 
     def __init__(self, signals: Signals, complete: Callable[[str], Iterable[str]], keep_history: bool,
-                 warn: Callable[[str], None]) -> None:
-        """complete takes the line so far and gives its possible last words; warn is called once if the history cannot
+                 say: Callable[[str], None]) -> None:
+        """complete takes the line so far and gives its possible last words; say is called once if the history cannot
         be kept."""
-        self.signals, self.complete, self.keep_history, self.warn = signals, complete, keep_history, warn
+        self.signals, self.complete, self.keep_history, self.say = signals, complete, keep_history, say
         self.path = Path(os.path.realpath(os.path.expanduser(HISTORY)))
         if signals.edits:
             readline.parse_and_bind(f"set enable-bracketed-paste {'on' if signals.can_paste else 'off'}")
@@ -157,12 +159,11 @@ class Lines:
     def _history(self, *more: str) -> list[str]:
         """The last messages of all chats: those of the file, where lines that hold none are passed over, and these,
         which are added to it. It is replaced whole, after other chats may have added to it."""
-        entries = []
+        entries: list[str] = []
         try:
-            for line in self.path.read_bytes().splitlines() if self.keep_history and self.path.exists() else ():
-                with suppress(ValueError, RecursionError):
-                    entries.append(json.loads(line))
-            entries = [entry for entry in (*entries, *more) if isinstance(entry, str)][-LONGEST_HISTORY:]
+            kept = self.path.read_bytes() if self.keep_history and self.path.exists() else b""
+            lines = map(parse_json, kept.decode(errors="replace").splitlines())
+            entries = [entry for entry in (*lines, *more) if type(entry) is str][-LONGEST_HISTORY:]
             if more and self.keep_history:
                 temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
                 with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -170,5 +171,5 @@ class Lines:
                 temporary.replace(self.path)
         except OSError as error:
             self.keep_history = False
-            self.warn(f"{self.path}: the history is not kept: {error.strerror}")
+            self.say(f"warning: {self.path}: the history is not kept: {error.strerror}")
         return entries

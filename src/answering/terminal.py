@@ -93,7 +93,7 @@ class Chat:
         """Messages from the terminal until they end; input goes with the first question. Returns the exit code."""
         self.at_terminal, self.input, is_warned = True, input, False
         with self.signals:
-            lines = Lines(self.signals, self._complete, keep_history, lambda text: self.say(f"warning: {text}"))
+            lines = Lines(self.signals, self._complete, keep_history, self.say)
             while True:
                 n_lines = self.input.count("\n") + 1
                 try:
