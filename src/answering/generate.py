@@ -24,7 +24,8 @@ def likeliest(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     smallest set of the likeliest that sum to at least top_p (Holtzman et al. 2020) stays, and is made to sum to 1.
     Temperature must be above 0, however little: the scores are at most 0 and in fp64, so that none overflows.
     """
-    largest, tokens = (part.cpu() for part in logits.topk(min(settings.top_k or len(logits), len(logits))))
+    n_vocab = logits.size(0)
+    largest, tokens = (part.cpu() for part in logits.topk(min(settings.top_k or n_vocab, n_vocab)))
     scores = largest.double() - _finite(largest[0])
     kept = (scores / settings.temperature).softmax(0)
     if settings.top_p < 1.0:
