@@ -39,7 +39,7 @@ class Signals:
         handlers = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate, signal.SIGALRM: lambda *_: None}
         # whether lines can be edited; where stdout is a file, input() would put the prompt into it
         self.edits = readline is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self.can_paste = os.environ.get("TERM", "dumb") != "dumb"
+        self.is_dumb = os.environ.get("TERM", "dumb") == "dumb"  # a terminal that shows sequences instead of obeying
         if self.edits:
             self.plain = termios.tcgetattr(sys.stdin)
             handlers[signal.SIGTSTP] = self._suspend
@@ -90,7 +90,7 @@ class Signals:
 
     def _suspend(self, *_: object) -> None:
         """Python's readline does not do this: it leaves the terminal as it is, and forgets the prompt."""
-        editing, pasting = termios.tcgetattr(sys.stdin), self.waiting and self.can_paste
+        editing, pasting = termios.tcgetattr(sys.stdin), self.waiting and not self.is_dumb
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.plain)
         os.write(sys.stdout.fileno(), b"\x1b[?2004l" * pasting)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
@@ -113,7 +113,7 @@ class Lines:
         self.signals, self.complete, self.keep_history, self.say = signals, complete, keep_history, say
         self.path = Path(os.path.realpath(os.path.expanduser(HISTORY)))
         if signals.edits:
-            readline.parse_and_bind(f"set enable-bracketed-paste {'on' if signals.can_paste else 'off'}")
+            readline.parse_and_bind(f"set enable-bracketed-paste {'off' if signals.is_dumb else 'on'}")
             readline.parse_and_bind("tab: complete")
             readline.set_completer_delims(" ")
             readline.set_completer(self._completion)

@@ -198,7 +198,7 @@ class Chat:
 
     def _note(self, text: str) -> None:
         """A line by the way: dim where the terminal can."""
-        is_plain = not self._stream().isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+        is_plain = not self._stream().isatty() or os.environ.get("NO_COLOR") or self.signals.is_dumb
         self.say(f"({text})" if is_plain else f"\x1b[2m({text})\x1b[0m")
 
     def _write_answer(self, answer: Answer) -> None:
