@@ -123,9 +123,9 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
 
     as_objects = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
     with errors_at(path), path.open("rb") as file:
-        for line, _, tokens in questions_of(file.readline, "", as_objects, partial(encode_question, context_length)):
+        for _, tokens in questions_of(file.readline, "", as_objects, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):
-                raise UserError(f"{path}: line {line}: {tokens}")
+                raise UserError(f"{path}: {tokens}")
             yield tokens
 
 

@@ -25,9 +25,9 @@ def text_of(data: bytes) -> str:
 
 
 def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
-                 make: Callable[[Question], Made]) -> Iterator[tuple[int, Question, Made | UserError]]:
-    """Of each line that is not blank: its number, its question as far as it is known, and what make makes of that, or
-    why it cannot. input goes with the first."""
+                 make: Callable[[Question], Made]) -> Iterator[tuple[Question, Made | UserError]]:
+    """Of each line that is not blank: its question as far as it is known, and what make makes of that, or why there is
+    nothing, which names the line. input goes with the first."""
     for number, line in enumerate(iter(read_line, b""), 1):
         shown = line.decode("utf-8-sig", "replace").strip()
         if not shown:
@@ -37,9 +37,9 @@ def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
             text = text_of(line)
             if as_objects:
                 question = _question_of(parse_json(text.strip()))
-            yield number, question, make(question)
+            yield question, make(question)
         except UserError as error:
-            yield number, question, error
+            yield question, UserError(f"line {number}: {error}")
         input = ""
 
 

@@ -70,13 +70,13 @@ class Chat:
                                  lambda question: Answer(self.model, *question, self.settings))
             while not self.signals.interrupted and (batch := list(islice(lines, WIDTH if together else 1))):
                 if together:
-                    answer_together([answer for *_, answer in batch if isinstance(answer, Answer)],
+                    answer_together([answer for _, answer in batch if isinstance(answer, Answer)],
                                     lambda: self.signals.interrupted)
-                for number, question, answer in batch:
+                for question, answer in batch:
                     n_lines += 1
                     if isinstance(answer, UserError):
                         n_failed += 1
-                        self._write_error(f"line {number}: {answer}", question)
+                        self._write_error(str(answer), question)
                     elif together and answer.known is None:
                         break  # after Ctrl-C
                     else:
