@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             if options.prompt is None:
                 return chat.answer_all(options.input or "", options.jsonl)
             if options.input is None:
-                options.input = "" if sys.stdin.isatty() else text_of(sys.stdin.buffer.read()).rstrip("\r\n")
+                piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+                options.input = text_of(piped, "standard input: ").rstrip("\r\n")
         return chat.answer_one(Question(options.prompt, options.input))
 
 

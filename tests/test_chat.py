@@ -162,6 +162,8 @@ def test_a_line_that_cannot_be_answered_costs_no_other(ask, flag, good, bad):
         assert (answer["instruction"] == "One?") == ("error" not in answer) == (line == good)
     text = ask("--max_new_tokens", "1", stdin=b"One?\ncaf\xe9\nTwo?\n")
     assert (text.code, text.stderr.count("error: line 2: not UTF-8: byte 0xe9 in column 4\n")) == (2, 1)
+    assert ask("--prompt", "One?", stdin=b"caf\xe9").error_lines[1:] == [
+        "error: standard input: not UTF-8: byte 0xe9 in column 4"]
     utf16 = ask(stdin="One?\nTwo?\n".encode("utf-16"))
     assert (utf16.code, utf16.stdout, utf16.stderr.count("error: line")) == (2, "", 3)
     assert json.loads(ask("--prompt", "caf\udce9?", "--json").stdout)["tokens"] == 8

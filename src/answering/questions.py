@@ -13,14 +13,15 @@ from instruct_format import END_OF_TEXT
 Made = TypeVar("Made")
 
 
-def text_of(data: bytes) -> str:
-    """Data as text, without a byte order mark. Raises UserError when they are none."""
+def text_of(data: bytes, place: str = "") -> str:
+    """Data as text, without a byte order mark. Raises UserError, which begins with place, when they are none."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in column {error.start + 1}") from error
+        byte = error.object[error.start]
+        raise UserError(f"{place}not UTF-8: byte 0x{byte:02x} in column {error.start + 1}") from error
     if "\0" in text:
-        raise UserError("a NUL character, which is in no text; is it UTF-16?")
+        raise UserError(f"{place}a NUL character, which is in no text; is it UTF-16?")
     return text
 
 

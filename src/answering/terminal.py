@@ -257,7 +257,4 @@ def _input_of(text: str) -> str:
     path = Path(os.path.expanduser(name[1:].strip()))
     with errors_at(path):
         check_is_file(path)
-        try:
-            return text_of(path.read_bytes()).rstrip("\r\n")
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+        return text_of(path.read_bytes(), f"{path}: ").rstrip("\r\n")
