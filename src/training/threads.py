@@ -36,11 +36,16 @@ class Saver:
         return bool(self._writing and self._writing.done() and self._writing.exception())
 
     def write(self, write: Callable[[Mapping[str, Any]], None], state: Mapping[str, Any]) -> None:
-        """Call write with the state as it is now. Raises what it raises, or what an earlier call did in the thread."""
+        """Call write with the state as it is now. Raises what it raises, or what an earlier call did in the thread;
+        this state is written all the same."""
         if not self._thread:
             return write(state)
-        self.wait()  # so that there is never more than one copy
+        before, self._writing = self._writing, None
+        if before:
+            before.exception()  # waits, so that there is never more than one copy
         self._writing = self._thread.submit(write, copied(state))
+        if before:
+            before.result()
 
     def wait(self) -> None:
         """Wait until all is written. Raises what a write raised."""
