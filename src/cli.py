@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import re
+import stat
 import sys
 import textwrap
 import traceback
@@ -86,10 +87,11 @@ def write(text: str, stream: TextIO, *, may_be_lost: bool = False) -> None:
 
 
 def _end_of_output(error: OSError) -> int:
-    """Send standard output nowhere from now on. Returns the exit code: 0 when its reader has left, else it is said why.
-    """
+    """Send standard output nowhere from now on. Returns the exit code: 0 when its reader has left, a terminal is gone
+    for instance; else it is said why."""
+    is_terminal = stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if error.errno in (errno.EPIPE, errno.EIO):
+    if error.errno == errno.EPIPE or (error.errno == errno.EIO and is_terminal):
         return 0
     write(f"error: standard output: {error.strerror}\n", sys.stderr)
     return UserError.exit_code

@@ -121,7 +121,9 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.answer import encode_question
     from answering.questions import questions_of
 
-    as_objects = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    as_objects = path.suffix.lower() in (".jsonl", ".ndjson")
+    if path.suffix.lower() == ".json":
+        raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
     with errors_at(path), path.open("rb") as file:
         for _, tokens in questions_of(file.readline, "", as_objects, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):

@@ -129,7 +129,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     table.add_all("warning", doubts(options, model, data, stream, devices))
     with table.check("memory"), table.processes.failures_explained(less_memory(options)):
         learner = _costs(options, model, data["train"], stream, table)
-    if state and table.is_ok("memory"):
+    if state and table.rows["memory"][0] == "ok":  # it takes as much again
         with table.check("start"):
             restore(Run(options, table.processes, Signals(), folder, prepared.manifest, data, stream, learner, ""),
                     state, path)

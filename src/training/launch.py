@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, number, run, say
+from cli import Parser, number, printable_line, run, say
 from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
@@ -99,7 +99,7 @@ class Launcher:
                 plan = self.hosts.decide(self.report)
                 if plan.code is None and plan.news not in ("", self.news):
                     self.news = plan.news
-                    say(f"warning: {plan.news}")
+                    say(printable_line(f"warning: {plan.news}"))
                     if plan.saving:
                         self._send(AGAIN)
                 if self.report.code is None:
@@ -189,7 +189,7 @@ class Launcher:
             raise DiedError(f"waited {PATIENCE:.0f} s for {what}")
         if waited >= self.notice:
             self.notice = 2 * waited
-            say(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more")
+            say(printable_line(f"{name_of(self.hosts.key)}: waiting for {what}, {PATIENCE - waited:.0f} s more"))
 
     def _exit_code(self, code: int, news: str) -> int:
         """That of the run. Raises the error that ended it, unless a trainer of this host has shown it."""

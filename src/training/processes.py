@@ -186,7 +186,9 @@ def _connect(processes: Processes) -> None:
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
         where = os.environ.get("INSTRUCT_STORE", "env://")
-        met = next(rendezvous(where, rank, world_size, timeout=timeout))[0]
+        is_file = where.startswith("file://")  # on a single host; as a URL, a path may have no ? and no #
+        met = (dist.FileStore(where.removeprefix("file://"), world_size) if is_file else  # type: ignore[attr-defined]
+               next(rendezvous(where, rank, world_size, timeout=timeout))[0])
         # each start of the run, whose number the name ends with, has a part of the store of its own
         store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
         # else the group would never form

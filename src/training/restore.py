@@ -9,6 +9,7 @@ import torch
 
 from dataloader_instruct import Position
 from errors import CheckpointError, UserError, errors_at
+from training.processes import less_memory
 from training.run import Run
 from training.step import HIGHEST_SCALE
 from weights import checkpoint
@@ -18,7 +19,7 @@ def restore(run: Run, state: dict[str, Any], path: Path) -> None:
     """Put the run where the checkpoint left it."""
     optimizer = run.learner.optimizer
     with errors_at(f"{path}: not a complete state of a run", LookupError, TypeError, ValueError, AttributeError,
-                   RuntimeError, raised=CheckpointError):
+                   RuntimeError, raised=CheckpointError), run.processes.failures_explained(less_memory(run.options)):
         groups = optimizer.state_dict()["param_groups"]  # ours: a checkpoint adds the moments alone
         if [group["params"] for group in state["optimizer"]["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("its parameters are grouped otherwise")
