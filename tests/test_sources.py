@@ -141,7 +141,7 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
     ([".", "a.jsonl"], r"\.: a folder; name its files, or a pattern such as '\./\*\.jsonl'$"),
     ([""], "an empty name: no such file"),
     (["empty/train.txt"], "empty/train.txt: no such file"), (["./absent"], "./absent: no such file"),
-    (["absent.jsonl.gz"], "absent.jsonl.gz: no such file"),
+    (["empty/absent"], "empty/absent: no such file"), (["absent.jsonl.gz"], "absent.jsonl.gz: no such file"),
     (["a.jsonl", "--dataset", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
     (["a.jsonl", "--subset", "x"],
      "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),

@@ -81,7 +81,8 @@ def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if any(hub.values()):
             raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
         return _file_rows(name)
-    if name.lower().endswith((*KINDS, ".gz", ".txt")) or not _HUB_NAME.fullmatch(name):
+    is_local = name.lower().endswith((*KINDS, ".gz", ".txt")) or os.path.isdir(os.path.dirname(name))
+    if is_local or not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name or 'an empty name'}: no such file")
     return _numbered(_hub_rows(name, **hub))
 
