@@ -45,8 +45,8 @@ def tidy(text: str) -> str:
 
 
 def join_texts(*texts: str) -> str:
-    """Tidy pieces of one side, such as a system text and the first instruction, with a blank line between."""
-    return "\n\n".join(filter(None, texts))
+    """Pieces of one side, such as a system text and the first instruction, with a blank line between."""
+    return "\n\n".join(filter(None, map(tidy, texts)))
 
 
 def prompt_text(instruction: str, input: str = "") -> str:

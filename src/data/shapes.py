@@ -181,30 +181,29 @@ class Shapes:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
         questions and answers without the other are left out, and so is what no trained answer comes after."""
         turns, orphans = list[Turn](), list[Turn]()  # the second: answers without a question
-        waiting, asked = [system], list[str]()  # what the next answer answers, and the questions in it
+        waiting = [("system", system)]  # what the next answer answers
         is_empty = False  # the answer, until now
         for speaker, text, is_trained in self._messages(messages, where):
-            if speaker == "system":
-                waiting += [text] * (text != system)  # datasets may say it in both places
-            elif speaker == "user":
-                if asked and is_empty:
-                    waiting, asked = [each for each in waiting if each not in asked], []
+            users = [said for who, said in waiting if who == "user"]
+            if speaker != "assistant":
+                if speaker == "user" and users and is_empty:
+                    waiting = [each for each in waiting if each[0] != "user"]
                     self.changes["empty answers left out with their questions"] += 1
-                waiting.append(text)
-                asked.append(text)
-                is_empty = False
+                is_empty &= speaker != "user"
+                if speaker == "user" or text != system:  # datasets may say it in both places
+                    waiting.append((speaker, text))
             elif not text:
                 is_empty = True
-            elif any(asked):
-                turns.append(Turn(join_texts(*waiting), "", text, is_trained))
-                waiting, asked = [], []
-            elif turns and not asked:
+            elif any(users):
+                turns.append(Turn(join_texts(*(said for _, said in waiting)), "", text, is_trained))
+                waiting = []
+            elif turns and not users:
                 turns[-1] = Turn(turns[-1].instruction, "", join_texts(turns[-1].output, text),
                                  turns[-1].is_trained and is_trained)
             else:
                 self.changes["answers without a question left out"] += 1
                 orphans.append(Turn("", "", text, is_trained))
-        if any(asked):
+        if any(said for who, said in waiting if who == "user"):
             self.changes["questions without an answer left out"] += 1
         while turns and not turns[-1].is_trained:
             turns.pop()
