@@ -35,7 +35,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", help="answer this once and exit")
     asked.add_argument("--jsonl", action="store_true", help="stdin has an object with instruction and perhaps input on "
-                       "each line; answers are JSON; sixteen lines are read, then answered together")
+                       "each line; answers are JSON; sixteen lines are read, then answered together "
+                       "(with int8 one by one)")
     parser.add_argument("--input", help="the input of --prompt (default: a piped stdin) or of the first question")
     add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON")

@@ -102,6 +102,12 @@ class Signals:
             os.write(sys.stdout.fileno(), b"\x1b[?2004h" * pasting + shown.encode(errors="replace"))
 
 
+def _remember(entry: str) -> None:
+    """Among the lines that the arrow keys bring back, if the locale's encoding has its characters."""
+    with suppress(ValueError):
+        readline.add_history(entry)
+
+
 class Lines:
     """Messages from a terminal: one line, a paste, or several lines between quotes. Where they can be edited they can
     be recalled too, in later chats if keep_history."""
@@ -119,8 +125,7 @@ class Lines:
             readline.set_completer(self._completion)
             readline.set_auto_history(False)
             for entry in self._history():
-                with suppress(ValueError):  # no text: anything may stand in a file
-                    readline.add_history(entry)
+                _remember(entry)
 
     def read(self, prompt: str) -> str:
         """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C."""
@@ -129,7 +134,7 @@ class Lines:
         if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}(.*)", text, re.DOTALL):
             text = self._quoted(*quoted.groups())
         if text.strip() and self.signals.edits:
-            readline.add_history(text)
+            _remember(text)
             self._history(text)
         return text
 

@@ -37,7 +37,7 @@ def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
         try:
             text = text_of(line)
             if as_objects:
-                question = _question_of(parse_json(text.strip()))
+                question = _question_of(parse_json(text.rstrip()))
             yield question, make(question)
         except UserError as error:
             yield question, UserError(f"line {number}: {error}")

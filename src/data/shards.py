@@ -167,7 +167,8 @@ def open_prepared(folder: Path) -> Prepared:
             raise ValueError(f"prepared with template {manifest['template']!r:.40}, this version knows {TEMPLATE!r}")
         if data != manifest_bytes(manifest):
             raise ValueError("changed or damaged (its checksum does not fit)")
-        if not all(_SHARD_NAME.fullmatch(shard["name"]) for split in SPLITS for shard in manifest["shards"][split]):
+        if not all(shards and all(_SHARD_NAME.fullmatch(shard["name"]) for shard in shards)
+                   for shards in (manifest["shards"][split] for split in SPLITS)):
             raise ValueError("its shards are not as this program writes them")
     return Prepared(folder, manifest)
 
