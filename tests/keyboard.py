@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import locale
 import os
 import pty
 import random
@@ -21,6 +22,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +280,7 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
     ("TERM=dumb", {"environment": {"TERM": "dumb"}}, PLAIN, ["\x04"], 0),
     ("40 columns", {"columns": 40}, [ANSWER], ["\x04"], 0),
     ("NO_COLOR", {"environment": {"NO_COLOR": "1"}}, [ANSWER], ["\x04"], 0),
-    ("LC_ALL=C", {"environment": {"LC_ALL": "C"}},
+    ("LC_ALL=C", {"environment": {"LC_ALL": "C"}, "before": partial(locale.setlocale, locale.LC_ALL, "C")},
      [ANSWER, ("a character that it lacks", "café?\r", r" word word word\s+\(cut at 3")], ["\x04"], 0),
     ("an encoding without the character", {"environment": {"PYTHONIOENCODING": "ascii"},
                                            "flags": (*SHORT, "--checkpoint", "accent.pt")},
