@@ -1,30 +1,47 @@
 """A preparation that breaks off at any moment: its folder holds the old dataset or the new, and a next run mends it."""
 
 import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import helpers
-from conftest import run_script, write_jsonl
+from conftest import ROOT, SRC, run_script, write_jsonl
 from data.shards import KINDS, MANIFEST, SPLITS, open_prepared, shard_file
 from data_files import row
 from helpers import open_data
 from weights.durable import LOCK
 
+SHARD_TOKENS = 150
+FLAGS = ("--val_fraction", "0.3", "--num_proc", "1")
+
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A larger and a smaller dataset: about 20 and 10 shards."""
-    monkeypatch.setattr("data.shards.SHARD_TOKENS", 150)
+    monkeypatch.setattr("data.shards.SHARD_TOKENS", SHARD_TOKENS)
     return {name: write_jsonl(tmp_path / f"{name}.jsonl", (row(f"{name} {number}") for number in range(count)))
             for name, count in (("large", 120), ("small", 60))}
 
 
+def start(source: Path, output: Path) -> subprocess.Popen:
+    """A preparation that has said that it begins."""
+    command = [sys.executable, ROOT / "tests" / "prepare_worker.py", SHARD_TOKENS, "--dataset", source, "--output_dir",
+               output, *FLAGS]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(SRC)})
+    assert process.stdout and process.stdout.readline() == b"begin\n"
+    return process
+
+
 def prepare(source: Path, output: Path) -> str:
     """Prepare here, undisturbed; nothing stale and nothing half-written is left. Returns the fingerprint."""
-    fingerprint = helpers.prepare(source, output, "--val_fraction", 0.3, "--num_proc", 1)["fingerprint"]
+    fingerprint = helpers.prepare(source, output, *FLAGS)["fingerprint"]
     assert dataset_in(output) == (fingerprint, set())
     return fingerprint
 
@@ -38,6 +55,27 @@ def dataset_in(output: Path) -> tuple[str | None, set[Path]]:
     manifest = open_prepared(output).manifest
     return manifest["fingerprint"], files - {shard_file(output, split, shard, kind) for split in SPLITS
                                              for shard in manifest["shards"][split] for kind in KINDS}
+
+
+@pytest.mark.parametrize(("kills", "least"), [(3, 0), pytest.param(100, 30, marks=pytest.mark.slow)])
+def test_a_killed_preparation_leaves_a_whole_dataset(tmp_path, sources, kills, least):
+    """Every fourth kill strikes in an empty folder, the others over a whole dataset; small and large take turns."""
+    chance, while_writing = random.Random(0), 0
+    fingerprints = {name: prepare(path, tmp_path / f"whole_{name}") for name, path in sources.items()}
+    for number in range(kills):
+        output, name = tmp_path / f"out{number // 4}", ("large", "small")[number % 2]
+        (before, _), known, moment = dataset_in(output), {*output.rglob("*")}, chance.randrange(70)
+        process = start(sources[name], output)
+        while process.poll() is None and len({*output.rglob("*")} - known) < moment:  # some end before it
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.wait()
+        after, strays = dataset_in(output)
+        assert after in (before, fingerprints[name])
+        while_writing += after == before and bool(strays)
+        assert prepare(sources[name], output) == fingerprints[name]
+    assert while_writing >= least
 
 
 def until(left: Iterator[int], real: Callable) -> Callable:
@@ -73,7 +111,7 @@ def test_a_crash_before_each_rename_and_removal_leaves_a_whole_dataset(tmp_path,
         prepare(sources["small"], output)
     before = old if is_there else None
     assert found == [before] * found.count(before) + [new] * found.count(new)
-    assert found.count(before) > 2 and (found.count(new) > 5) == is_there, found
+    assert found.count(before) > (5 if is_there else 2) and (found.count(new) > 5) == is_there, found
 
 
 def test_data_in_use_stay_readable_while_they_are_replaced(tmp_path, sources):

@@ -6,6 +6,7 @@ import os
 import random
 import stat
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from answering.settings import Settings
 from conftest import run_script
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
+from helpers import rows_of
 from instruct_format import (
     END_OF_TEXT,
     TEMPLATE,
@@ -259,6 +261,8 @@ def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
         assert {name: after[name] for name in same} == {name: before[name] for name in same}
         cut = {**before["model"], "transformer.wte.weight": before["model"]["transformer.wte.weight"][:50257].clone()}
         assert same_state(after["model"], cut) and same_state(open_any(folder)["model"], cut)
+        assert import_to(output, folder / "model.safetensors", "--force") == 0  # config.json is beside it
+        assert same_state(load(output)["model"], cut)
         again = export(output, tmp_path / f"again{multi_turn}")
         assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
     hf[1].save_pretrained(tmp_path / "saved")
@@ -420,3 +424,11 @@ def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, fo
     export(checkpoints[False], folder, "--force")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         **{path.name: path.read_bytes() for path in folders[False].iterdir()}, "notes.txt": b"mine"}
+
+
+def test_thirty_real_questions_are_prompted_as_here(hf, alpaca):
+    for row in islice(rows_of(alpaca), 30):
+        [turn] = row.turns
+        messages = [user(turn.instruction, input=turn.input)]
+        assert rendered(hf, messages) == encode_prompt(turn.instruction, turn.input)
+        assert rendered(hf, [*messages, assistant(turn.output)], prompt=False) == encode_example(*turn)[0]
