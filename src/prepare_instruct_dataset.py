@@ -137,7 +137,8 @@ class Selection:
         places = np.array(self.places)
         names, found = ", ".join(self.options.dataset), counts(len(places), self.dropped)
         if not len(places):
-            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({found})")
+            raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({found})"
+                            + BadSplit.advice * ("test_split" in self.dropped))
         if (places == places[0]).all():
             raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
                             f"are the same, with the same input ({found})")

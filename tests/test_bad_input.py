@@ -8,6 +8,7 @@ import json
 import lzma
 import random
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no columns": ("a.json", b"{}", r"row 1: no column for the .* and no column for the output \(found: none\)"),
     "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
                  r"one: .* \(3 read, 1 kept; dropped: 1 empty output, 1 exact repeat, 0 bad row\)$"),
-    "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 read, 0 kept; .* 9 test"),
+    "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 read, 0 kept; .* 9 test "
+                  r"split\); --columns split= ignores that column$"),
     **{f"{name} of another program": (name, data, r"line \d: not UTF-8: byte 0x.. in column \d+" + NO_TEXT)
        for name, data in (("a.xlsx", b"PK\3\4..."), ("a.jsonl", b"PK\3\4"), ("a.pdf", b"%PDF-1.4\n%\xe2\xe3"),
                           ("a.bin", b"\1\0\2"), ("a.xls", b"\xd0\xcf\x11\xe0"), ("a.db", b"SQLite format 3\0"),
@@ -109,8 +111,10 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "lines that end with CR": ("a.csv", TABLE.replace(b"\n", b"\r"), r"line 1: .*, or a line ends with CR alone$"),
     "text after a quote": ("a.csv", table('a,,"b"c'), r"line 2: .*expected after"),
     "Parquet cut": ("a.parquet", parquet(*GOOD)[:-30], NO_PARQUET),
+    "Parquet with a date that Python lacks": ("a.parquet", parquet({**row(), "until": date(9999, 12, 31)}).replace(
+        (date(9999, 12, 31) - date(1970, 1, 1)).days.to_bytes(4, "little"), b"\xff\xff\xff\x7f"), NO_PARQUET),
     "Parquet not UTF-8": ("a.parquet", parquet(row()).replace(b"Answer", b"Answe\xff"), NO_PARQUET),
-    "a folder": ("folder.jsonl", b"", r"a folder; name its files, or a pattern such as '.*/folder\.jsonl/\*\.jsonl'$"),
+    "a folder": ("folder.jsonl", b"", r"a folder; name its files, or a pattern such as '.*/train\*\.jsonl'$"),
     "nothing there": ("missing.jsonl", b"", r"no such file"),
     "name that a terminal would obey": ("\x1b[2J\n\u202e.jsonl", lines(7), r"row 1: expected an object"),
 }
@@ -161,6 +165,8 @@ FINE: dict[str, tuple[str, bytes]] = {
                                               header="instruction,input,output,,")),
     "empty lines in a table": ("a.csv", TABLE.replace(b"\n", b"\n\n")),
     "empty rows above a table": ("a.csv", b",,\n\n" + TABLE),
+    "one column as pandas writes it": ("a.json", json.dumps({"messages": {str(n): [
+        {"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": "A"}] for n in range(12)}}).encode()),
     "a split that is none": ("a.jsonl", lines(*(row(n, split="abc"[n % 3]) for n in range(12)))),
     "millions of letters, line": ("a.jsonl", lines(*GOOD[:-1], row(output="word " * 600_000))),
     "millions of letters, list": ("a.json", listed(*GOOD[:-1], row(output="a" * 1_000_000))),

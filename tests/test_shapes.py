@@ -125,7 +125,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no role": (chat({"content": "Hi"}, BOT), "message 1 has no role and content (found: 'content')"),
     "a picture": (chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT),
                   "column 'messages': message 1 has a part that is no text: {'image_url': 'x'"),
-    "a text": ({"messages": "Hi"}, "column 'messages' must be a list of messages, found 'Hi'"),
+    "a text": ({"dialogue": "A: Hi", "summary": "x"}, "column 'dialogue' must be a list of messages, found 'A: Hi'; "
+               "the columns are 'dialogue', 'summary'; " + WHICH),
     "broken JSON": ({"messages": "[{'role': 'user'}]"}, "must be a list of messages, found \"[{'role': 'user'}]\""),
     "numbers": (chat(1, 2), "message 1 must be an object with role and content, found 1"),
     "a surrogate": (chat({**USER, "content": "\ud800"}, BOT), "message 1 has half of a surrogate pair"),
@@ -183,6 +184,8 @@ def test_the_first_value_says_whether_a_column_is_a_split():
                 for name in (first, *names)} == {first: names[first], **names}
         with pytest.raises(BadRow, match="'Split' must be train, val or test, found 'gpt4'"):
             shapes.example({"prompt": "P", "answer": "A", "Split": "gpt4"})
+    with pytest.raises(BadRow, match="'part' must be train, val or test, found 'gpt4'"):  # a user's word always wins
+        Shapes({"split": "part"}).example({"prompt": "P", "answer": "A", "part": "gpt4"})
     other = Shapes({})
     assert [other.example({"prompt": "P", "answer": "A", "split": value}).split
             for value in (None, "", float("nan"), "gpt4", "train", 3, ["val"])] == [None] * 7

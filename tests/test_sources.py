@@ -76,6 +76,9 @@ def test_every_kind_in_every_encoding_is_read_packed_or_not(tmp_path, name, enco
     json.dumps({"question": {"0": "Q"}, "answer": {"1": "A"}}),
     json.dumps({"messages": [{"role": "user"}], "examples": []}),
     json.dumps({"columns": ["a"], "data": [["b", "c"]]}),
+    json.dumps({"dialogue": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}),
+    json.dumps({"prompt": "Q", "chosen": [{"from": "gpt", "value": "A"}], "rejected": [{"from": "gpt", "value": "B"}]}),
+    json.dumps({"meta": {}}),
 ])
 def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
@@ -138,7 +141,7 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
 @pytest.mark.parametrize(("names", "told"), [
     (["*.xyz"], r"\*\.xyz: no file matches"), (["absent.csv"], "absent.csv: no such file"),
     (["my data/absent"], "my data/absent: no such file"), (["a/b/c"], "a/b/c: no such file"),
-    ([".", "a.jsonl"], r"\.: a folder; name its files, or a pattern such as '\./\*\.jsonl'$"),
+    ([".", "a.jsonl"], r"\.: a folder; name its files, or a pattern such as '\./train\*\.jsonl'$"),
     ([""], "an empty name: no such file"),
     (["empty/train.txt"], "empty/train.txt: no such file"), (["./absent"], "./absent: no such file"),
     (["empty/absent"], "empty/absent: no such file"), (["absent.jsonl.gz"], "absent.jsonl.gz: no such file"),
@@ -220,8 +223,7 @@ def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path, c
     (tmp_path / "a.json").write_text(json.dumps({"train": ROWS, "validation": ROWS[8:]}))
     prepare(tmp_path / "a.json", tmp_path / "out")
     assert "no row that is kept names val: a hash" in capsys.readouterr().out
-    with pytest.raises(UserError,
-                       match="line 2: column 'split' must be in every row or in none; --columns split= "):
+    with pytest.raises(UserError, match="line 2: column 'split' must be in every row or in none; --columns split= "):
         prepare(write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "split": "val"}, ROWS[1]]), tmp_path / "out")
 
 

@@ -77,7 +77,7 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
 def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if name == STDIN or os.path.exists(name):
         if os.path.isdir(name):
-            raise UserError(f"{name}: a folder; name its files, or a pattern such as '{name}/*.jsonl'")
+            raise UserError(f"{name}: a folder; name its files, or a pattern such as '{name}/train*.jsonl'")
         if any(hub.values()):
             raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
         return _file_rows(name)
@@ -162,12 +162,13 @@ def _listed(value: Any) -> list[Any]:
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     first, *others = value.values() or [None]
-    if others and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
+    if first and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
             isinstance(each, dict) and each.keys() == first.keys() for each in others):
         return [{name: column[key] for name, column in value.items()} for key in first]
     names = {key.strip().lower() for key in value}
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
     is_row = names & {*QUESTIONS} and names & {*ANSWERS} or any(
+        rows[0].keys() >= {"role", "content"} or rows[0].keys() >= {"from", "value"} or
         key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
         return [value]
@@ -215,7 +216,7 @@ def _refuse_twice(names: list[str], where: str = "") -> None:
 def _parquet_rows(place: str, file: Any) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with errors_at(f"{place}: not a readable Parquet file", pyarrow.ArrowException, UnicodeDecodeError):
+    with errors_at(f"{place}: not a readable Parquet file", pyarrow.ArrowException, OverflowError, ValueError):
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_twice(table.schema_arrow.names)
         for batch in table.iter_batches(1000):

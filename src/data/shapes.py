@@ -82,7 +82,7 @@ class Shapes:
                 try:
                     yield f"{source.name}: {place}", self.example(row)
                 except BadRow as bad:
-                    if number == 0:  # the other rows may be like it: to drop them all is no advice
+                    if number == 0 and type(bad) is BadRow:  # others may be like it: to drop them all is no advice
                         bad.advice = ""
                     yield f"{source.name}: {place}", bad
 
@@ -157,7 +157,7 @@ class Shapes:
             return None
         split = split_of(value) if isinstance(value, str) else None
         if self.split_is_one is None:
-            self.split_is_one = split is not None
+            self.split_is_one = split is not None or "split" in self.columns
         if not self.split_is_one:
             return None
         if split is None:
@@ -173,7 +173,8 @@ class Shapes:
         if columns.keys() >= NEEDED and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
             return ()
         if not isinstance(value, list) and value not in (None, ""):
-            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}")
+            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}; the columns are {_names(row)}; "
+                         f"{_WHICH}")
         system = self._text(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
         return self._turns(value or [], where, system)
 
