@@ -50,7 +50,7 @@ def fetch(source: str) -> Path:
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
-        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "*.safetensors*"]))
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["*config.json", "*.safetensors*"]))
         if not any(folder.glob("*.safetensors")):
             huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model*.bin*"])
         return folder

@@ -1,5 +1,6 @@
 """Weights as other programs write them are read as they are meant; what is no GPT-2 says what to do next."""
 
+import argparse
 import json
 import os
 import random
@@ -59,6 +60,10 @@ def without_biases(weights: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
 
 
+def says(**config: Any) -> Callable[[Weights], Any]:
+    return lambda weights: {"model": weights, "config": {"n_head": 4, **config}}
+
+
 NANOGPT = {"block_size": 64, "vocab_size": 50304, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0}
 OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the programs of this name do it
     "nanoGPT": lambda weights: {"model": prefixed("_orig_mod.", weights), "model_args": {**NANOGPT, "bias": True},
@@ -74,6 +79,17 @@ OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the pro
                                         "config": {"n_head": 4}},
     "a padded embedding": lambda weights: {"model": {**weights, **cut({"lm_head.weight": weights[EMBEDDING]})},
                                            "config": {"n_head": 4, "vocab_size": 50257}},
+    "Lightning": lambda weights: {"state_dict": prefixed("model.", weights), "hyper_parameters": {
+        "n_layers": 2, "n_heads": 4, "lr": 1e-4}},
+    "arguments, Parameters, a name": lambda weights: {
+        "model": "gpt2", "args": argparse.Namespace(optimizer="adamw", block_size=64, num_attention_heads=4),
+        "state_dict": {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}},
+    "a config in a config": lambda weights: {"model": weights, "config": {"lr": 1e-4, "model": {"n_head": 4}}},
+    "no transformer": lambda weights: {"model": {name.removeprefix("transformer."): tensor for name, tensor in
+                                                 with_output(weights).items()}, "config": {"n_head": 4}},
+    "one of two tied": lambda weights: {"model": {name.replace("transformer.wte", "lm_head"): tensor for name, tensor in
+                                                  weights.items()}, "config": {"n_head": 4}},
+    "back from GGUF": says(layer_norm_epsilon=9.999999747378752e-06),
     "own names": lambda weights: {"model": weights, "model_config": {"context_length": 64, "num_layers": 2,
                                                                      "num_heads": 4, "embd_size": 32}},
 }
@@ -87,13 +103,14 @@ def test_files_of_other_trainers_load_as_they_are(tmp_path, weights, program, is
     expected = cut(weights) if program != "nanoGPT without bias" else {
         name: torch.zeros_like(tensor) if name.endswith(".bias") else tensor for name, tensor in cut(weights).items()}
     assert GPTConfig(**state["model_config"]) == CUT and same_state(state["model"], expected)
+    assert not any(tensor.requires_grad for tensor in state["model"].values())
     assert state["model"][EMBEDDING].untyped_storage().nbytes() == 50257 * 32 * 4  # what a checkpoint of it has
     assert (state["template"], state["multi_turn"], state["data_source"]) == (None, False, "")
 
 
 @pytest.mark.parametrize("module, name, prefix", [
     ("model", "GPTConfig", ""), ("__main__", "GPTConfig", "_orig_mod."),
-    ("src.gpt", "ModelConfig", "_orig_mod.module.")])
+    ("src.gpt", "ModelConfig", "_orig_mod.module."), ("pathlib._local", "PosixPath", "")])
 def test_the_users_own_pretrained_file_loads_as_it_is(tmp_path, monkeypatch, weights, module, name, prefix):
     """A padded vocabulary, a pickled config dataclass (build-nanogpt's is of __main__), optimizer and random states
     with numpy arrays."""
@@ -249,10 +266,6 @@ def changed(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     return lambda weights: {"model": {**weights, name: tensor(weights[name])}, "config": {"n_head": 4}}
 
 
-def says(**config: Any) -> Callable[[Weights], Any]:
-    return lambda weights: {"model": weights, "config": {"n_head": 4, **config}}
-
-
 EMBEDDING, NORM = "transformer.wte.weight", "transformer.h.1.ln_1.weight"
 WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "untied": (lambda weights: {**weights, "lm_head.weight": weights[EMBEDDING] + 1}, "train it again with the two "),
@@ -272,6 +285,7 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "a large vocabulary": (changed(EMBEDDING, lambda tensor: tensor.repeat(2, 1)), "100,608 tokens, GPT-2's has 50,25"),
     "no model": (lambda _: {"model": {"weights": 3}}, "no model weights in it"),
     "LLaMA": (lambda _: {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)}, "no GPT-2 .*take another trainer"),
+    "PEFT in a model": (lambda weights: {**weights, "transformer.h.0.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
     "PEFT": (lambda _: {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
     "a whole module": (lambda _: Whole(), r"a whole pickled module.*torch.save\(model.state_dict\(\)"),
     "a list": (lambda _: [1, 2, 3], "holds list, not a dictionary"),

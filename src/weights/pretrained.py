@@ -20,20 +20,20 @@ from weights.safe_load import begin_of, load_any
 
 # Where the config.json of an exported folder says how the model was fine-tuned, and what holds for other models.
 ABOUT, FINE_TUNED = "gpt2_instruct", {"template": None, "multi_turn": False, "data_source": ""}
-# Under what name programs save the weights (else the file is the state dict itself), and the sizes of the model.
+# Under what name programs save the weights (else the file is the state dict itself), and mostly the model's sizes.
 _WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config", "model_args", "config")
 # What other trainers call the sizes.
-_NAMES = {"context_length": ("block_size", "n_positions", "n_ctx"), "n_layer": ("num_layers",),
-          "n_head": ("num_heads",), "n_embd": ("embd_size",)}
+_NAMES = {"context_length": ("block_size", "n_positions", "n_ctx"), "n_layer": ("num_layers", "n_layers"),
+          "n_head": ("num_heads", "n_heads", "num_attention_heads"), "n_embd": ("embd_size",)}
 _PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (n_layer, n_embd)
 _LARGEST_VOCABULARY = 51_200  # GPT-2's, padded to a multiple of 1,024
 # What a GPT-2 of transformers may say and be the model that model.py computes. The activations are one function.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
-    "layer_norm_epsilon": (1e-5,)}
+    "layer_norm_epsilon": (1e-5, torch.tensor(1e-5).item())}  # or as in fp32, after GGUF
 
-_EMBEDDING = "transformer.wte.weight"
+_EMBEDDING, _OUTPUT = "transformer.wte.weight", "lm_head.weight"
 _PART = re.compile(r"(.+-)\d{5}-of-(\d{5})(\.\w+)")  # model-00001-of-00002.safetensors
 _OTHER = "; only GPT-2 as published can be fine-tuned here, for other models take another trainer, such as TRL"
 _COPY = "copy the whole model again, into an empty folder"
@@ -56,15 +56,15 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
         if n_head and n_head != state["model_config"].get("n_head"):
             raise CheckpointError(f"{path}: it has {state['model_config'].get('n_head')} heads, not {n_head}")
         return state
-    found: Any = next((state[key] for key in _WEIGHTS if key in state), state)
+    found: Any = next((state[key] for key in _WEIGHTS if isinstance(state.get(key), Mapping)), state)
     if not isinstance(found, Mapping) or not all(is_weight(*item) for item in found.items()):
         raise CheckpointError(f"{path}: no model weights in it (expected a state dict, bare or under "
                               f"{', '.join(map(repr, _WEIGHTS))})")
     with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
-        sizes = next((state[key] for key in _SIZES if key in state), None) or _config_beside(path)
-        named = sizes if isinstance(sizes, dict) else getattr(sizes, "__dict__", {})
+        likely = {key: state[key] for key in _SIZES if key in state}
+        named = _with_heads({**likely, **state}) or next(map(_fields, likely.values()), {}) or _config_beside(path)
         if rows > VOCAB_SIZE:
             weights[_EMBEDDING] = weights[_EMBEDDING][:VOCAB_SIZE].clone()
             if named.get("vocab_size") == rows:
@@ -149,26 +149,48 @@ def _config_beside(path: Path) -> dict[str, Any]:
     return sizes
 
 
-def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A GPT-2's state dict in our names, layout and fp32: without prefixes, causal masks and the tied output matrix,
-    Conv1D weights (published GPT-2) transposed, biases that a model was trained without as zeros."""
-    prefix = next((name.removesuffix("wte.weight") for name in found if re.search(r"(^|\.)wte\.weight$", name)), None)
-    if prefix is None or prefix + "wpe.weight" not in found:
-        raise CheckpointError(f"{path}: {_ADAPTER}" if any(".lora_" in name for name in found) else
-                              f"{path}: no GPT-2 (no transformer.wte.weight and wpe.weight in it){_OTHER}")
+def _fields(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+
+
+def _with_heads(value: object) -> Mapping[str, Any]:
+    """The first mapping or object in here that says a number of heads; empty where none does."""
+    fields = _fields(value)
+    if not fields.keys().isdisjoint(("n_head", *_NAMES["n_head"])):
+        return fields
+    return next(filter(None, map(_with_heads, fields.values())), {})
+
+
+def _in_our_names(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A GPT-2's state dict without prefixes and causal masks, in fp32. Its output matrix is lm_head.weight."""
+    prefix = next((name.removesuffix("wpe.weight") for name in found if re.search(r"(^|\.)wpe\.weight$", name)), None)
+    output = next((name for name in found if re.search(rf"(^|\.){_OUTPUT}$", name)), "")
+    if any(".lora_" in name for name in found):
+        raise CheckpointError(f"{path}: {_ADAPTER}")
+    if prefix is None or found.keys().isdisjoint((prefix + "wte.weight", output)):
+        raise CheckpointError(f"{path}: no GPT-2 (no transformer.wte.weight and wpe.weight in it){_OTHER}")
     weights: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if re.search(r"\.attn\.(masked_)?bias$", name):
             continue
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds values of type {tensor.dtype}, not weights")
-        weights[re.sub(f"^{re.escape(prefix)}", "transformer.", name)] = tensor.float()
-    embedding, n_embd = weights[_EMBEDDING], weights[_EMBEDDING].shape[1]
-    output = weights.pop(prefix.removesuffix("transformer.") + "lm_head.weight", None)
-    if output is not None and not torch.equal(output[:VOCAB_SIZE], embedding[:VOCAB_SIZE]):
-        raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train it "
-                              "again with the two tied, as in GPT-2")
-    first = weights.get("transformer.h.0.attn.c_attn.weight", embedding)
+        ours = _OUTPUT if name == output else re.sub(f"^{re.escape(prefix)}", "transformer.", name)
+        weights[ours] = tensor.detach().float()
+    return weights
+
+
+def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A GPT-2's state dict in our names, layout and fp32: without prefixes, causal masks and the tied output matrix,
+    Conv1D weights (published GPT-2) transposed, biases that a model was trained without as zeros."""
+    weights = _in_our_names(found, path)
+    if (output := weights.pop(_OUTPUT, None)) is not None:
+        embedding = weights.setdefault(_EMBEDDING, output)  # safetensors' save_model writes one of the two
+        if not torch.equal(output[:VOCAB_SIZE], embedding[:VOCAB_SIZE]):
+            raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train "
+                                  "it again with the two tied, as in GPT-2")
+    n_embd = weights[_EMBEDDING].shape[1]
+    first = weights.get("transformer.h.0.attn.c_attn.weight", weights[_EMBEDDING])
     is_conv1d, has_biases = first.shape == (n_embd, 3 * n_embd), any(name.endswith(".bias") for name in weights)
     for name in list(weights):
         is_linear = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))

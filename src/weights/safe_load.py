@@ -18,7 +18,8 @@ import torch
 from errors import CheckpointError, UserError, errors_at
 
 # Beside these, any class whose name ends in Config: as inert objects they can do nothing either.
-_HARMLESS = {"argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.ndarray", "numpy.dtype",
+_HARMLESS = {"argparse.Namespace", "numpy.ndarray", "numpy.dtype",
+             *(f"pathlib{part}.{name}Path" for part in ("", "._local") for name in ("Posix", "Windows")),
              *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar"))}
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save began before PyTorch 1.6
 _ADVICE = {  # how files of other programs begin, and what to do with them
@@ -88,7 +89,8 @@ def _refuse_unsafe(named: set[str], path: Path) -> None:
         raise CheckpointError(f"{path}: a whole pickled module, which only code that is not ours could open; in the "
                               "program that made it, save its weights: torch.save(model.state_dict(), ...)")
     if refused:
-        raise CheckpointError(f"{path}: refused, it would run code that is not ours: {', '.join(refused)}")
+        raise CheckpointError(f"{path}: refused, it would run code that is not ours: {', '.join(refused)}; in the "
+                              "program that made it, save tensors and plain values only")
 
 
 def _named_before_zip(path: Path) -> set[str]:
