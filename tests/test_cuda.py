@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import bare  # noqa: F401  # before what shows and logs
@@ -18,6 +19,7 @@ from errors import UserError
 from helpers import open_data, resume, run_ranks, train, write_data, write_random
 from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
 from models import CPU, SMALL, computed, learner_of, loud_model, relative, same_state, small_model, write_checkpoint
+from training.cross_entropy import output_loss, padded
 from training.memory import needed_bytes
 from training.step import HIGHEST_SCALE, Learner, most_tokens, train_step
 from training.threads import copied
@@ -25,6 +27,7 @@ from weights import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 GPU = torch.device("cuda:0")
+torch.set_float32_matmul_precision("highest")  # as processes.join: NVIDIA's containers set another
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,6 +58,12 @@ def needs(precision: str, head_size: int = 64) -> None:
         pytest.skip(f"{torch.cuda.get_device_name(GPU)} has no packed attention in {precision}")
 
 
+def largest_error(learner: Learner, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the gradient of any parameter, each compared by itself: some are less than a hundredth of all."""
+    sizes = [parameter.numel() for parameter in learner.model.parameters()]
+    return max(map(relative, found.split(sizes), expected.split(sizes)))
+
+
 @pytest.mark.parametrize("head_size", [16, 64, 80, 128])
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.01), ("fp16", 0.002)])
 def test_the_packed_kernel_equals_a_call_for_each_document_in_fp32(precision, tolerance, head_size):
@@ -80,9 +89,30 @@ def test_loss_and_gradients_are_those_of_fp32_on_the_cpu(data, precision, n_embd
     learner = on(GPU, "--precision", precision, model=small_model(config=config))
     learner.computing.transformer.recompute = recompute
     found = computed(learner, data)
-    of_losses, of_gradients = (1e-5, 1e-4) if precision == "fp32" else (1e-3, 0.02)
-    assert found[:2] == pytest.approx(expected[:2], rel=of_losses) and relative(found[2], expected[2]) < of_gradients
+    of_losses, of_gradients = {"fp32": (1e-5, 1e-4), "fp16": (1e-5, 0.005)}.get(precision, (5e-5, 0.03))
+    assert found[:2] == pytest.approx(expected[:2], rel=of_losses)
+    assert largest_error(learner, found[2], expected[2]) < of_gradients
     assert all(each.grad.device == GPU and each.grad.dtype == torch.float32 for each in learner.model.parameters())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
+def test_the_loss_of_the_real_vocabulary_is_that_of_autograd(dtype, tolerance):
+    """In pieces of several sizes, whose rows other kernels take than those of small models; scores around -100."""
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(GPU) < (8, 0):
+        pytest.skip("this GPU has no bf16")
+    generator, n_rows = torch.Generator().manual_seed(0), 3700
+    hidden = (torch.randn(n_rows, 768, generator=generator) + 1).to(GPU).requires_grad_()
+    weight = (0.1 * torch.randn(50257, 768, generator=generator) - 0.13).to(GPU).requires_grad_()
+    targets = torch.randint(50257, (n_rows,), generator=generator).to(GPU)
+    expected = 0.0
+    for states, wanted in zip(hidden.split(740), targets.split(740)):  # in fp32; all rows at once need much memory
+        part = F.cross_entropy(states @ weight.t(), wanted, reduction="sum")
+        part.backward()
+        expected += part.item()
+    total, copy = torch.zeros_like(weight), None if dtype == torch.float32 else padded(weight.detach(), dtype)
+    loss, of_hidden = output_loss(hidden.detach(), weight.detach(), targets, copy, total, 2.0)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert relative(of_hidden, 2 * hidden.grad) < tolerance and relative(total, 2 * weight.grad) < tolerance
 
 
 def test_the_same_step_twice_is_nearly_the_same(data):
@@ -132,7 +162,8 @@ def test_compiled_it_computes_the_same_in_two_graphs(data, capfd):
     learner.computing.transformer.recompute = "nothing"
     found = computed(learner, data)
     assert "going on without" not in capfd.readouterr().out
-    assert found[:2] == pytest.approx(expected[:2], rel=1e-3) and relative(found[2], expected[2]) < 0.02
+    assert found[:2] == pytest.approx(expected[:2], rel=5e-5)
+    assert largest_error(learner, found[2], expected[2]) < 0.03
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -222,7 +253,10 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(inputs, tmp_path):
 
 def test_chat_on_the_gpu_answers_as_on_the_cpu(tmp_path, capsys):
     """Greedily, 40 tokens of a random model, a prompt longer than the pieces in which it is read."""
-    path, answers = write_checkpoint(tmp_path / "a.pt", small_model(config=GPTConfig(1024, 50257, 2, 2, 32))), []
+    model, answers = small_model(config=GPTConfig(1024, 50257, 2, 2, 32)), []
+    for parameter in model.transformer.h.parameters():  # so that attention decides
+        parameter.data *= 8
+    path = write_checkpoint(tmp_path / "a.pt", model)
     for device in ("cuda", "cpu"):
         flags = ["--checkpoint", path, "--device", device, "--temperature", 0, "--max_new_tokens", 40, "--json",
                  "--input", "", "--prompt", "What is the question? " * 100]

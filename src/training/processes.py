@@ -196,5 +196,5 @@ def _connect(processes: Processes) -> None:
         _refuse_differences([json.loads(store.get(f"facts {other}")) for other in range(world_size)])
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", rank=rank, world_size=world_size,
                                 timeout=timeout, store=store, device_id=device if is_cuda else None)
-        if is_cuda:  # NCCL fails now if it does, and takes its memory before what is free is looked at
+        if is_cuda:  # NCCL fails now if it does, and takes much of its memory before what is free is looked at
             dist.all_reduce(torch.zeros(1, device=device))
