@@ -82,7 +82,7 @@ OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the pro
     "Lightning": lambda weights: {"state_dict": prefixed("model.", weights), "hyper_parameters": {
         "n_layers": 2, "n_heads": 4, "lr": 1e-4}},
     "arguments, Parameters, a name": lambda weights: {
-        "model": "gpt2", "args": argparse.Namespace(optimizer="adamw", block_size=64, num_attention_heads=4),
+        "model": "gpt2", "args": argparse.Namespace(optimizer="adamw", block_size=32, num_attention_heads=4),
         "state_dict": {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}},
     "a config in a config": lambda weights: {"model": weights, "config": {"lr": 1e-4, "model": {"n_head": 4}}},
     "no transformer": lambda weights: {"model": {name.removeprefix("transformer."): tensor for name, tensor in

@@ -63,8 +63,9 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
-        likely = {key: state[key] for key in _SIZES if key in state}
-        named = _with_heads({**likely, **state}) or next(map(_fields, likely.values()), {}) or _config_beside(path)
+        sizes = {key: state[key] for key in _SIZES if key in state}
+        named = next(map(_fields, sizes.values()), {}) or _config_beside(path)
+        named = {**_heads_in({**sizes, **state}), **named}
         if rows > VOCAB_SIZE:
             weights[_EMBEDDING] = weights[_EMBEDDING][:VOCAB_SIZE].clone()
             if named.get("vocab_size") == rows:
@@ -153,12 +154,11 @@ def _fields(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
 
 
-def _with_heads(value: object) -> Mapping[str, Any]:
-    """The first mapping or object in here that says a number of heads; empty where none does."""
+def _heads_in(value: object) -> dict[str, Any]:
+    """The number of heads by its name, where it is said first in nested mappings and objects; else nothing."""
     fields = _fields(value)
-    if not fields.keys().isdisjoint(("n_head", *_NAMES["n_head"])):
-        return fields
-    return next(filter(None, map(_with_heads, fields.values())), {})
+    here = {name: fields[name] for name in ("n_head", *_NAMES["n_head"]) if name in fields}
+    return here or next(filter(None, map(_heads_in, fields.values())), {})
 
 
 def _in_our_names(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
