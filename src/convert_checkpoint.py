@@ -53,13 +53,16 @@ def fetch(source: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["*config.json", "*.safetensors*"]))
         if not any(folder.glob("*.safetensors")):
             huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model*.bin*"])
-        return folder
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError) as error:
         raise UserError(f"{absent}, and the Hugging Face hub has no public model of this name") from error
     except Exception as error:  # what the hub's library says is long, and for who calls it; the system's words help
         reason = f"{error.strerror}; " if isinstance(error, OSError) and error.strerror else ""
         raise UserError(f"{absent}, and fetching it from the Hugging Face hub failed: {reason}check the network, "
                         "or import a local file or folder") from error
+    if not folder.exists():
+        raise UserError(f"{source}: no config.json and no weights for transformers in it, on the Hugging Face hub; "
+                        "download the file that has the weights, and import that")
+    return folder
 
 
 def is_gguf(output: Path) -> bool:

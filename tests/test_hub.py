@@ -60,15 +60,18 @@ def test_gpt2_comes_from_the_hub(tmp_path):
     assert any(wanted.startswith("bytes=") for _, _, _, wanted in server.requests)
 
 
-@pytest.mark.parametrize("command, faults", [
-    ("prepare_instruct_dataset.py", {"/api/datasets/": [503] * 9}),
-    ("prepare_instruct_dataset.py", {"/cdn/": [403] * 9}),
-    ("prepare_instruct_dataset.py --dataset vicgalle/absent", {}),
-    ("convert_checkpoint.py import gpt2", {"/resolve/": [403] * 9})])
-def test_an_error_of_the_hub_is_one_line_and_exit_code_2(tmp_path, command, faults):
-    with hub({DATASET: alpaca(), MODEL: {"config.json": b"{}"}}) as server:
+@pytest.mark.parametrize("command, faults, code, reason", [
+    ("prepare_instruct_dataset.py", {"/api/datasets/": [503] * 9}, 2, "Hugging Face hub failed: "),
+    ("prepare_instruct_dataset.py", {"/cdn/": [403] * 9}, 2, "Hugging Face hub failed: "),
+    ("prepare_instruct_dataset.py --dataset vicgalle/absent", {}, 2, "Hugging Face hub failed: "),
+    ("convert_checkpoint.py import gpt2", {"/resolve/": [403] * 9}, 2, "Hugging Face hub failed: "),
+    ("convert_checkpoint.py import me/nanogpt", {}, 2, "error: me/nanogpt: no config.json and no weights for transfo"),
+    ("convert_checkpoint.py import me/lora", {}, 3, "a PEFT adapter, not a model; merge it first")])
+def test_an_error_of_the_hub_is_one_line(tmp_path, command, faults, code, reason):
+    with hub({DATASET: alpaca(), MODEL: {"config.json": b"{}"}, "models/me/nanogpt": {"ckpt.pt": b""},
+              "models/me/lora": {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}}) as server:
         server.faults |= faults
-        code, stdout, stderr = from_hub(server, tmp_path, *command.split())
-    assert (code, stdout.strip(), stderr.strip().count("\n")) == (2, "", 0), stderr
-    assert "Hugging Face hub failed: " in stderr and server.requests
+        found = from_hub(server, tmp_path, *command.split())
+    assert (found.code, found.stdout.strip(), found.stderr.strip().count("\n")) == (code, "", 0), found.stderr
+    assert reason in found.stderr and server.requests
     assert not [*tmp_path.glob("checkpoints/*"), *tmp_path.glob("data_instruct/*/*"), *tmp_path.glob("*/*.json")]
