@@ -3,7 +3,7 @@
 set -euo pipefail
 unset CDPATH
 here=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 project=$PWD
 source src/environment.sh
 use_environment

@@ -6,7 +6,7 @@
 set -euo pipefail
 unset CDPATH
 trap '' USR1  # which asks a run to save, must not end the launcher before it can pass it on
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 source src/environment.sh
 
 case "${1:-}" in

@@ -71,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     from errors import errors_at
     from training.precision import device_named, failures_explained
 
+    for name in ("prompt", "input"):
+        if (text := getattr(options, name)) is not None:  # as it was typed, whatever the locale
+            setattr(options, name, text_of(os.fsencode(text), f"--{name}: "))
     device = torch.device(device_named(options.device))
     with failures_explained(device):
         model, state = open_for_answers(path, device, options.quantize, options.jsonl)

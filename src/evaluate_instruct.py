@@ -78,9 +78,9 @@ def report_of(options: Namespace) -> dict[str, Any]:
         bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when it is a terminal
         with failures_explained(device), errors_at(path, CheckpointError, raised=CheckpointError):
             scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
-        report["checkpoints"].append({
-            "checkpoint": str(path), "about": f"step {state['step']}" if state["template"] else "pre-trained",
-            **scores._asdict()})
+        tuned = f"step {state['step']}" if state["step"] else "fine-tuned"  # an exported one does not say more
+        report["checkpoints"].append({"checkpoint": str(path), "about": tuned if state["template"] else "pre-trained",
+                                      **scores._asdict()})
         for case, (tokens, is_ended) in zip(report["answers"], answers):
             case["answers"].append({"text": decode(tokens), "ended": is_ended})
     return report
@@ -122,8 +122,8 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
     from answering.questions import questions_of
 
     as_objects = path.suffix.lower() in (".jsonl", ".ndjson")
-    if path.suffix.lower() == ".json":
-        raise UserError(f"{path}: not questions, a line each, but JSON; with answers, --dataset reads it")
+    if path.suffix.lower() in (".json", ".csv", ".tsv", ".parquet", ".gz"):
+        raise UserError(f"{path}: not questions, a line each; --dataset reads it if it has answers too")
     with errors_at(path), path.open("rb") as file:
         for _, tokens in questions_of(file.readline, "", as_objects, partial(encode_question, context_length)):
             if isinstance(tokens, UserError):

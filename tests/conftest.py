@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,8 +99,9 @@ def project(tmp_path: Path) -> Path:
     """A folder like the project's, whose name has a space, without an environment, and with nothing to install."""
     folder = tmp_path / "my project"
     folder.mkdir()
-    for name in ("start_instruct_training.sh", "chat.sh", "src"):
-        (folder / name).symlink_to(ROOT / name)
+    for name in ("start_instruct_training.sh", "chat.sh"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "src").symlink_to(SRC)
     (folder / "requirements.txt").touch()
     return folder
 

@@ -166,7 +166,7 @@ def test_a_line_that_cannot_be_answered_costs_no_other(ask, flag, good, bad):
         "error: standard input: not UTF-8: byte 0xe9 in column 4"]
     utf16 = ask(stdin="One?\nTwo?\n".encode("utf-16"))
     assert (utf16.code, utf16.stdout, utf16.stderr.count("error: line")) == (2, "", 3)
-    assert json.loads(ask("--prompt", "caf\udce9?", "--json").stdout)["tokens"] == 8
+    assert ask("--prompt", "caf\udce9?").refusal() == "error: --prompt: not UTF-8: byte 0xe9 in column 4\n"
 
 
 def test_an_answer_depends_on_its_own_seed_alone(ask):
@@ -358,7 +358,7 @@ def test_a_pretrained_model_answers_and_is_named_as_such(ask, tmp_path, run_stat
     write_checkpoint(tmp_path / "ours.pt", template=None)
     write_checkpoint(tmp_path / "multi.pt", multi_turn=True)
     for name, said in [("bare.pt", "pre-trained, not fine-tuned"), ("ours.pt", "pre-trained, not fine-tuned"),
-                       ("multi.pt", "remembers the turns before")]:
+                       ("multi.pt", "each question stands alone")]:
         code, stdout, stderr = ask("--prompt", "Hi", "--json", checkpoint=tmp_path / name)
         assert (code, json.loads(stdout)["tokens"]) == (0, 8)
         assert stderr.endswith(f"cpu: {said}\n") and len(stderr) <= 81
@@ -383,8 +383,10 @@ def test_streams_that_are_closed_or_full(shell, code, shown, tiny_checkpoint):
 
 def test_the_launcher_finds_files_where_the_user_stands(tmp_path, project, tiny_checkpoint):
     (tmp_path / "latest.pt").symlink_to(tiny_checkpoint)
-    for arguments in (["latest.pt"], ["--checkpoint", "latest.pt"], [tiny_checkpoint]):
-        found = launch(project, "chat.sh", *arguments, "--prompt", "Hi", "--max_new_tokens", 1, cwd=tmp_path)
+    (tmp_path / "chat").symlink_to(project / "chat.sh")
+    for folder, script, *arguments in ((project, "chat.sh", "latest.pt"), (tmp_path, "chat", tiny_checkpoint),
+                                       (project, "chat.sh", "--checkpoint", "latest.pt")):
+        found = launch(folder, script, *arguments, "--prompt", "Hi", "--max_new_tokens", 1, cwd=tmp_path)
         assert found.code == 0, found.stderr
     for name, message in (("absent.pt", "absent.pt: no such checkpoint"),
                           ("demo", "no demo yet; run ./start_instruct_training.sh demo first")):

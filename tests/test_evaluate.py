@@ -159,6 +159,7 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
     (["good.pt", "--dataset", "dpo.jsonl"], 2, "dpo.jsonl: row 1: no column for the output (found: 'prompt', 'chosen"
      "'); say which it is: --columns instruction=NAME output=NAME"),
     (["good.pt", "--prompts", "dpo.jsonl"], 2, "dpo.jsonl: line 1: expected an object with an instruction"),
+    (["good.pt", "--prompts", "a.csv"], 2, "a.csv: not questions, a line each; --dataset reads it if it has answers"),
     (["good.pt", "--json", "--markdown"], 2, "argument --markdown: not allowed with argument --json"),
 ])
 def test_what_cannot_be_evaluated_is_one_line(flags, code, message, tmp_path, monkeypatch, run_main):

@@ -20,6 +20,8 @@ try:
 except ImportError:  # some builds of Python lack it: no editing and no history then
     readline = None  # type: ignore[assignment]
 
+# as in the Pythons of uv: Tab has another name there, and after Ctrl-C the line before still seems to be typed
+IS_LIBEDIT = readline is not None and "libedit" in (readline.__doc__ or "")
 HISTORY = "~/.gpt2_instruct_history.jsonl"
 LONGEST_HISTORY = 1000
 QUOTES = '"""'
@@ -82,7 +84,7 @@ class Signals:
         self.interrupted = True
         if self.waiting:
             self.waiting = False
-            self.typed = readline.get_line_buffer() if readline else ""
+            self.typed = readline.get_line_buffer() if readline and not IS_LIBEDIT else ""
             raise KeyboardInterrupt
 
     def _terminate(self, *_: object) -> None:
@@ -120,7 +122,7 @@ class Lines:
         self.path = Path(os.path.realpath(os.path.expanduser(HISTORY)))
         if signals.edits:
             readline.parse_and_bind(f"set enable-bracketed-paste {'off' if signals.is_dumb else 'on'}")
-            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("bind ^I rl_complete" if IS_LIBEDIT else "tab: complete")
             readline.set_completer_delims(" ")
             readline.set_completer(self._completion)
             readline.set_auto_history(False)
@@ -139,11 +141,11 @@ class Lines:
         return text
 
     def _quoted(self, command: str, text: str) -> str:
-        """Text up to the line that ends with quotes; of its own it is no command, even if it begins with a slash."""
+        """Text up to the line that ends with quotes; of its own it is no command, even if it begins like one."""
         while not text.rstrip().endswith(QUOTES):
             text += "\n" + self._line("... ")
         text = text.rstrip().removesuffix(QUOTES).strip("\n")
-        return (command or "/" * text.startswith("/")) + text
+        return (command or "/" * text.startswith("/input" if "\n" in text else "/")) + text
 
     def _line(self, prompt: str) -> str:
         if not self.signals.edits:

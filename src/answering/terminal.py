@@ -116,9 +116,9 @@ class Chat:
 
     def _obey(self, text: str) -> None:
         """A message of the conversation: a command or a question. Raises UserError."""
-        if not text.startswith("/") or text.startswith("//"):
-            if text.strip():
-                self._ask(Question(text.removeprefix("/"), self.input))
+        if (question := _question_in(text)) is not None:
+            if question.strip():
+                self._ask(Question(question, self.input))
                 self.input = ""
             return
         command, rest = (re.split(r"\s", text, maxsplit=1) + [""])[:2]
@@ -226,13 +226,21 @@ class Chat:
         write(json.dumps(fields).replace("\x7f", "\\u007f") + "\n", sys.stdout)
 
 
+def _question_in(message: str) -> str | None:
+    """The question that a message is, None for a command. Of several lines only /input is one, as code may begin with
+    // or /*."""
+    if "\n" in message.strip() and not message.startswith(("/input", "//input")):
+        return message
+    return None if re.match("/(?!/)", message) else message.removeprefix("/")
+
+
 def first_line(path: Path, state: dict[str, Any], device: str, ending: str) -> str:
-    """What the model is and how it takes questions, in a line of at most 80 columns."""
+    """What the model is and how it takes questions, in a line of at most 80 columns. ending is for a conversation."""
     size = sum(tensor.numel() for tensor in state["model"].values()) / 1e6
     losses = [loss for step, loss in state["val_losses"] if step == state["step"]]
     facts = ["", f"{size:.{0 if size >= 10 else 1}f}M", *(f"val loss {loss:.4f}" for loss in losses[:1]), device]
     text = ", ".join(facts) + ": " + ("pre-trained, not fine-tuned" if state["template"] is None else
-                                      "remembers the turns before" if state["multi_turn"] else
+                                      "remembers the turns before" if state["multi_turn"] and ending else
                                       "each question stands alone") + ending
     room = 80 - len(text)
     name = printable_line(path if len(printable_line(path)) <= room else path.name)
