@@ -36,7 +36,7 @@ fill_environment requirements.txt
 [ ! -L demo ] || fail "demo is a link to another folder; move it away"
 
 put_back() {  # what the last demo left, if this one came to nothing
-    if [ -e demo/before ] && [ ! -e demo/checkpoints/best_model.pt ]; then
+    if [ -e demo/before ] && [ ! -e demo/checkpoints/latest.pt ]; then
         rm -rf demo/checkpoints demo/runs
         mv demo/before/* demo/ 2> /dev/null || true  # there may be none
     fi

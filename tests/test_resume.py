@@ -54,8 +54,8 @@ def test_resuming_at_any_step_ends_in_the_same_bits(inputs, whole, tmp_path, ste
     """One process. The logged losses of the resumed part are the same too."""
     assert resume(tmp_path, whole / f"step_{step:06d}.pt") == 0
     assert same_state(trajectory(tmp_path / FINAL), trajectory(whole / FINAL))
-    name = checkpoint.load(whole / FINAL)["name"]
-    resumed, original = scalars(tmp_path / "runs" / name), scalars(whole / "runs" / name)
+    resumed, original = (scalars(folder / "runs" / checkpoint.load(folder / FINAL)["name"])
+                         for folder in (tmp_path, whole))
     for tag in ("train/loss", "train/learning_rate", "train/gradient_norm", "train/epoch"):
         assert resumed[tag] == [entry for entry in original[tag] if entry[0] > step]
     assert dict(original["val/loss"]).items() >= dict(resumed.get("val/loss", [])).items()
@@ -155,6 +155,9 @@ def test_a_checkpoint_names_no_folder_outside_the_current_one(inputs, whole, tmp
         train_instruct.main(flags)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step_000023.pt"}
     assert train_instruct.main([*flags, "--data_dir", str(inputs[0]), "--tensorboard_dir", "logs"]) == 0
+    Path("data_instruct").symlink_to(inputs[0])  # what every start names is nothing that a file has chosen
+    flags = ["--from_scratch=1,1,8", "--context_length=64", "--max_steps=1", "--device=cpu", "--resume=auto"]
+    assert [train_instruct.main(flags) for _ in range(2)] == [0, 0]
 
 
 def test_architecture_and_data_cannot_change(inputs, whole, tmp_path):
@@ -174,7 +177,13 @@ def test_architecture_and_data_cannot_change(inputs, whole, tmp_path):
 def test_free_options_may_change_and_others_are_kept(inputs, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     assert resume(folder, "latest", "--context_length", 0) == 0  # the model's own, which the run has: no change
-    assert resume(tmp_path, whole / "step_000020.pt", "--mini_batch_size", 8, "--eval_freq", 3) == 0
+    [log] = folder.glob("runs/*/metrics.jsonl")
+    before = log.read_bytes()
+    branch = "--tensorboard_dir", folder / "runs"  # in another folder, so the run there keeps its log
+    assert resume(tmp_path, folder / "step_000020.pt", "--mini_batch_size", 8, "--eval_freq", 3, *branch) == 0
+    assert log.read_bytes() == before and len([*folder.glob("runs/*/metrics.jsonl")]) == 2
+    # below the run's learning rate, above the default one
+    assert resume(tmp_path / "rate", folder / "step_000023.pt", "--min_lr", 1e-4, "--override") == 0
     state = checkpoint.load(tmp_path / FINAL)
     assert (state["options"]["mini_batch_size"], state["options"]["learning_rate"]) == (8, 1e-3)
     assert [step for step, _ in state["val_losses"]] == [0, 4, 8, 12, 16, 20, 21, 24]
@@ -197,6 +206,8 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         ((), "step_000007.pt: a run is here already; --resume latest", tmp_path / "foreign"),
         ((), "best_model.pt: a run is here already; another --checkpoint_dir", tmp_path / "best"),
         (("--min_lr", 1), "--min_lr 1.0 is above --learning_rate", tmp_path),
+        (("--resume", whole), "a folder; go on from its newest checkpoint with: latest --checkpoint_dir", tmp_path),
+        (("--tensorboard_dir", "n\udcff"), "expected a path in UTF-8", tmp_path),
         (("--from_scratch", "2,3,32"), "--from_scratch 2,3,32: n_embd 32 is not a multiple of n_head 3", tmp_path),
         (("--from_scratch", "999999999,1,8"), "999999999,1,8: more than a hundred billion parameters", tmp_path),
         (("--from_scratch=1,1,8",), "--from_scratch: not allowed with argument --pretrained_model", tmp_path),

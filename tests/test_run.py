@@ -124,6 +124,14 @@ def test_weights_of_no_language_model_are_told_by_their_first_loss():
     assert doubt_about_weights(3.2) == "" and "tokenizer is not GPT-2's" in doubt_about_weights(10.9)
 
 
+def test_steps_are_lines_where_stdout_is_no_terminal(inputs, tmp_path, monkeypatch, capsys):
+    """As beside tee, where stderr is one."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert train(inputs, tmp_path, "--max_steps", 2) == 0
+    out, err = capsys.readouterr()
+    assert "\nstep 2/2 loss " in out and err == ""
+
+
 @pytest.mark.parametrize("columns", [80, 40])
 def test_nothing_is_cut_on_a_terminal(inputs, tmp_path, columns):
     """Of the bar; the words beside it are those that fit. The last state of the bar has the last val loss."""

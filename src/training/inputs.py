@@ -45,6 +45,8 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
     if options.resume not in (None, "auto"):
         if not path.exists():
             raise UserError(f"{path}: no such file to resume from; name a checkpoint of a run, latest, or auto")
+        if path.is_dir():
+            raise UserError(f"{path}: a folder; go on from its newest checkpoint with: latest --checkpoint_dir {path}")
         state = checkpoint.load_run(path)
     if state is None or not (folder.exists() and path.parent.samefile(folder)):
         checkpoint.require_no_run(folder)
@@ -77,7 +79,9 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
 
 
 def check_sizes(options: Namespace, config: GPTConfig) -> None:
-    """Complete context_length and refuse batch sizes that cannot work."""
+    """Complete context_length; refuse batch sizes and learning rates that cannot work."""
+    if options.min_lr > options.learning_rate:
+        raise UserError(f"--min_lr {options.min_lr} is above --learning_rate {options.learning_rate}")
     options.context_length = options.context_length or config.context_length
     if options.context_length > config.context_length:
         raise UserError(f"--context_length {options.context_length} is above the model's {config.context_length}")

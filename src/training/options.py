@@ -17,11 +17,12 @@ _COUNT, _SIZE, _RATE = number(int, 1, 10**9), number(int, 0, 10**9), number(floa
 _SHAPE = matching(r"|0*[1-9]\d*(,0*[1-9]\d*){2}", "layers,heads,width such as 4,4,128")
 _PRECISION = matching("auto|fp32|bf16|fp16", "auto, fp32, bf16 or fp16")
 _SWITCH = matching("off|on", "off or on")
+_PATH = matching("[^\ud800-\udfff]*", "a path in UTF-8, as PyTorch needs")
 
 # title of a group -> name -> (on resume, type, default, meaning)
 TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
     "model and data": {
-        "pretrained_model": (FIXED, str, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
+        "pretrained_model": (FIXED, _PATH, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
                              "file, or a Hugging Face folder"),
         "from_scratch": (FIXED, _SHAPE, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
         "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
@@ -56,8 +57,8 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
         "patience": (FREE, _SIZE, 0, "stop when this many evaluations in a row brought no lower val loss; 0: never"),
         "checkpoint_freq": (FREE, _COUNT, 100, "steps between checkpoints"),
         "keep_last": (FREE, _COUNT, 2, "how many step_NNNNNN.pt files stay"),
-        "checkpoint_dir": (FREE, str, "checkpoints_instruct", "where checkpoints go"),
-        "tensorboard_dir": (FREE, str, "runs_instruct", "where TensorBoard logs go"),
+        "checkpoint_dir": (FREE, _PATH, "checkpoints_instruct", "where checkpoints go"),
+        "tensorboard_dir": (FREE, _PATH, "runs_instruct", "where TensorBoard logs go"),
         "log_freq": (FREE, _COUNT, 10, "steps between progress lines when the output is not a terminal"),
     },
 }
@@ -88,10 +89,7 @@ def _parse(argv: list[str] | None, run: Mapping[str, Any]) -> Namespace:
                        "and what to do, and change nothing")
     group.add_argument("--override", action="store_true", help="let a resumed run change its trajectory: " + ", ".join(
         name for name, on_resume in ON_RESUME.items() if on_resume == TRAJECTORY))
-    options = parser.parse_args(argv)
-    if options.min_lr > options.learning_rate:
-        raise UserError(f"--min_lr {options.min_lr} is above --learning_rate {options.learning_rate}")
-    return options
+    return parser.parse_args(argv)
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
@@ -108,7 +106,8 @@ def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path
     for a change to a fixed option, and for a change of trajectory without --override: both name both values, all
     changes at once.
     """
-    outside = [name for name in ("data_dir", "tensorboard_dir") if name in run
+    usual = _parse([], {})  # what every start names by itself may be a link to a larger disk
+    outside = [name for name in ("data_dir", "tensorboard_dir") if name in run and run[name] != getattr(usual, name)
                and not Path(str(run[name])).resolve().is_relative_to(Path.cwd())]
     run_here = {**run, **dict.fromkeys(outside, ""), "checkpoint_dir": folder}
     try:

@@ -52,7 +52,8 @@ class Progress:
     def __init__(self, options: Namespace, device: torch.device, log: RunLog, step: int,
                  val_loss: float | None) -> None:
         self.options, self.device, self.log = options, device, log
-        self.bar = tqdm(total=options.max_steps, initial=step, disable=None, dynamic_ncols=True,
+        is_hidden = None if sys.stdout and sys.stdout.isatty() else True  # None: unless stderr is a terminal too
+        self.bar = tqdm(total=options.max_steps, initial=step, disable=is_hidden, dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
         self.sums, self.at_line = np.zeros(4), np.zeros(4)  # seconds, tokens, response_tokens, steps; at the last line
         self.is_time_said = False

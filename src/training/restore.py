@@ -30,7 +30,9 @@ def restore(run: Run, state: dict[str, Any], path: Path) -> None:
             raise ValueError(f"position {state['position'][1]} of {len(run.data['train'])} examples")
         run.learner.set_loss_scale(state.get("loss_scale", HIGHEST_SCALE))
     run.position = Position(*state["position"])
-    run.step, run.skipped, run.name, run.saved = state["step"], state["skipped"], state["name"], path
+    run.step, run.skipped, run.saved = state["step"], state["skipped"], path
+    if run.folder.exists() and path.parent.samefile(run.folder):  # else that run keeps its log
+        run.name = state["name"]
     run.val_losses = [list(entry) for entry in state["val_losses"]]
 
 
