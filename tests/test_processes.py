@@ -42,6 +42,14 @@ def test_what_differs_is_named_with_the_places(monkeypatch, host, theirs, said):
         assert str(error) == f"the processes were started differently: {said}"
 
 
+@pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_an_environment_that_no_launcher_has_made_is_one_line(monkeypatch, left_over):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="^the environment has RANK ., .*; unset RANK and WORLD_SIZE, or start with "):
+        processes.join("cpu")
+
+
 @pytest.mark.parametrize("mine, other, said", [
     (None, ["hostD", 2, "no data"], "stopped by hostD: no data"), (None, ["hostC", 2, "no data"], "no data"),
     (CheckpointError("damaged"), ["hostD", None, ""], "hostC: damaged"),

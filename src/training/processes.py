@@ -158,9 +158,12 @@ def _refuse_differences(found: Sequence[tuple[str, Mapping[str, object]]]) -> No
 def join(device_name: str) -> Processes:
     """Find this process's rank and device from the launcher's environment, and join the process group if there is one.
 
-    Raises UserError when the device is not there.
+    Raises UserError when the device is not there, and for an environment that no launcher has made.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= world_size or world_size > 1 and os.environ.keys().isdisjoint(("INSTRUCT_STORE", "MASTER_ADDR")):
+        raise UserError(f"the environment has RANK {rank}, WORLD_SIZE {world_size} and no MASTER_ADDR for that; unset "
+                        "RANK and WORLD_SIZE, or start with ./start_instruct_training.sh")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device_name = device_named(device_name)
     if device_name == "cuda":
