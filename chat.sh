@@ -7,7 +7,7 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 project=$PWD
 source src/environment.sh
 use_environment
-case $python in /* | python3) ;; *) python=$project/$python ;; esac
+python=$("$python" -c 'import sys; print(sys.executable)')  # python3 may be another one elsewhere (pyenv)
 
 if [[ "${1:-}" == demo ]]; then
     checkpoint=$project/demo/checkpoints/best_model.pt

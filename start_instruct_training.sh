@@ -2,6 +2,7 @@
 # Fine-tune:  ./start_instruct_training.sh [NPROC] [RESUME] [flags of src/train_instruct.py...]
 #             NPROC   processes, one a GPU (default 1; without a GPU they share the CPU)
 #             RESUME  a checkpoint file, latest, or auto: latest if a run is there, else a new one
+#             flags   python src/train_instruct.py --help lists them
 # Try it out: ./start_instruct_training.sh demo
 set -euo pipefail
 unset CDPATH
@@ -11,7 +12,7 @@ source src/environment.sh
 
 case "${1:-}" in
     -h | --help)
-        sed -n '2,5s/^# //p' "$0"
+        sed -n '2,6s/^# //p' start_instruct_training.sh
         exit 0 ;;
     demo)
         shift

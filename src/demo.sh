@@ -24,7 +24,7 @@ for flag in "$@"; do
 done
 
 show() {
-    printf '\n$ python %s\n' "$*"
+    printf '\n$ %s\n' "$python $*"
     "$python" "$@"
 }
 
@@ -55,11 +55,11 @@ printf '\nQuestions in wordings that it was not trained on:\n'
 show src/evaluate_instruct.py demo/checkpoints/best_model.pt --data_dir demo/data --examples 0 \
     --max_new_tokens 40 --show 8
 
-cat <<'END'
+cat <<END
 
 This model knows 120 facts and nothing else. Chat with it:   ./chat.sh demo
 With real data and a real model:                             see README.md, or
-  python src/convert_checkpoint.py import gpt2               (or your own file as checkpoints/best_model.pt)
-  python src/prepare_instruct_dataset.py
+  $python src/convert_checkpoint.py import gpt2     (or your own file as checkpoints/best_model.pt)
+  $python src/prepare_instruct_dataset.py
   ./start_instruct_training.sh
 END

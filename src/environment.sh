@@ -24,9 +24,9 @@ else:
     from importlib.metadata import version
     for name in dict.fromkeys(re.findall(r"^[\w-]+", "\n".join(open(file).read() for file in sys.argv[1:]), re.M)):
         try:
-            found = version(name)
-            if name == "torch" and tuple(map(int, found.split(".")[:2])) < (2, 11):
-                lacking.append("torch 2.11 (it is %s)" % found)
+            found, least = version(name), {"torch": (2, 11), "tiktoken": (0, 8)}.get(name)
+            if least and tuple(map(int, found.split(".")[:2])) < least:
+                lacking.append("%s %d.%d (it is %s)" % (name, *least, found))
         except Exception:
             lacking.append(name)
 print(", ".join(lacking))
@@ -74,10 +74,11 @@ fill_environment() {  # FILES...: after choose_environment; makes .venv and inst
     [ -n "$lacking" ] || return 0
     [ -z "$(lacks "$python")" ] || fail "$python is missing or older than 3.10; install a newer Python" \
         "(and move a .venv of the older one away)"
-    [ "$python" = .venv/bin/python ] || python3 -m venv .venv || fail "cannot make .venv (on Debian and Ubuntu: apt" \
-        "install python3-venv)"
+    [ "$python" = .venv/bin/python ] || python3 -m venv .venv || fail "cannot make .venv (move a broken" \
+        "one away; on Debian and Ubuntu: apt install python3-venv)"
     python=.venv/bin/python
-    "$python" -m pip --version > /dev/null 2>&1 || fail ".venv has no pip; to fill it: $(fill_command "$python" "$@")"
+    "$python" -m pip --version > /dev/null 2>&1 || fail ".venv has no pip; to fill it: $(fill_command "$python" \
+        "$@"); or move it away, if another Python made it"
     [ -z "$why" ] || echo "note: $why; using .venv" >&2
     "$python" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || fail "pip could not" \
         "install $*"

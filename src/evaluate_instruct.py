@@ -76,8 +76,11 @@ def report_of(options: Namespace) -> dict[str, Any]:
     for path in paths:
         model, state = opened.pop(0)  # so that no more than one is in memory
         bar = partial(tqdm, desc=printable_line(path), leave=False, disable=None)  # on stderr, when it is a terminal
-        with failures_explained(device), errors_at(path, CheckpointError, raised=CheckpointError):
-            scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
+        try:
+            with failures_explained(device):
+                scores, answers = evaluate(model.to(device), cases, options.max_new_tokens, bar)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         tuned = f"step {state['step']}" if state["step"] else "fine-tuned"  # an exported one does not say more
         report["checkpoints"].append({"checkpoint": str(path), "about": tuned if state["template"] else "pre-trained",
                                       **scores._asdict()})

@@ -140,8 +140,8 @@ class Selection:
             raise UserError(f"{self.first_bad or f'{names}: nothing to train on'} ({found})"
                             + BadSplit.advice * ("test_split" in self.dropped))
         if (places == places[0]).all():
-            raise UserError(f"{names}: train and val need a prompt each, and there is only one: all instructions "
-                            f"are the same, with the same input ({found})")
+            raise UserError(f"{names}: train and val need a prompt each, and there is only one" +
+                            ": all instructions are the same, with the same input" * (len(places) > 1) + f" ({found})")
         in_val = places < self.options.val_fraction * 2**64
         return (in_val | (places == places.min())) & (places != places.max())
 

@@ -137,9 +137,11 @@ ASKING: Table = [  # one chat with --json, in order
     ("a paste with slashes in front", paste("// c\nint f();") + "\r", {"instruction": "// c\nint f();"}),
     ("such lines between quotes", '"""// c\rint f();"""\r', {"instruction": "// c\nint f();"}),
     ("and with the name of a command", '"""/input x\ry"""\r', {"instruction": "/input x\ny"}),
+    ("a paste that begins with quotes", paste('"""Sums."""\nimport os') + "\r", {
+        "instruction": '"""Sums."""\nimport os'}),
     ("two pastes and typing", f"{paste('a')} b {paste('c')}\r", {"instruction": "a b c"}),
     ("the last message again", "\x1b[A\r", {"instruction": "a b c"}),
-    ("a message of several lines again", "\x1b[A" * 9 + "\r", {"instruction": "\tif a:\n\t\tb"}),
+    ("a message of several lines again", "\x1b[A" * 10 + "\r", {"instruction": "\tif a:\n\t\tb"}),
     ("lines between quotes", '"""\rfirst\r\r  third\r"""\r', {"instruction": "first\n\n  third"}),
     ("text beside the quotes", '"""first\rlast"""\r', {"instruction": "first\nlast"}),
     ("quotes on one line", '"""one line"""\r', {"instruction": "one line"}),

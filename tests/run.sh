@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run every check: tests/run.sh [--slow] [pytest arguments...]
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source src/environment.sh
 choose_environment requirements.txt tests/requirements.txt

@@ -53,7 +53,9 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.csv", table()))},
     "no columns": ("a.json", b"{}", r"row 1: no column for the .* and no column for the output \(found: none\)"),
     "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
-                 r"one: .* \(3 read, 1 kept; dropped: 1 empty output, 1 exact repeat, 0 bad row\)$"),
+                 r"one \(3 read, 1 kept; dropped: 1 empty output, 1 exact repeat, 0 bad row\)$"),
+    "one question": ("a.jsonl", lines(row(output="a"), row(output="b")), r"train and val need a prompt each, and "
+                     r"there is only one: all instructions are the same, with the same input \(2 read, 2 kept; "),
     "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 read, 0 kept; .* 9 test "
                   r"split\); --columns split= ignores that column$"),
     **{f"{name} of another program": (name, data, r"line \d: not UTF-8: byte 0x.. in column \d+" + NO_TEXT)

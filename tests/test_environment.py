@@ -106,13 +106,14 @@ def test_where_there_is_no_environment_one_line_says_what_to_do(project, command
     assert (project / ".venv").exists() == bool(venv)
 
 
-def test_an_old_torch_is_named(project):
-    about = project.parent / "site" / "torch-2.3.1.dist-info"
+@pytest.mark.parametrize("name, least, found", [("torch", "2.11", "2.3.1"), ("tiktoken", "0.8", "0.7.0")])
+def test_an_old_package_is_named(project, name, least, found):
+    about = project.parent / "site" / f"{name}-{found}.dist-info"
     about.mkdir(parents=True)
-    (about / "METADATA").write_text("Name: torch\nVersion: 2.3.1\n")
+    (about / "METADATA").write_text(f"Name: {name}\nVersion: {found}\n")
     environment = make_python(project.parent / "environment", "complete")
     code, _, stderr = launch(project, "chat.sh", VIRTUAL_ENV=str(environment), PYTHONPATH=str(about.parent))
-    assert code == 2 and f"{environment} lacks torch 2.11 (it is 2.3.1)" in stderr
+    assert code == 2 and f"{environment} lacks {name} {least} (it is {found})" in stderr
 
 
 @pytest.mark.parametrize("system, code, said", [("MINGW64_NT-10.0", 2, "error: this needs Linux; on Windows use WSL2"),

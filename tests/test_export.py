@@ -85,7 +85,7 @@ def test_the_folder_is_as_others_read_it(folders, checkpoints):
     assert {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {END_OF_TEXT}
     assert use["clean_up_tokenization_spaces"] is False and use["model_max_length"] == 96
     assert {name: answers[name] for name in ("do_sample", "max_new_tokens", "temperature", "top_k", "top_p")} == {
-        "do_sample": True, "max_new_tokens": 256, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+        "do_sample": True, "max_new_tokens": 96 // 4, "temperature": 0.7, "top_k": 50, "top_p": 0.95}
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == {name.removeprefix("transformer.") for name in ours}  # so no lm_head either

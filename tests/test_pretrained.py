@@ -214,6 +214,11 @@ def test_folders_of_transformers_have_its_logits(tmp_path, reference, form, acti
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in reference.state_dict().items())
 
 
+def test_safetensors_are_known_by_their_content(tmp_path, weights):
+    save_file({name: tensor.contiguous() for name, tensor in cut(weights).items()}, tmp_path / "best_model.pt")
+    assert same_state(open_any(tmp_path / "best_model.pt", n_head=4)["model"], cut(weights))
+
+
 def test_16_bit_weights_become_fp32(tmp_path, reference):
     for dtype in (torch.float16, torch.bfloat16):
         torch.save({name: tensor.to(dtype) for name, tensor in reference.state_dict().items()}, tmp_path / "a.pt")

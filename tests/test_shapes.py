@@ -93,6 +93,8 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "UltraChat": ({"id": "0", "data": ["Q", "A"]}, QA, "texts in turn"),
     "Capybara": ({"conversation": [{"input": "Q", "output": "A"}, {"input": "R", "output": "B"}]}, QARB,
                  "questions and answers in turn"),
+    "a system text in turn": ({"conversation": [{"question": "Q", "answer": "A", "system_prompt": "S"}]},
+                              [("S\n\nQ", "", "A")], "questions and answers in turn"),
     "indentation": ({"instruction": "\n  I", "input": "\t\r\n x\r\n", "output": "    def f():\r\n        pass \n\n"},
                     [("  I", " x", "    def f():\n        pass")], "Alpaca"),
     "empty values": ({"instruction": "I", "input": float("nan"), "output": None}, [("I", "", "")], "Alpaca"),

@@ -133,7 +133,8 @@ class Lines:
         """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C."""
         self.signals.interrupted = False  # it stopped the last answer
         text = self._line(prompt)
-        if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}(.*)", text, re.DOTALL):
+        # of text in which the quotes are closed before its end, code with a docstring for instance, they are a part
+        if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}((?!.*{QUOTES}).*|.*{QUOTES}\s*)", text, re.DOTALL):
             text = self._quoted(*quoted.groups())
         if text.strip() and self.signals.edits:
             _remember(text)

@@ -233,7 +233,7 @@ class Shapes:
             elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
                 instruction, input, output, system = self._texts(item, columns, f"{where}: ")
-                yield "user", join_texts(instruction, input, system), True
+                yield "user", join_texts(system, instruction, input), True
                 yield "assistant", output, True
             else:
                 raise BadRow(f"{where} has no role and content (found: {_names(item)})")

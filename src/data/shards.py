@@ -147,7 +147,7 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
             manifest.is_file() and re.search(rb'"(format_version|loss_mask)"', manifest.read_bytes())):
         yield manifest
     for path in (folder / split for split in SPLITS):
-        if path.is_symlink():  # what it leads to may be the folder of other data
+        if path.is_symlink() or path.is_file():  # what a link leads to may be the folder of other data
             yield path
         yield from (each for each in path.glob("[!.]*") if not _SHARD_FILE.fullmatch(each.name))
 

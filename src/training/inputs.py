@@ -71,7 +71,7 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
         path = Path(options.pretrained_model)
         if not path.exists():
             raise UserError(f"{path}: no pre-trained model; put yours there, or import one with: python "
-                            "src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
+                            "src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt, the default")
         model, origin = checkpoint.model_of(open_any(path, options.n_head), path), f"weights of {path}"
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # the file's memory is for reading

@@ -51,5 +51,6 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
 def diverged(run: Run, what: str) -> DivergedError:
     """What a run ends with that no step can mend."""
     last = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
-    advice = "try a lower --learning_rate" + ", or --precision fp32" * (run.options.precision == "fp16")
+    advice = "try " + ("a lower --learning_rate" if run.step else "another --pretrained_model")
+    advice += ", or --precision fp32" * (run.options.precision == "fp16")
     return DivergedError(f"{what}, up to step {run.step}; {last}; {advice}")

@@ -85,11 +85,11 @@ def check_vocabulary(vocab_size: int, path: Path) -> None:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() != ".safetensors":
-        return load_any(path)
     with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
-        begin_of(path)
-        return load_file(path)
+        begins_so = begin_of(path)[8:9] == b"{"  # as its header does, whatever the name
+        if begins_so or path.suffix.lower() == ".safetensors":
+            return load_file(path)
+    return load_any(path)
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
