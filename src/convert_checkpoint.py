@@ -91,14 +91,14 @@ def say(text: str) -> None:
 
 def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
-    from weights.checkpoint import model_of, save, size_of
+    from weights.checkpoint import model_of, save
     from weights.pretrained import open_any
 
     state = open_any(path, n_head)
-    sizes = model_of(state, path).config
+    model = model_of(state, path)
     save(output, state, say)
-    say(f"wrote {output}: {size_of(state['model']) // 4:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, "
-        f"width {sizes.n_embd}")
+    sizes, count = model.config, sum(parameter.numel() for parameter in model.parameters())
+    say(f"wrote {output}: {count:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.n_embd}")
 
 
 def export_weights(source: Path, output: Path, dtype: str) -> None:

@@ -4,9 +4,10 @@ import os
 import resource
 
 import pytest
+import torch
 
 from errors import UserError
-from weights.checkpoint import load, save, save_step, step_files
+from weights.checkpoint import load, model_of, save, save_step, step_files
 
 
 @pytest.fixture
@@ -30,6 +31,13 @@ def test_steps_are_kept_by_number_and_foreign_files_are_left_alone(tmp_path, sta
 
 def refuse(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_in_a_smaller_type_becomes_fp32(state_of, tmp_path):
+    """As a user may have made it, to pass it on: in its own type training would round most updates away."""
+    state = state_of(1)
+    state["model"] = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
+    assert {parameter.dtype for parameter in model_of(state, tmp_path).parameters()} == {torch.float32}
 
 
 def test_without_hard_links_latest_is_a_copy(tmp_path, state_of, monkeypatch):

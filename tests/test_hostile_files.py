@@ -99,14 +99,16 @@ def forged_parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "step": [-5, 10**30], "skipped": ["x"], "data_fingerprint": [7], "optimizer": [7],
             "loss_scale": [0.5, -2.0, 1024, "1024", float("nan")],
             "name": ["../../escaped", "/tmp/escaped", 7, "a\0b", "\x1b[2J"],
-            "options": [[1], {"max_steps": "x"}, {"mini_batch_size": -1}, {"learning_rate": float("nan")}],
+            "options": [[1], {"data_dir": "a\0b"}, {"max_steps": "x"}, {"mini_batch_size": -1},
+                        {"learning_rate": float("nan")}],
             "model": [{"a": torch.ones(1, device="meta")}, {5: torch.ones(1)}, {"a": torch.zeros(1).expand(1 << 38)},
                       {name: weight.long() for name, weight in state["model"].items()}],
             "model_config": [{**state["model_config"], size: 10**8} for size in ("n_layer", "vocab_size", "n_embd")],
     }.items():
         yield from ({part: value} for value in values)
     moments = state["optimizer"]["state"]
-    for change in ({"exp_avg": torch.ones(3)}, {"exp_avg_sq": None}):  # AdamW would not look at the shape
+    one = torch.zeros(1).expand_as(moments[0]["exp_avg"])  # AdamW looks neither at shapes nor at strides
+    for change in ({"exp_avg": torch.ones(3)}, {"exp_avg_sq": None}, {"exp_avg": one}):
         yield {"optimizer": {**state["optimizer"], "state": {**moments, 0: {**moments[0], **change}}}}
     yield {"optimizer": {**state["optimizer"], "state": {}}}
 

@@ -175,13 +175,16 @@ def test_architecture_and_data_cannot_change(inputs, whole, tmp_path):
 
 
 def test_free_options_may_change_and_others_are_kept(inputs, whole, tmp_path):
-    folder = shutil.copytree(whole, tmp_path / "run")
+    folder, [log] = shutil.copytree(whole, tmp_path / "run"), whole.glob("runs/*/metrics.jsonl")
+    before, runs = log.read_bytes(), ("--tensorboard_dir", whole / "runs")
+    assert resume(folder, "latest", "--max_steps", 25, "--override", *runs) == 0
+    assert log.read_bytes() == before  # of the run that was copied
     assert resume(folder, "latest", "--context_length", 0) == 0  # the model's own, which the run has: no change
-    [log] = folder.glob("runs/*/metrics.jsonl")
+    log = folder / "runs" / checkpoint.load(whole / FINAL)["name"] / "metrics.jsonl"
     before = log.read_bytes()
     branch = "--tensorboard_dir", folder / "runs"  # in another folder, so the run there keeps its log
     assert resume(tmp_path, folder / "step_000020.pt", "--mini_batch_size", 8, "--eval_freq", 3, *branch) == 0
-    assert log.read_bytes() == before and len([*folder.glob("runs/*/metrics.jsonl")]) == 2
+    assert log.read_bytes() == before
     # below the run's learning rate, above the default one
     assert resume(tmp_path / "rate", folder / "step_000023.pt", "--min_lr", 1e-4, "--override") == 0
     state = checkpoint.load(tmp_path / FINAL)

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -130,6 +131,23 @@ def test_steps_are_lines_where_stdout_is_no_terminal(inputs, tmp_path, monkeypat
     assert train(inputs, tmp_path, "--max_steps", 2) == 0
     out, err = capsys.readouterr()
     assert "\nstep 2/2 loss " in out and err == ""
+
+
+@pytest.mark.parametrize("trap, code", [("", 129), ("trap '' HUP; ", 0)])
+def test_a_terminal_that_is_closed_ends_no_run_that_was_not_saved(inputs, tmp_path, trap, code):
+    """It had the bar. With SIGHUP ignored the run goes on to its end."""
+    flags = [*resume_flags(*inputs), *to(tmp_path), "--max_steps", 300, "--eval_freq", 300, "--checkpoint_freq", 300]
+    command = shlex.join(map(str, (sys.executable, SRC / "train_instruct.py", *flags)))
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv("/bin/sh", ["sh", "-c", f"{trap}exec {command}"])
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown = b""
+    while b" tok/s" not in shown:
+        shown += os.read(master, 4096)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    assert 0 < checkpoint.load(tmp_path / "latest.pt")["step"] <= 300
 
 
 @pytest.mark.parametrize("columns", [80, 40])

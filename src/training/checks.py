@@ -2,6 +2,7 @@
 at whenever a run starts; dry_run.py shows it as a table."""
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,4 +101,4 @@ def _disk(options: Namespace, model: GPT) -> tuple[str, bool]:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))

@@ -107,12 +107,12 @@ def resumed_options(argv: list[str] | None, run: Mapping[str, Any], folder: Path
     changes at once.
     """
     usual = _parse([], {})  # what every start names by itself may be a link to a larger disk
-    outside = [name for name in ("data_dir", "tensorboard_dir") if name in run and run[name] != getattr(usual, name)
-               and not Path(str(run[name])).resolve().is_relative_to(Path.cwd())]
-    run_here = {**run, **dict.fromkeys(outside, ""), "checkpoint_dir": folder}
     try:
+        outside = [name for name in ("data_dir", "tensorboard_dir") if name in run and run[name] != getattr(usual, name)
+                   and not Path(str(run[name])).resolve().is_relative_to(Path.cwd())]
+        run_here = {**run, **dict.fromkeys(outside, ""), "checkpoint_dir": folder}
         before = _parse([], run_here)
-    except UserError as error:
+    except (UserError, ValueError) as error:  # a path with a zero in it
         raise CheckpointError(f"{source}: not a usable checkpoint, its options: {error}") from error
     options = _parse(argv, run_here)
     if unnamed := {name: run[name] for name in outside if not getattr(options, name)}:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -106,7 +107,9 @@ class Progress:
         """Beside the bar: what fits on the terminal's line."""
         if self.bar.disable:
             return
-        width = os.get_terminal_size(self.bar.fp.fileno()).columns or 80
+        width = 80
+        with suppress(OSError):  # the terminal is gone
+            width = os.get_terminal_size(self.bar.fp.fileno()).columns or width
         room = width - len(f"{self.bar.total}/{self.bar.total}  00:00:00 left, ") - NARROWEST_BAR
         figures = [f"loss {self.loss}", f"val {self.val_loss}", f"{self.rate} tok/s"]
         while len(", ".join(figures)) > room and figures:

@@ -1,6 +1,7 @@
 """A run put back where a checkpoint left it."""
 
 import math
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def restore(run: Run, state: dict[str, Any], path: Path) -> None:
         run.learner.set_loss_scale(state.get("loss_scale", HIGHEST_SCALE))
     run.position = Position(*state["position"])
     run.step, run.skipped, run.saved = state["step"], state["skipped"], path
-    if run.folder.exists() and path.parent.samefile(run.folder):  # else that run keeps its log
+    origin = Path(str(state["options"].get("checkpoint_dir")))
+    is_copy = os.path.exists(origin) and not origin.samefile(path.parent)
+    if run.folder.exists() and path.parent.samefile(run.folder) and not is_copy:  # else the other run keeps its log
         run.name = state["name"]
     run.val_losses = [list(entry) for entry in state["val_losses"]]
 
@@ -57,6 +60,6 @@ def _check_moments(optimizer: torch.optim.AdamW, may_be_absent: bool) -> None:
     write beyond them."""
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         moments = optimizer.state.get(parameter, {})
-        shapes = [getattr(moments.get(name), "shape", None) for name in ("step", "exp_avg", "exp_avg_sq")]
-        if (moments or not may_be_absent) and shapes != [torch.Size(), parameter.shape, parameter.shape]:
+        forms = [(moments[name].shape, moments[name].stride()) for name in ("step", "exp_avg", "exp_avg_sq") if moments]
+        if forms != [(torch.Size(), ()), *[(parameter.shape, parameter.stride())] * 2] and (forms or not may_be_absent):
             raise ValueError("the optimizer's moments do not fit the parameters")

@@ -36,7 +36,7 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
             rows["note"] = (f"the best step lies far before the last: --max_steps {best_step} would have done, and "
                             "--patience 3 stops by itself")
     chosen = shlex.quote(str(path if path.exists() else latest))
-    if run.step < run.options.max_steps:
+    if run.step < run.options.max_steps or run.step not in [at for at, _ in run.val_losses]:  # not evaluated
         more = " --patience 0" * bool(run.options.patience and run.evaluations_in_vain() >= run.options.patience)
         count = f"{run.processes.world_size} " * (run.processes.world_size > 1)
         folders = {name: Path(getattr(run.options, name)) for name in ("data_dir", "tensorboard_dir")}

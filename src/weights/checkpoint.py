@@ -139,7 +139,7 @@ def model_of(state: Mapping[str, Any], path: Path) -> GPT:
             raise ValueError(f"{len(weights)} weights are too few for {config.n_layer} layers")
         model = GPT(config)
     _check_weights(weights, model.state_dict(), path)
-    model.load_state_dict(dict(weights), assign=True)  # PyTorch adds to the dictionary that it loads
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval()
 
 
