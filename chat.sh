@@ -11,6 +11,7 @@ python=$("$python" -c 'import sys; print(sys.executable)')  # python3 may be ano
 
 if [[ "${1:-}" == demo ]]; then
     checkpoint=$project/demo/checkpoints/best_model.pt
+    [[ -e $checkpoint ]] || checkpoint=$project/demo/checkpoints/latest.pt  # of a demo that was interrupted
     if [[ ! -e $checkpoint ]]; then
         echo "error: no demo yet; run ./start_instruct_training.sh demo first" >&2
         exit 2

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.precision import device_named, failures_explained
 
     for name in ("prompt", "input"):
-        if (text := getattr(options, name)) is not None:  # as it was typed, whatever the locale
+        if (text := getattr(options, name)) is not None:  # the bytes that were typed: UTF-8, whatever the locale
             setattr(options, name, text_of(os.fsencode(text), f"--{name}: "))
     device = torch.device(device_named(options.device))
     with failures_explained(device):

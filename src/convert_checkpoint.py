@@ -59,9 +59,9 @@ def fetch(source: str) -> Path:
         reason = f"{error.strerror}; " if isinstance(error, OSError) and error.strerror else ""
         raise UserError(f"{absent}, and fetching it from the Hugging Face hub failed: {reason}check the network, "
                         "or import a local file or folder") from error
-    if not folder.exists():
-        raise UserError(f"{source}: no config.json and no weights for transformers in it, on the Hugging Face hub; "
-                        "download the file that has the weights, and import that")
+    if not any(any(folder.glob(name)) for name in ("*.safetensors", "pytorch_model*", "adapter_config.json")):
+        raise UserError(f"{source}: no weights for transformers in it, on the Hugging Face hub; download the file that "
+                        "has the weights, and import that")
     return folder
 
 
@@ -106,7 +106,9 @@ def export_weights(source: Path, output: Path, dtype: str) -> None:
     from weights.export import export_folder, export_gguf
 
     _, state = open_model(source)
-    (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, Settings()._asdict())
+    longest = Settings().max_new_tokens
+    settings = Settings(max_new_tokens=min(longest, state["model_config"]["context_length"] // 4))  # as chat has room
+    (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, settings._asdict())
     say(f"wrote {output}")
 
 

@@ -50,6 +50,7 @@ for made in demo/checkpoints demo/runs; do
     [ ! -e "$made" ] || mv "$made" demo/before/ || exit 2
 done
 trap put_back EXIT
+trap : HUP TERM  # the run saves, and ends before this
 show src/train_instruct.py "${training[@]}"
 printf '\nQuestions in wordings that it was not trained on:\n'
 show src/evaluate_instruct.py demo/checkpoints/best_model.pt --data_dir demo/data --examples 0 \

@@ -141,8 +141,13 @@ def dies_before_it_began(result: Result, here: Lab, processes: Sequence[int] = (
 
 @measurement("a process that hangs")
 def hangs(result: Result, here: Lab) -> None:
-    """The launcher says that no step ends (here after two seconds), and the run goes on when one does."""
+    """The launcher says that no step ends (here after two seconds), and the run goes on when one does; also where the
+    launcher was stopped for a while, as by Ctrl-Z and fg."""
     run = here.start(1, "--checkpoint_freq", 100, phase="step", at=5, seconds=5, launcher=1, quiet=2)
+    run.wait_for(Trainer.stopped)
+    run.process.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    run.process.send_signal(signal.SIGCONT)
     result.check("one process", run.exits(0), run.differs(),
                  "not said" * ("warning: no step has ended for" not in run.output()))
 

@@ -137,8 +137,8 @@ ASKING: Table = [  # one chat with --json, in order
     ("a paste with slashes in front", paste("// c\nint f();") + "\r", {"instruction": "// c\nint f();"}),
     ("such lines between quotes", '"""// c\rint f();"""\r', {"instruction": "// c\nint f();"}),
     ("and with the name of a command", '"""/input x\ry"""\r', {"instruction": "/input x\ny"}),
-    ("a paste that begins with quotes", paste('"""Sums."""\nimport os') + "\r", {
-        "instruction": '"""Sums."""\nimport os'}),
+    ("a paste that begins with quotes", paste('"""Sums."""\ndef f():\n\t"""Adds."""') + "\r", {
+        "instruction": '"""Sums."""\ndef f():\n\t"""Adds."""'}),
     ("two pastes and typing", f"{paste('a')} b {paste('c')}\r", {"instruction": "a b c"}),
     ("the last message again", "\x1b[A\r", {"instruction": "a b c"}),
     ("a message of several lines again", "\x1b[A" * 10 + "\r", {"instruction": "\tif a:\n\t\tb"}),

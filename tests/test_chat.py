@@ -20,7 +20,7 @@ import cli
 from answering.answer import Answer
 from answering.opened import open_for_answers
 from answering.settings import Settings
-from answering.terminal import Chat
+from answering.terminal import Chat, first_line
 from conftest import SRC, Outcome, launch, run_command
 from errors import UserError
 from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt, tokenizer
@@ -362,6 +362,8 @@ def test_a_pretrained_model_answers_and_is_named_as_such(ask, tmp_path, run_stat
         code, stdout, stderr = ask("--prompt", "Hi", "--json", checkpoint=tmp_path / name)
         assert (code, json.loads(stdout)["tokens"]) == (0, 8)
         assert stderr.endswith(f"cpu: {said}\n") and len(stderr) <= 81
+    said = first_line(Path("a"), checkpoint.load(tmp_path / "multi.pt"), "cpu", "; /help")  # of a conversation
+    assert said.endswith("cpu: remembers the turns before; /help")
 
 
 def test_the_checkpoint_may_be_overwritten_while_its_model_is_in_use(tmp_path, tiny_checkpoint):

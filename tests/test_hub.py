@@ -65,10 +65,11 @@ def test_gpt2_comes_from_the_hub(tmp_path):
     ("prepare_instruct_dataset.py", {"/cdn/": [403] * 9}, 2, "Hugging Face hub failed: "),
     ("prepare_instruct_dataset.py --dataset vicgalle/absent", {}, 2, "Hugging Face hub failed: "),
     ("convert_checkpoint.py import gpt2", {"/resolve/": [403] * 9}, 2, "Hugging Face hub failed: "),
-    ("convert_checkpoint.py import me/nanogpt", {}, 2, "error: me/nanogpt: no config.json and no weights for transfo"),
+    ("convert_checkpoint.py import me/nanogpt", {}, 2, "error: me/nanogpt: no weights for transformers in it, on the"),
     ("convert_checkpoint.py import me/lora", {}, 3, "a PEFT adapter, not a model; merge it first")])
 def test_an_error_of_the_hub_is_one_line(tmp_path, command, faults, code, reason):
-    with hub({DATASET: alpaca(), MODEL: {"config.json": b"{}"}, "models/me/nanogpt": {"ckpt.pt": b""},
+    with hub({DATASET: alpaca(), MODEL: {"config.json": b"{}"},
+              "models/me/nanogpt": {"ckpt.pt": b"", "config.json": b"{}"},
               "models/me/lora": {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}}) as server:
         server.faults |= faults
         found = from_hub(server, tmp_path, *command.split())

@@ -85,6 +85,7 @@ OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the pro
         "model": "gpt2", "args": argparse.Namespace(optimizer="adamw", block_size=32, num_attention_heads=4),
         "state_dict": {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}},
     "a config in a config": lambda weights: {"model": weights, "config": {"lr": 1e-4, "model": {"n_head": 4}}},
+    "heads of two models": lambda weights: {"model": weights, "config": {"num_heads": 4}, "teacher": {"n_head": 8}},
     "no transformer": lambda weights: {"model": {name.removeprefix("transformer."): tensor for name, tensor in
                                                  with_output(weights).items()}, "config": {"n_head": 4}},
     "one of two tied": lambda weights: {"model": {name.replace("transformer.wte", "lm_head"): tensor for name, tensor in
@@ -283,6 +284,8 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "a config of other layers": (says(num_layers=5), "its config says n_layer 5, not 2"),
     "a config of other tokens": (says(vocab_size=50256), "its config says vocab_size 50256, not 50257"),
     "a config of text": (says(n_head="4"), "n_head must be a whole number of at least 1, not '4'"),
+    "two numbers of heads": (lambda weights: {"model": weights, "hyper_parameters": {
+        "teacher": {"n_head": 8}, "student": {"n_head": 4}}}, "--n_head N --output NEW.pt"),
     "a config that is none": (lambda weights: {"model": weights, "config": 5}, "--n_head N --output NEW.pt"),
     **{f"{key} {value}": (says(**{key: value}), f"not a GPT-2 as published: {key} {value!r}; .* take another trainer")
        for key, value in {"activation_function": "relu", "n_inner": 96}.items()},

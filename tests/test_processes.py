@@ -46,7 +46,7 @@ def test_what_differs_is_named_with_the_places(monkeypatch, host, theirs, said):
 def test_an_environment_that_no_launcher_has_made_is_one_line(monkeypatch, left_over):
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="^the environment has RANK ., .*; unset RANK and WORLD_SIZE, or start with "):
+    with pytest.raises(UserError, match="^the environment has RANK . and WORLD_SIZE ., .*; unset them, or start with "):
         processes.join("cpu")
 
 

@@ -209,7 +209,7 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         ((), "step_000007.pt: a run is here already; --resume latest", tmp_path / "foreign"),
         ((), "best_model.pt: a run is here already; another --checkpoint_dir", tmp_path / "best"),
         (("--min_lr", 1), "--min_lr 1.0 is above --learning_rate", tmp_path),
-        (("--resume", whole), "a folder; go on from its newest checkpoint with: latest --checkpoint_dir", tmp_path),
+        (("--resume", whole), "a folder; to go on from its newest checkpoint: --resume latest --checkpoint_", tmp_path),
         (("--tensorboard_dir", "n\udcff"), "expected a path in UTF-8", tmp_path),
         (("--from_scratch", "2,3,32"), "--from_scratch 2,3,32: n_embd 32 is not a multiple of n_head 3", tmp_path),
         (("--from_scratch", "999999999,1,8"), "999999999,1,8: more than a hundred billion parameters", tmp_path),

@@ -134,7 +134,7 @@ class Lines:
         self.signals.interrupted = False  # it stopped the last answer
         text = self._line(prompt)
         # of text in which the quotes are closed before its end, code with a docstring for instance, they are a part
-        if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}((?!.*{QUOTES}).*|.*{QUOTES}\s*)", text, re.DOTALL):
+        if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}((?!.*{QUOTES}\s*[^\s\"]).*)", text, re.DOTALL):
             text = self._quoted(*quoted.groups())
         if text.strip() and self.signals.edits:
             _remember(text)

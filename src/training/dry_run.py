@@ -44,7 +44,7 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[str, str]] = {}
-        self.processes = Processes(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"))  # until they have joined
+        self.processes = Processes(int(os.environ.get("RANK") or 0), 1, torch.device("cpu"))  # until they have joined
 
     def is_ok(self, *names: str) -> bool:
         return all(self.rows.get(name, ("",))[0] != "failure" for name in names)

@@ -58,7 +58,7 @@ class Signals:
             self.save = 1
         elif not self.stop:
             self.stop, self._first = number, time.monotonic()
-        elif number != AGAIN:
+        elif number not in (AGAIN, signal.SIGHUP):  # to close the terminal is no haste
             return time.monotonic() - self._first >= 1.0
         return False
 

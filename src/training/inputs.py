@@ -1,5 +1,6 @@
 """What a run starts from, and what is refused of it: data, a checkpoint to go on from, the model, sizes that fit."""
 
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
         if not path.exists():
             raise UserError(f"{path}: no such file to resume from; name a checkpoint of a run, latest, or auto")
         if path.is_dir():
-            raise UserError(f"{path}: a folder; go on from its newest checkpoint with: latest --checkpoint_dir {path}")
+            raise UserError(f"{path}: a folder; to go on from its newest checkpoint: --resume latest --checkpoint_dir "
+                            + shlex.quote(str(path)))
         state = checkpoint.load_run(path)
     if state is None or not (folder.exists() and path.parent.samefile(folder)):
         checkpoint.require_no_run(folder)
@@ -70,8 +72,8 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
     else:
         path = Path(options.pretrained_model)
         if not path.exists():
-            raise UserError(f"{path}: no pre-trained model; put yours there, or import one with: python "
-                            "src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt, the default")
+            raise UserError(f"{path}: no pre-trained model; put yours there, or import one to the default place with: "
+                            "python src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
         model, origin = checkpoint.model_of(open_any(path, options.n_head), path), f"weights of {path}"
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # the file's memory is for reading

@@ -91,7 +91,8 @@ class Launcher:
         """Do what the plan says until the run is over. Returns or raises its exit code."""
         try:
             while True:
-                received = signal.sigtimedwait(WATCHED_SIGNALS, 0.1)
+                time.sleep(0.1)  # not sigtimedwait: if Ctrl-Z and fg come meanwhile, it returns what nobody sent
+                received = signal.sigtimedwait(WATCHED_SIGNALS, 0)
                 if received and received.si_signo != AGAIN:  # which only comes from here
                     if self.signals.note(received.si_signo):
                         self._kill()

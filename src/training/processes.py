@@ -160,10 +160,10 @@ def join(device_name: str) -> Processes:
 
     Raises UserError when the device is not there, and for an environment that no launcher has made.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
     if rank >= world_size or world_size > 1 and os.environ.keys().isdisjoint(("INSTRUCT_STORE", "MASTER_ADDR")):
-        raise UserError(f"the environment has RANK {rank}, WORLD_SIZE {world_size} and no MASTER_ADDR for that; unset "
-                        "RANK and WORLD_SIZE, or start with ./start_instruct_training.sh")
+        raise UserError(f"the environment has RANK {rank} and WORLD_SIZE {world_size}, as no launcher leaves it; unset "
+                        "them, or start with ./start_instruct_training.sh")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device_name = device_named(device_name)
     if device_name == "cuda":

@@ -100,12 +100,10 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
     tensors = {name.removeprefix("transformer."):
                tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
                for name, tensor in _weights(state, getattr(torch, dtype)).items()}
-    template, context_length = _chat_template(state), state["model_config"]["context_length"]
-    texts = {**tokenizer_files(context_length, template), "README.md": _model_card(state),
-             "generation_config.json": _json({
-                 "do_sample": True, **_SPECIAL_IDS,
-                 **{name: settings[name] for name in ("temperature", "top_k", "top_p")},
-                 "max_new_tokens": min(settings["max_new_tokens"], context_length // 4)}),
+    template = _chat_template(state)
+    texts = {**tokenizer_files(state["model_config"]["context_length"], template), "README.md": _model_card(state),
+             "generation_config.json": _json({"do_sample": True, **_SPECIAL_IDS, **{
+                 name: settings[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}}),
              "chat_template.jinja": template, "Modelfile": template and _modelfile(state, "model.gguf", settings),
              "config.json": _json(_config(state, dtype))}
     with errors_at(f"{folder}: cannot write there"):

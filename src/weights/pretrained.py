@@ -25,6 +25,7 @@ _WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config",
 # What other trainers call the sizes.
 _NAMES = {"context_length": ("block_size", "n_positions", "n_ctx"), "n_layer": ("num_layers", "n_layers"),
           "n_head": ("num_heads", "n_heads", "num_attention_heads"), "n_embd": ("embd_size",)}
+_HEADS = {"n_head", *_NAMES["n_head"]}
 _PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (n_layer, n_embd)
 _LARGEST_VOCABULARY = 51_200  # GPT-2's, padded to a multiple of 1,024
 # What a GPT-2 of transformers may say and be the model that model.py computes. The activations are one function.
@@ -63,9 +64,9 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
-        sizes = {key: state[key] for key in _SIZES if key in state}
-        named = next(map(_fields, sizes.values()), {}) or _config_beside(path)
-        named = {**_heads_in({**sizes, **state}), **named}
+        named = next((_fields(state[key]) for key in _SIZES if key in state), {}) or _config_beside(path)
+        if not n_head and named.keys().isdisjoint(_HEADS) and len(said := _heads_in(state)) == 1:
+            named = {**named, "n_head": said.pop()}
         if rows > VOCAB_SIZE:
             weights[_EMBEDDING] = weights[_EMBEDDING][:VOCAB_SIZE].clone()
             if named.get("vocab_size") == rows:
@@ -154,11 +155,17 @@ def _fields(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
 
 
-def _heads_in(value: object) -> dict[str, Any]:
-    """The number of heads by its name, where it is said first in nested mappings and objects; else nothing."""
-    fields = _fields(value)
-    here = {name: fields[name] for name in ("n_head", *_NAMES["n_head"]) if name in fields}
-    return here or next(filter(None, map(_heads_in, fields.values())), {})
+def _heads_in(state: object) -> set[int]:
+    """The numbers of heads that are said by name anywhere in nested mappings and objects."""
+    found, queue, seen = set[int](), [state], {id(state)}
+    for value in queue:
+        for name, field in _fields(value).items():
+            if name in _HEADS and type(field) is int:
+                found.add(field)
+            if id(field) not in seen:  # it may hold itself
+                seen.add(id(field))
+                queue.append(field)
+    return found
 
 
 def _in_our_names(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
