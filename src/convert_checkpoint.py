@@ -106,8 +106,7 @@ def export_weights(source: Path, output: Path, dtype: str) -> None:
     from weights.export import export_folder, export_gguf
 
     _, state = open_model(source)
-    longest = Settings().max_new_tokens
-    settings = Settings(max_new_tokens=min(longest, state["model_config"]["context_length"] // 4))  # as chat has room
+    settings = Settings(max_new_tokens=Settings().room(state["model_config"]["context_length"]))
     (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, settings._asdict())
     say(f"wrote {output}")
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from answering.settings import Settings
 from cli import Parser, number, printable, printable_line, run
 from errors import CheckpointError, UserError, errors_at
 
@@ -41,7 +42,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
                         "takes them: no loss then")
     parser.add_argument("--examples", type=number(int, 0), default=64,
                         help="this many, spread over all; 0 means all (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=number(int, 1), default=256,
+    parser.add_argument("--max_new_tokens", type=number(int, 1), default=Settings().max_new_tokens,
                         help="longest answer (default: %(default)s)")
     parser.add_argument("--show", type=number(int, 0), default=4, help="answers to show (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")

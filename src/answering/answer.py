@@ -44,7 +44,7 @@ class Answer:
         self.seconds = self.first_seconds = 0.0
         self.stopped = "end"  # the model was done; or length, context (it is full), interrupt
         self.prompt = encode_question(context_length := model.config.context_length, self.question)
-        room = context_length - len(self.prompt) - min(settings.max_new_tokens, context_length // 4)
+        room = context_length - len(self.prompt) - settings.room(context_length)
         self.n_turns = 0
         for turn in reversed(turns):
             before = encode_example(*turn.question, turn.text)[0]

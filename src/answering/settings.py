@@ -18,6 +18,10 @@ class Settings(NamedTuple):
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    def room(self, context_length: int) -> int:
+        """How many tokens stay free for an answer: its longest, but at most a quarter of the context."""
+        return min(self.max_new_tokens, context_length // 4)
+
 
 def _seed(text: str) -> float | None:
     return None if text == "none" else number(int, 0, 2**63 - 1)(text)
