@@ -50,7 +50,8 @@ def fetch(source: str) -> Path:
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
-        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["*config.json", "*.safetensors*"]))
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=[
+            "*config.json", "vocab.json", "tokenizer.json", "*.safetensors*"]))
         if not any(folder.glob("*.safetensors")):
             huggingface_hub.snapshot_download(source, allow_patterns=["config.json", "pytorch_model*.bin*"])
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError) as error:

@@ -43,9 +43,8 @@ class MicroBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        documents = replace(self.documents, positions=move(self.documents.positions),
-                            starts=move(self.documents.starts))
-        return MicroBatch(move(self.tokens), documents, move(self.rows), move(self.targets))
+        moved = replace(self.documents, positions=move(self.documents.positions), starts=move(self.documents.starts))
+        return MicroBatch(move(self.tokens), moved, move(self.rows), move(self.targets))
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,14 @@ def join_texts(*texts: str) -> str:
     return "\n\n".join(filter(None, map(tidy, texts)))
 
 
+def with_input(instruction: str, input: str) -> str:
+    """A question and its input as one text, of which prompt_text makes what it makes of both."""
+    return tidy(instruction) + (f"\n\n### Input:\n{text}" if (text := tidy(input)) else "")
+
+
 def prompt_text(instruction: str, input: str = "") -> str:
     """The text up to and including the line that asks for the response. The Input block is left out when empty."""
-    block = f"### Input:\n{text}\n\n" if (text := tidy(input)) else ""
-    return f"### Instruction:\n{tidy(instruction)}\n\n{block}### Response:\n"
+    return f"### Instruction:\n{with_input(instruction, input)}\n\n### Response:\n"
 
 
 def encode_prompt(instruction: str, input: str = "") -> list[int]:

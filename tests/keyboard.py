@@ -259,6 +259,9 @@ MULTI: Table = [
     ("/save", "/save conversation.jsonl\r", "saved 5 of 5 turns to"),
     ("/clear", "/clear\r", "forgotten"),
     ("the first again", "One?\r", {"prompt_tokens": 12}),
+    ("input for the second", "/input leaf\r", r"\(input: 1 line\) > $"),
+    ("the second with it", "Two?\r", {"instruction": "Two?", "input": "leaf"}),
+    ("/save with an input", "/save asked.jsonl\r", "saved 2 of 2 turns to"),
 ]
 PLAIN: Table = [
     ("a line", "One?\r", r" word word word\s"),

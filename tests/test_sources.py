@@ -30,13 +30,17 @@ TEXTS: dict[str, tuple[str, str | bytes]] = {
     "data in one line": ("a.jsonl", json.dumps({"Data": HARD_ROWS})),
     "by columns": ("a.json", json.dumps({name: {str(n): row[name] for n, row in enumerate(HARD_ROWS)}
                                          for name in HARD_ROWS[0]})),
+    "by numbers": ("a.json", json.dumps({str(n): row for n, row in enumerate(HARD_ROWS)})),
+    "lists by columns": ("a.json", json.dumps({name: [row[name] for row in HARD_ROWS] for name in HARD_ROWS[0]})),
     "under any name": ("a.json", json.dumps({"about": {"by": "me"}, "faq": HARD_ROWS})),
     "lines of joined files": ("a.jsonl", LINES.replace('\n{', '\n\ufeff{')),
     "tables of joined files": ("a.csv", table(HARD_ROWS[:7]) + "\ufeff" + table(HARD_ROWS[7:])),
     "Parquet": ("a.parquet", parquet(*HARD_ROWS)), "Parquet without suffix": ("a", parquet(*HARD_ROWS)),
     "comma": ("a.csv", table(HARD_ROWS)), "semicolon": ("a.csv", table(HARD_ROWS, ";")),
     "sep line": ("a.csv", table(HARD_ROWS, ";", "sep=;\r\n")), "tab": ("a.tsv", table(HARD_ROWS, "\t")),
-    "tab in .csv": ("a.CSV", table(HARD_ROWS, "\t")), "bar": ("a.txt", table(HARD_ROWS, "|", "sep=|\r\n")),
+    "tab in .csv": ("a.CSV", table(HARD_ROWS, "\t")), "bar": ("a.psv", table(HARD_ROWS, "|")),
+    "two marks": ("a.csv", "\ufeff" + table(HARD_ROWS)),
+    "bar and sep line": ("a.txt", table(HARD_ROWS, "|", "sep=|\r\n")),
     "header with blanks": ("a.csv", table(HARD_ROWS, ";", header=(" Instruction", " INPUT ", "output "))),
 }
 ENCODINGS = {"": "utf-8", "BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-16BE": "utf-16-be"}
@@ -87,7 +91,7 @@ def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
 
 
 @pytest.mark.parametrize(("name", "text", "rows"), [
-    ("a.csv", 'instruction, output\n"Q 1",  "a, b"\n q, b\n  "Q, 2", c "d", e\n'.replace(", e", ""), [
+    ("a.csv", 'instruction, output\n"Q 1",  "a, b"\n q, b\n  "Q, 2", c "d"\n   \n', [
         ("Q 1", "a, b"), (" q", " b"), ("Q, 2", ' c "d"')]),
     ("a.csv", 'instruction;output\n"a; b"; "c\n d; ""e"""\n', [("a; b", 'c\n d; "e"')]),
     ("a.txt", "sep=|\ninstruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
@@ -142,7 +146,8 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
     (["*.xyz"], r"\*\.xyz: no file matches"), (["absent.csv"], "absent.csv: no such file"),
     (["my data/absent"], "my data/absent: no such file"), (["a/b/c"], "a/b/c: no such file"),
     ([".", "a.jsonl"], r"\.: a folder; name its files, or a pattern such as '\./train\*\.jsonl'$"),
-    ([""], "an empty name: no such file"),
+    ([""], "an empty name: no such file"), (["lfs"], "lfs: a pointer of git LFS, .* run git lfs pull"),
+    (["https://huggingface.co/datasets/a/b"], "https://huggingface.co/datasets/a/b: no such file; download it"),
     (["empty/train.txt"], "empty/train.txt: no such file"), (["./absent"], "./absent: no such file"),
     (["empty/absent"], "empty/absent: no such file"), (["absent.jsonl.gz"], "absent.jsonl.gz: no such file"),
     (["a.jsonl", "--dataset", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
@@ -157,6 +162,7 @@ def test_wrong_sources_of_data_are_refused(tmp_path, monkeypatch, names, told):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "I"}] * 3)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "lfs").write_text("version https://git-lfs.github.com/spec/v1\n")
     monkeypatch.setattr("sys.stdin", typed(b""))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:

@@ -5,6 +5,7 @@ import sys
 
 from conftest import ROOT, SRC, run_command
 from helpers import rows_of
+from instruct_format import encode_prompt
 
 
 def test_every_situation_at_a_terminal(tmp_path):
@@ -19,4 +20,6 @@ def test_every_situation_at_a_terminal(tmp_path):
     assert [turn[:3] for row in rows_of(tmp_path / "half.jsonl") for turn in row.turns] == [("Two?", "", " word word")]
     messages = json.loads((tmp_path / "conversation.jsonl").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 5
+    [[_, asked]] = [row.turns for row in rows_of(tmp_path / "asked.jsonl")]  # its prompt is the one that was answered
+    assert encode_prompt(asked.instruction) == encode_prompt("Two?", "leaf")
     assert messages[:2] == [{"role": "user", "content": "One?"}, {"role": "assistant", "content": " word word"}]

@@ -26,8 +26,7 @@ def likeliest(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """
     n_vocab = logits.size(0)
     largest, tokens = (part.cpu() for part in logits.topk(min(settings.top_k or n_vocab, n_vocab)))
-    scores = largest.double() - _finite(largest[0])
-    kept = (scores / settings.temperature).softmax(0)
+    kept = ((largest.double() - _finite(largest[0])) / settings.temperature).softmax(0)
     if settings.top_p < 1.0:
         kept = kept[:int((kept.cumsum(0) - kept < settings.top_p).sum())]  # the likeliest always stays: 0 is below
     return tokens[:kept.size(0)], kept / kept.sum()

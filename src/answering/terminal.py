@@ -21,6 +21,7 @@ from answering.questions import answer_together, questions_of, text_of
 from answering.settings import TABLE, Settings, changed
 from cli import printable, printable_line, write
 from errors import UserError, errors_at
+from instruct_format import with_input
 from model import GPT
 from weights.safe_load import check_is_file
 
@@ -179,7 +180,7 @@ class Chat:
         rows: list[object] = [{**turn.question._asdict(), "output": turn.text} for turn in turns]
         if self.remembers:
             rows = [{"messages": [{"role": role, "content": text} for turn in turns for role, text in (
-                ("user", "\n\n".join(filter(None, turn.question))), ("assistant", turn.text))]}]
+                ("user", with_input(*turn.question)), ("assistant", turn.text))]}]
         path = Path(os.path.expanduser(name))
         with errors_at(path, ValueError, advice="; choose another name"), path.open("x", encoding="ascii") as file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)

@@ -40,6 +40,7 @@ _JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
                          parse_constant=lambda name: None if name == "NaN" else Number(name))
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")  # in the first bytes of archives, and of UTF-16 without its mark
+_LFS = b"version https://git-lfs"
 _NO_TEXT = ("save it as UTF-8, or convert it: iconv -f WINDOWS-1252 (or UTF-16LE, or what it is) -t UTF-8 OLD > NEW. "
             "An archive other than .gz has to be unpacked, a document saved as CSV, a file that is cut copied again")
 
@@ -83,7 +84,8 @@ def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         return _file_rows(name)
     is_local = name.lower().endswith((*KINDS, ".gz", ".txt")) or os.path.isdir(os.path.dirname(name))
     if is_local or not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name or 'an empty name'}: no such file")
+        raise UserError(f"{name or 'an empty name'}: no such file" + "; download it, or name a dataset of the hub as "
+                        "OWNER/NAME" * ("://" in name))
     return _numbered(_hub_rows(name, **hub))
 
 
@@ -99,6 +101,8 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
         file: Any = opened
         if zipped := file.peek(2).startswith(b"\x1f\x8b"):
             file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+        if file.peek(len(_LFS)).startswith(_LFS):
+            raise BadRow("a pointer of git LFS, not the file itself; run git lfs pull in its folder")
         if kind == ".parquet" or file.peek(4).startswith(b"PAR1"):
             yield from _numbered(_parquet_rows(
                 place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name))
@@ -120,7 +124,7 @@ def _lines(file: io.BufferedReader) -> Iterator[str]:
                 if number == 1 and (control := _CONTROL.search(line[:16])):
                     raise UnicodeDecodeError("utf-8", line, *control.span(), "no text")
                 line = line.decode()
-            yield line.removeprefix("\ufeff")  # files may be joined
+            yield line.lstrip("\ufeff")  # files may be joined
     except UnicodeDecodeError as error:
         raise BadRow(f"{'after ' * is_utf_16}line {number}: not {'UTF-16' if is_utf_16 else 'UTF-8'}: byte "
                      f"0x{error.object[error.start]:02x} in column {error.start + 1}; {_NO_TEXT}") from error
@@ -158,16 +162,21 @@ def split_of(name: str) -> str | None:
 
 def _listed(value: Any) -> list[Any]:
     """The rows of a JSON value: a list of them, perhaps under a key such as data, or lists under train and val; or what
-    pandas writes by columns. Raises BadRow where several lists have other keys: not all of them may be for training."""
+    pandas and datasets write by columns, or by numbers. Raises BadRow where several lists have other keys: not all of
+    them may be for training."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
-    first, *others = value.values() or [None]
-    if first and isinstance(first, dict) and all(key.isdigit() for key in first) and all(
-            isinstance(each, dict) and each.keys() == first.keys() for each in others):
-        return [{name: column[key] for name, column in value.items()} for key in first]
-    names = {key.strip().lower() for key in value}
+    names, columns, kinds = {key.strip().lower() for key in value}, list(value.values()), {*map(type, value.values())}
+    if kinds == {dict} and all(map(str.isdigit, value)):
+        return columns
+    if kinds == {dict} and columns[0] and all(map(str.isdigit, columns[0])) and all(
+            column.keys() == columns[0].keys() for column in columns):
+        return [{name: column[key] for name, column in value.items()} for key in columns[0]]
+    is_pair = bool(names & {*QUESTIONS} and names & {*ANSWERS})
+    if is_pair and kinds == {list} and len({*map(len, columns)}) == 1:
+        return [dict(zip(value, row)) for row in zip(*columns)]
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
-    is_row = names & {*QUESTIONS} and names & {*ANSWERS} or any(
+    is_row = is_pair or any(
         rows[0].keys() >= {"role", "content"} or rows[0].keys() >= {"from", "value"} or
         key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
@@ -185,8 +194,9 @@ def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     separator = re.fullmatch(r"sep=(\S|\t)\s*", first)
     header, line = list[str](), 1  # where the row begins
     try:
-        delimiter = separator[1] if separator else max(",;\t", key=lambda each: len(next(
-            csv.reader([first], delimiter=each, skipinitialspace=True), [])))
+        delimiter = separator[1] if separator else max(
+            ",;\t" if first.startswith("|") else ",;\t|",  # but no table of Markdown
+            key=lambda each: len(next(csv.reader([first], delimiter=each, skipinitialspace=True), [])))
         # A blank in front of a quote is none of the field; others are, and hidden from the reader by what no text has
         blank = re.compile(rf'(^|{re.escape(delimiter)}) (?! *")')
         reader = csv.reader((blank.sub("\\1\ud800", text) for text in lines), delimiter=delimiter,
@@ -197,7 +207,7 @@ def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
                 if "".join(fields).strip() not in ("", "sep="):  # as of a blank line, or one such as sep=;
                     header = fields
                     _refuse_twice(header, f"line {line}: ")
-            elif fields and fields != header:  # it comes again where files were joined
+            elif (fields[1:] or "".join(fields).strip()) and fields != header:  # it comes again where files were joined
                 yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
                     f"expected {len(header)} columns as in the first line, found {len(fields)}")
             line = reader.line_num + 1

@@ -13,7 +13,7 @@ from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
 from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, BadSplit, Number, Source, parse_json, split_of
-from instruct_format import join_texts, tidy
+from instruct_format import join_texts, tidy, with_input
 
 # The names of a column of each meaning, the likelier first, in any case
 NAMES = {
@@ -32,6 +32,7 @@ KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpa
 SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
             **dict.fromkeys(("system", "developer"), "system"),
             **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant")}
+TEXTS = ("content", "value", "text", "parts")  # of a message
 UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 _WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
           "each row of JSON, has to name its columns. Where texts are whole conversations, take a variant of the data "
@@ -220,20 +221,22 @@ class Shapes:
                 continue
             if not isinstance(item, dict):
                 raise BadRow(f"{where} must be an object with role and content, found {_shown(item)}")
-            fields = {_plain(name): content for name, content in reversed(item.items()) if content is not None}
-            if (role := fields.get("role", fields.get("from"))) is not None:
+            fields = {_plain(name): value for name, value in reversed(item.items())}
+            role = fields.get("role") or fields.get("from")
+            if role and (len(fields) == 1 or fields.keys() & {*TEXTS, "tool_calls"}):  # else its text has another name
                 if (speaker := SPEAKERS.get(_plain(role))) is None:
                     raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system")
-                self.names["messages" if "role" in fields else "ShareGPT"] = None
+                self.names["messages" if fields.get("role") else "ShareGPT"] = None
                 # as OpenAI and axolotl say that an answer is context only
                 is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
                 self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
-                content = next((fields[name] for name in ("content", "value", "text", "parts") if name in fields), None)
-                yield speaker, self._content(content, where), is_trained
+                text = self._content(next(filter(None, map(fields.get, TEXTS)), None), where)
+                input = fields.get("input") if speaker == "user" else None  # as the chat template takes it
+                yield speaker, with_input(text, self._text(input, where)), is_trained
             elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
                 instruction, input, output, system = self._texts(item, columns, f"{where}: ")
-                yield "user", join_texts(system, instruction, input), True
+                yield "user", join_texts(system, with_input(instruction, input)), True
                 yield "assistant", output, True
             else:
                 raise BadRow(f"{where} has no role and content (found: {_names(item)})")

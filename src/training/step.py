@@ -157,5 +157,4 @@ def evaluate(learner: Learner, data: InstructData, plan: Plan,
         if is_stopped():
             return None
         losses.append(learner.loss(batch))
-    total: float = sum(learner.processes.gather(float(torch.stack(losses).cpu().double().sum())))
-    return total / plan.response_tokens
+    return sum(learner.processes.gather(float(torch.stack(losses).cpu().double().sum()))) / plan.response_tokens

@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,9 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
     "layer_norm_epsilon": (1e-5, torch.tensor(1e-5).item())}  # or as in fp32, after GGUF
 
+# What torch.compile, DDP, FSDP and checkpointing put into the names, of single blocks too
+_WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_GPT2_WORD = re.compile(rb'"(\xc4\xa0|\\u0120)the"\s*:\s*262\b')  # in each file of GPT-2's tokenizer
 _EMBEDDING, _OUTPUT = "transformer.wte.weight", "lm_head.weight"
 _PART = re.compile(r"(.+-)\d{5}-of-(\d{5})(\.\w+)")  # model-00001-of-00002.safetensors
 _OTHER = "; only GPT-2 as published can be fine-tuned here, for other models take another trainer, such as TRL"
@@ -60,7 +64,7 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     found: Any = next((state[key] for key in _WEIGHTS if isinstance(state.get(key), Mapping)), state)
     if not isinstance(found, Mapping) or not all(is_weight(*item) for item in found.items()):
         raise CheckpointError(f"{path}: no model weights in it (expected a state dict, bare or under "
-                              f"{', '.join(map(repr, _WEIGHTS))})")
+                              f"{', '.join(map(repr, _WEIGHTS))}; found {reprlib.repr(list(found))})")
     with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
@@ -143,11 +147,15 @@ def _json_of(path: Path) -> dict[str, Any]:
 
 def _config_beside(path: Path) -> dict[str, Any]:
     """The config.json of a folder, or beside a file; empty where there is none. Raises UserError when it cannot be
-    read, CheckpointError when it describes another kind of model."""
-    config = (path if path.is_dir() else path.parent) / "config.json"
+    read, CheckpointError when it describes another kind of model, or what is beside it another tokenizer."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / "config.json"
     sizes = _json_of(config) if config.exists() else {}
     if sizes.get("model_type", "gpt2") != "gpt2":
         raise CheckpointError(f"{path}: not a GPT-2 as published: model_type {sizes['model_type']!r:.60}{_OTHER}")
+    for words in (folder / "vocab.json", folder / "tokenizer.json"):
+        if sizes and words.is_file() and not _GPT2_WORD.search(words.read_bytes()):
+            raise CheckpointError(f"{words}: another tokenizer than GPT-2's; use a model trained on GPT-2's tokens")
     return sizes
 
 
@@ -170,6 +178,7 @@ def _heads_in(state: object) -> set[int]:
 
 def _in_our_names(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A GPT-2's state dict without prefixes and causal masks, in fp32. Its output matrix is lm_head.weight."""
+    found = {_WRAPPERS.sub("", name): tensor for name, tensor in found.items() if name != "n_averaged"}
     prefix = next((name.removesuffix("wpe.weight") for name in found if re.search(r"(^|\.)wpe\.weight$", name)), None)
     output = next((name for name in found if re.search(rf"(^|\.){_OUTPUT}$", name)), "")
     if any(".lora_" in name for name in found):
