@@ -49,7 +49,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object, with all answers")
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def report_of(options: Namespace) -> dict[str, Any]:
@@ -142,12 +142,15 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
     from instruct_format import encode_conversation
 
     documents = []
-    for place, row in Shapes({"split": ""}).examples(open_sources([dataset], {})):
-        if isinstance(row, BadRow):
-            raise UserError(f"{place}: {row}; where that takes --columns or --skip_bad, prepare it first: python "
-                            "src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER")
-        if not row.fault:
-            documents.append(encode_conversation(row.turns))
+    try:
+        for place, row in Shapes({"split": ""}).examples(open_sources([dataset], {})):
+            if isinstance(row, BadRow):
+                raise UserError(f"{place}: {row}")
+            if not row.fault:
+                documents.append(encode_conversation(row.turns))
+    except UserError as error:
+        raise UserError(f"{error}; where that takes --columns, --split or --skip_bad, prepare it first: python "
+                        "src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER") from error
     return documents
 
 

@@ -341,6 +341,11 @@ def history() -> None:
     play("--no_history", [("recalls nothing", "\x1b[A\r", r"^\s*(\x07)?\s*> $"),
                           ("and keeps nothing", "Secret?\r", answer)], ["\x04"], 0, (*flags, "--no_history"))
     assert path.read_bytes() == before
+    path.unlink()
+    os.mkfifo(path)  # as a link to /dev/null would be
+    play("a history that keeps nothing", [("answers", "Secret?\r", answer)], ["\x04"], 0, flags)
+    assert path.is_fifo()
+    path.unlink()
 
 
 def ended_by_sigterm() -> None:

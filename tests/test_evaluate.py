@@ -149,7 +149,7 @@ def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said,
 @pytest.mark.parametrize("flags, code, message", [
     (["absent.pt"], 2, "absent.pt: no such file"),
     ([], 2, "no checkpoints/best_model.pt or checkpoints_instruct/best_model.pt; name a checkpoint"),
-    (["good.pt", "damaged.pt"], 3, "damaged.pt: not a loadable checkpoint"),
+    (["good.pt", "--show", 1, "damaged.pt"], 3, "damaged.pt: not a loadable checkpoint"),
     (["good.pt", "--data_dir", "absent"], 2, "absent/dataset_info.json: no prepared data there"),
     (["good.pt", "--prompts", "absent.txt"], 2, "absent.txt: No such file"),
     (["good.pt", "--prompts", "long.txt"], 2, "long.txt: line 2: the question has 110 tokens, too many"),

@@ -89,7 +89,7 @@ def tree(folder: Path) -> list[tuple[Path, int]]:
     (["--total_batch_size", 63], 2, ["failure  step +.*counts tokens, not examples", "1 of "]),
     (["--compile"], 0, ["warning  compile +--compile does not work here, going on without: "]),
     (["--resume", "auto", "--pretrained_model", "absent.pt"], 2, ["failure  model +absent.pt: no pre-trained model"]),
-    (["--resume", "absent.pt"], 2, ["failure  start +absent.pt: no such file"]),
+    (["--resume", "absent.pt", "--data_dir", "absent"], 2, ["failure  start +absent.pt: no such file", "1 of "]),
     (["--device", "mps"], 2, ["failure  device +--device mps: no such device here"]),
     (["--checkpoint_dir", "pretrained.pt/below"], 2, ["failure  folders +.*cannot write there: Not a directory"]),
 ])
@@ -112,6 +112,12 @@ def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
         found = launch(ROOT, "start_instruct_training.sh", 2, *flags, *to(tmp_path, "--dry_run"))
         assert found.code == code and all(re.search(line, found.stdout) for line in said)
     assert [path for path, _ in tree(tmp_path)] == before
+
+
+def test_processes_on_a_cpu_share_its_memory(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
+    assert train(inputs, tmp_path, "--dry_run") == 0
+    assert re.search(r"warning  memory .* are there: --mini_batch_size", capsys.readouterr().out)
 
 
 def test_a_dry_run_finds_a_state_that_cannot_be_put_back(tmp_path, run_state, capsys):

@@ -169,6 +169,7 @@ class Lines:
         which are added to it. It is replaced whole, after other chats may have added to it."""
         entries: list[str] = []
         try:
+            self.keep_history &= self.path.is_file() or self.path.is_dir() or not self.path.exists()  # no /dev/null
             kept = self.path.read_bytes() if self.keep_history and self.path.exists() else b""
             lines = map(parse_json, kept.decode(errors="replace").splitlines())
             entries = [entry for entry in (*lines, *more) if type(entry) is str][-LONGEST_HISTORY:]

@@ -36,6 +36,7 @@ from training.step import Learner
 from weights.checkpoint import size_of
 from weights.durable import LOCK, lock_folder
 
+_NEEDS = "not checked, as it needs what failed above"
 CPU_TOKENS = 512  # tried on a CPU, where a whole micro-batch takes minutes; memory and time grow with the tokens
 
 
@@ -104,6 +105,8 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     if table.is_ok("start"):
         with table.check("model"), table.processes.failures_explained("the model does not fit"):
             model, origin = model_of(options, state, path)
+    if options.resume and not table.is_ok("start"):  # which would have said where its data are
+        return table.add("warning", "the rest", _NEEDS)
     if not table.is_ok("model"):
         model = None  # here too, if another process refuses it
     if model:
@@ -115,7 +118,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         data = split_data(prepared, options, model.config.vocab_size if model else VOCAB_SIZE)
     # together, if all is there
     if not model or not table.is_ok("data", "step", "device"):
-        return table.add("warning", "the rest", "not checked, as it needs what failed above")
+        return table.add("warning", "the rest", _NEEDS)
     table.add("ok", "fingerprint", f"{prepared.manifest['fingerprint'][:12]}, of {prepared.manifest['source']}")
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
     with table.check("run"):
@@ -164,6 +167,7 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     doubt = "" if options.from_scratch else doubt_about_weights(loss)
     table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
     needed = 4 * weights + sum(kept.values()) * most // len(batch.tokens)  # weights, gradients, two moments
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on a CPU they share the memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if is_cuda:
         needed = torch.cuda.max_memory_allocated(device) + 2 * weights

@@ -128,7 +128,7 @@ def less_memory(options: Namespace, go_on: str = "") -> str:
 def digest(value: object, crc: int = 0) -> int:
     """A checksum of everything in nested tensors and plain values."""
     if isinstance(value, torch.Tensor):
-        return zlib.crc32(value.detach().reshape(-1).view(torch.uint8).numpy().data, crc)
+        return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
     if not isinstance(value, (Mapping, list, tuple)):
         return zlib.crc32(repr(value).encode(), crc)
     for part in value.items() if isinstance(value, Mapping) else value:

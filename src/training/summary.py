@@ -33,8 +33,8 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
             rows["warning"] = ("the model never got better than it was before training; try a lower --learning_rate, "
                                "or look at the samples that the preparation prints")
         elif best_step < FAR * last_step:
-            rows["note"] = (f"the best step lies far before the last: --max_steps {best_step} would have done, and "
-                            "--patience 3 stops by itself")
+            rows["note"] = (f"the best step lies far before the last: --max_steps {best_step} would have done"
+                            + ", and --patience 3 stops by itself" * (not run.options.patience))
     chosen = shlex.quote(str(path if path.exists() else latest))
     if run.step < run.options.max_steps or run.step not in [at for at, _ in run.val_losses]:  # not evaluated
         more = " --patience 0" * bool(run.options.patience and run.evaluations_in_vain() >= run.options.patience)

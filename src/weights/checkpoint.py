@@ -257,4 +257,5 @@ def newest_valid(folder: Path, say: Say) -> tuple[Path, dict[str, Any]]:
         with suppress(CheckpointError):
             return path, load_run(path)
         say(f"skipped {path}: damaged or not loadable")
-    raise CheckpointError(f"{folder}: none of its {len(candidates)} checkpoints is valid")
+    raise CheckpointError(f"{folder}: none of its {len(candidates)} checkpoints is valid; copy them again, or "
+                          "move them away and start anew")
