@@ -57,7 +57,7 @@ def _one_signal(here: Lab, target: str, phase: str, number: int, choose: random.
 def hangup(result: Result, here: Lab, cases: Sequence[tuple[int, int]] = ((1, 1), (1, 0), (2, 1), (2, 0))) -> None:
     """SIGHUP to all processes of a run, which nohup has them ignore; without nohup it saves and leaves."""
     for processes, nohup in cases:
-        run = here.start(processes, "--checkpoint_freq", 100, phase="step", at=6, seconds=1, nohup=nohup, launcher=1)
+        run = here.start(processes, "--checkpoint_freq", 100, phase="step", at=6, seconds=3, nohup=nohup, launcher=1)
         run.wait_for(Trainer.stopped)
         for pid in (run.process.pid, *run.ranks()):
             os.kill(pid, signal.SIGHUP)

@@ -84,6 +84,8 @@ def test_an_error_of_one_process_is_one_of_all(monkeypatch, mine, other, said):
     (torch.AcceleratorError("CUDA error: out of memory\nMore."), UserError, "out of memory on cpu: do this"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), UserError,
      "out of memory on cpu: do this"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), UserError,
+     "out of memory on cpu: do this"),
     (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nMore."), UserError,
      "busy or unavailable: another program may hold it"),
     (torch.AcceleratorError("CUDA error: invalid device ordinal\nMore."), UserError, "cpu: invalid device ordinal: "),

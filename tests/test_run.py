@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import termios
+from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,10 +141,21 @@ def test_steps_are_lines_where_stdout_is_no_terminal(inputs, tmp_path, monkeypat
     assert "\nstep 2/2 loss " in out and err == ""
 
 
-@pytest.mark.parametrize("trap, code", [("", 129), ("trap '' HUP; ", 0)])
-def test_a_terminal_that_is_closed_ends_no_run_that_was_not_saved(inputs, tmp_path, trap, code):
+@pytest.mark.parametrize("flags, said", [([], "the 23 that are left take 6:23:20"),
+                                         (["--compile"], "the 13 that are left take 0:00:13")])
+def test_the_time_that_is_left_is_said_once(inputs, tmp_path, monkeypatch, capsys, flags, said):
+    """The first step takes 1,000 s, all others one. If it compiles, it says nothing of those."""
+    clock = chain([0, 0, 1000], chain.from_iterable((second, second + 1) for second in count(1000)))
+    monkeypatch.setattr("training.loop.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert train(inputs, tmp_path, "--max_steps", 24, *flags) == 0
+    assert re.findall("at the pace of the first steps, (.*)", capsys.readouterr().out) == [said]
+
+
+@pytest.mark.parametrize("trap, code, steps", [("", 129, 10**6), ("trap '' HUP; ", 0, 300)])
+def test_a_terminal_that_is_closed_ends_no_run_that_was_not_saved(inputs, tmp_path, trap, code, steps):
     """It had the bar. With SIGHUP ignored the run goes on to its end."""
-    flags = [*resume_flags(*inputs), *to(tmp_path), "--max_steps", 300, "--eval_freq", 300, "--checkpoint_freq", 300]
+    flags = [*resume_flags(*inputs), *to(tmp_path), *chain.from_iterable(
+        (name, steps) for name in ("--max_steps", "--eval_freq", "--checkpoint_freq"))]
     command = shlex.join(map(str, (sys.executable, SRC / "train_instruct.py", *flags)))
     pid, master = pty.fork()
     if pid == 0:
@@ -153,7 +166,7 @@ def test_a_terminal_that_is_closed_ends_no_run_that_was_not_saved(inputs, tmp_pa
         shown += os.read(master, 4096)
     os.close(master)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
-    assert 0 < checkpoint.load(tmp_path / "latest.pt")["step"] <= 300
+    assert 0 < checkpoint.load(tmp_path / "latest.pt")["step"] <= steps
 
 
 @pytest.mark.parametrize("columns", [80, 40])

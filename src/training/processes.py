@@ -185,7 +185,6 @@ def _connect(processes: Processes) -> None:
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
     if world_size > 1:
         timeout = timedelta(minutes=30)  # a save may take long; the launchers notice a dead link much sooner
         where = os.environ.get("INSTRUCT_STORE", "env://")

@@ -57,7 +57,7 @@ class Progress:
         self.bar = tqdm(total=options.max_steps, initial=step, disable=is_hidden, dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
         self.sums, self.at_line = np.zeros(4), np.zeros(4)  # seconds, tokens, response_tokens, steps; at the last line
-        self.is_time_said = False
+        self.is_time_said, self.is_compiling = False, options.compile == "on"  # in the first step
         self.loss, self.rate, self.val_loss = "-", "-", "-" if val_loss is None else f"{val_loss:.4f}"
 
     def about(self, manifest: Mapping[str, Any], lengths: np.ndarray) -> None:
@@ -92,11 +92,13 @@ class Progress:
                 f"{tokens / seconds:,.0f} response_tokens/s {response_tokens / seconds:,.0f} "
                 f"epoch {epoch:.3f} ETA {duration((self.options.max_steps - step) * seconds / steps)}")
             self.at_line = self.sums.copy()
+        if self.is_compiling:  # which says nothing of the other steps
+            self.is_compiling, self.sums, self.at_line = False, np.zeros(4), np.zeros(4)
 
     def _say_time(self, step: int, epoch: float) -> None:
         """Say once how long all steps take, from the first ones."""
         left, (seconds, _, _, steps) = self.options.max_steps - step, self.sums
-        if self.is_time_said or not left or (seconds < FIRST_SECONDS and steps < FIRST_STEPS):
+        if self.is_time_said or self.is_compiling or not left or (seconds < FIRST_SECONDS and steps < FIRST_STEPS):
             return
         self.is_time_said, epochs = True, self.options.max_steps * epoch / step
         usual = f"; {USUAL_EPOCHS} epochs would take {duration(USUAL_EPOCHS * seconds / steps * step / epoch)}"
