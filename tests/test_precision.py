@@ -10,7 +10,7 @@ from models import gradients_of, learner_of, loud_model, relative, same_state, w
 from training import loop
 from training import step as training_step
 from training.precision import product_type
-from training.step import HIGHEST_SCALE, train_step
+from training.step import HIGHEST_SCALE, evaluate, train_step
 from weights import checkpoint
 
 OLD, NEW = (7, 5), (8, 0)  # compute capabilities
@@ -70,6 +70,14 @@ def test_a_run_in_bf16_resumes_to_the_same_bits_and_may_go_on_in_fp32(inputs, tm
     assert all(tensor.dtype == torch.float32 for tensor in [*moments, *expected["model"].values()])
     losses = [[loss for _, loss in state["val_losses"]] for state in (expected, *others)]
     assert all(each == pytest.approx(losses[0], rel=1e-3) for each in losses)
+
+
+def test_an_evaluation_in_bf16_takes_the_weights_of_now(data):
+    learner, plan = learner_of(None, "--precision", "bf16"), data.plan(range(10), 512, 1)
+    before = evaluate(learner, data, plan)
+    train_step(learner, data, plan, 1e-2)
+    other = learner_of(learner.model, "--precision", "bf16")
+    assert evaluate(learner, data, plan) == evaluate(other, data, plan) != before
 
 
 # fp16 and its loss scale. Its products work on a CPU too, where --precision does not offer them.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +18,9 @@ from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
 from helpers import open_data, random_examples, resume, resume_flags, run_ranks, to, train, trajectory, write_data
 from models import learner_of, same_state
+from training import loop
 from training import step as training_step
+from training.ending import Signals
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
 from training.setup import open_run
 from weights import checkpoint
@@ -305,6 +308,25 @@ def test_the_first_evaluation_saves_once_and_best_model_is_never_alone(inputs, w
             assert not opened.has_best
     assert resume(folder, source) == 0
     assert same_state(trajectory(folder / "best_model.pt"), best)
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for_once(inputs, tmp_path, monkeypatch):
+    """Even if the process dies right after it, before it is saved."""
+    signals: list[Signals] = []
+    monkeypatch.setattr(Signals, "watch", lambda signals_of_run: signals.append(signals_of_run))
+    flags = ["--max_steps", 4, "--eval_freq", 4, "--checkpoint_freq", 100]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda learner, *more, **how: (
+            training_step.evaluate(learner, *more, **how) if not learner.optimizer.state else
+            signals[-1].note(signal.SIGINT) or None))
+        assert train(inputs, tmp_path, *flags) == 130
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(loop, "save_step", Mock(side_effect=RuntimeError("killed")))
+        resume(tmp_path, "latest")
+    assert resume(tmp_path, "latest") == 0
+    assert [step for step, _ in checkpoint.load(tmp_path / "latest.pt")["val_losses"]] == [0, 4]
+    [metrics] = tmp_path.glob("runs/*/metrics.jsonl")
+    assert [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "val/loss" in line] == [0, 4]
 
 
 @pytest.mark.parametrize("back", [True, False])
