@@ -189,6 +189,8 @@ def test_the_first_value_says_whether_a_column_is_a_split():
         shapes = Shapes({})
         assert {name: shapes.example({"prompt": "P", "answer": "A", "Split": name}).split
                 for name in (first, *names)} == {first: names[first], **names}
+        assert all(shapes.example({"prompt": "P", "answer": "A", "Split": nothing}).split is None
+                   for nothing in (None, "", float("nan")))
         with pytest.raises(BadRow, match="'Split' must be train, val or test, found 'gpt4'"):
             shapes.example({"prompt": "P", "answer": "A", "Split": "gpt4"})
     with pytest.raises(BadRow, match="'part' must be train, val or test, found 'gpt4'"):  # a user's word always wins

@@ -225,7 +225,7 @@ class Shapes:
             role = fields.get("role") or fields.get("from")
             if role and (len(fields) == 1 or fields.keys() & {*TEXTS, "tool_calls"}):  # else its text has another name
                 if (speaker := SPEAKERS.get(_plain(role))) is None:
-                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system")
+                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system; leave it out")
                 self.names["messages" if fields.get("role") else "ShareGPT"] = None
                 # as OpenAI and axolotl say that an answer is context only
                 is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
