@@ -251,7 +251,8 @@ def test_file_names_and_checkpoint_metadata_never_drive_the_terminal(ask, tmp_pa
     *((part, value, f"not a usable checkpoint: {part} missing or of another type") for part, values in {
         "step": ["3", -1, ...], "val_losses": [None, [["3", "4"]], [[3, "4.2"]], 7, ...], "template": [7, ["x"], ...],
         "model": [None, [], {"a": 1}, ...], "model_config": [None, [1], ...]}.items() for value in values),
-    ("format", "theirs", "its vocabulary has 64 tokens, GPT-2's has 50,257"),
+    *((part, value, "its vocabulary has 64 tokens, GPT-2's has 50,257") for part, value in (
+        ("format", "theirs"), ("step", 1))),
     ("template", "chatml/7", f"fine-tuned with template 'chatml/7', this version knows '{TEMPLATE}'"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_exit_code_3(ask, tmp_path, run_state, part, value, message):

@@ -88,7 +88,7 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
                                [("S", "Q", "A")], "instruction/input/output/system_prompt"),
     "only a question": (chat(USER), [], "messages"),
     "only an answer": (chat(BOT), [("", "", "leaves")], "messages"),
-    "no messages": (chat(), [], ""),
+    "no messages": (chat(), [], ""), "null": ({"messages": None}, [], ""),
     "fields of other roles": (chat({**USER, "tool_calls": None, "from": None, "name": "x"}, BOT), PLAIN, "messages"),
     "Gemini": ({"messages": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
                QA, "messages"),

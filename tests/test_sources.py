@@ -229,6 +229,8 @@ def test_train_and_val_of_one_object_and_a_split_that_only_val_names(tmp_path, c
     (tmp_path / "a.json").write_text(json.dumps({"train": ROWS, "validation": ROWS[8:]}))
     prepare(tmp_path / "a.json", tmp_path / "out")
     assert "no row that is kept names val: a hash" in capsys.readouterr().out
+    prepare(write_jsonl(tmp_path / "a.jsonl", ROWS[:2]), tmp_path / "out")
+    assert "a hash" not in capsys.readouterr().out
     with pytest.raises(UserError, match="line 2: column 'split' must be in every row or in none; --columns split= "):
         prepare(write_jsonl(tmp_path / "a.jsonl", [{**ROWS[0], "split": "val"}, ROWS[1]]), tmp_path / "out")
 
