@@ -94,6 +94,7 @@ def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     ("a.csv", 'instruction, output\n"Q 1",  "a, b"\n q, b\n  "Q, 2", c "d"\n   \n', [
         ("Q 1", "a, b"), (" q", " b"), ("Q, 2", ' c "d"')]),
     ("a.csv", 'instruction;output\n"a; b"; "c\n d; ""e"""\n', [("a; b", 'c\n d; "e"')]),
+    ("a.csv", "instruction,output,a|b|c|d\n q,a|b,c\n", [(" q", "a|b", "c")]),
     ("a.txt", "sep=|\ninstruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
 ])
 def test_blanks_of_tables(tmp_path, name, text, rows):

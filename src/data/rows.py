@@ -195,7 +195,7 @@ def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     header, line = list[str](), 1  # where the row begins
     try:
         delimiter = separator[1] if separator else max(
-            ",;\t" if first.startswith("|") else ",;\t|",  # but no table of Markdown
+            ",;\t" if re.search(r"^\||[,;\t]", first) else "|",  # names may have bars, so has Markdown
             key=lambda each: len(next(csv.reader([first], delimiter=each, skipinitialspace=True), [])))
         # A blank in front of a quote is none of the field; others are, and hidden from the reader by what no text has
         blank = re.compile(rf'(^|{re.escape(delimiter)}) (?! *")')
