@@ -149,7 +149,7 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
             if not row.fault:
                 documents.append(encode_conversation(row.turns))
     except UserError as error:
-        raise UserError(f"{error}; where that takes --columns, --split or --skip_bad, prepare it first: python "
+        raise UserError(f"{error}; if it needs --columns, --split or --skip_bad, prepare it first: python "
                         "src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER") from error
     return documents
 

@@ -69,6 +69,8 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "system": (chat(SYSTEM, USER, BOT), BRIEF, "messages"),
     "an input": (chat({**USER, "input": "leaf"}, {**BOT, "input": {}}), [("Name the plural.\n\n### Input:\nleaf", "",
                                                                          "leaves")], "messages"),
+    "an input in parts": (chat({**USER, "input": ["a", "b"]}, {**BOT, "content": False}),
+                          [("Name the plural.\n\n### Input:\na\nb", "", "false")], "messages"),
     "an input in turn": ({"conversation": [{"instruction": "Q", "input": "x", "output": "A"}]},
                          [("Q\n\n### Input:\nx", "", "A")], "questions and answers in turn"),
     "ShareGPT": ({"conversations": said("human", "Q", "gpt", "A", "human", "R", "gpt", "B")}, QARB, "ShareGPT"),

@@ -33,6 +33,7 @@ SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
             **dict.fromkeys(("system", "developer"), "system"),
             **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant")}
 TEXTS = ("content", "value", "text", "parts")  # of a message
+CALLS = ("tool_calls", "function_call")  # which may stand in its place
 UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 _WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
           "each row of JSON, has to name its columns. Where texts are whole conversations, take a variant of the data "
@@ -223,16 +224,18 @@ class Shapes:
                 raise BadRow(f"{where} must be an object with role and content, found {_shown(item)}")
             fields = {_plain(name): value for name, value in reversed(item.items())}
             role = fields.get("role") or fields.get("from")
-            if role and (len(fields) == 1 or fields.keys() & {*TEXTS, "tool_calls"}):  # else its text has another name
+            if role and (len(fields) == 1 or fields.keys() & {*TEXTS, *CALLS}):  # else its text has another name
                 if (speaker := SPEAKERS.get(_plain(role))) is None:
-                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system; leave it out")
+                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and "
+                                 "system; leave that message out")
                 self.names["messages" if fields.get("role") else "ShareGPT"] = None
                 # as OpenAI and axolotl say that an answer is context only
                 is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
                 self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
-                text = self._content(next(filter(None, map(fields.get, TEXTS)), None), where)
+                texts = [said for said in map(fields.get, TEXTS) if said not in (None, "")]
+                text = self._content(texts[0] if texts else None, where)
                 input = fields.get("input") if speaker == "user" else None  # as the chat template takes it
-                yield speaker, with_input(text, self._text(input, where)), is_trained
+                yield speaker, with_input(text, self._content(input, where)), is_trained
             elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
                 instruction, input, output, system = self._texts(item, columns, f"{where}: ")

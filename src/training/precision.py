@@ -15,7 +15,7 @@ from errors import UserError
 from model import GPT, Linear
 from training.cross_entropy import copy_again, padded
 
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED|cublasCreate")  # PyTorch, CUDA, cuBLAS, NCCL
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate")
 _UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal")
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,7 +88,7 @@ def failures_explained(device: torch.device, advice: str = "") -> Iterator[None]
             raise UserError(f"out of memory on {device}: {advice}") from error
         if "no kernel image" in text:
             raise UserError(f"PyTorch {torch.__version__} has no kernels for {name_of(device)}; install a build for an "
-                            "older CUDA, such as 12.6 (an RTX 50 or B200 needs one for 13.0, with driver 580), or "
+                            "older CUDA, such as 12.6 (an RTX 50 or B200 needs 12.8 or newer), or "
                             "add --device cpu") from error
         if match := _UNUSABLE.search(text):
             raise UserError(f"{device}: {match.group()}: another program may hold it, or CUDA_VISIBLE_DEVICES name one "

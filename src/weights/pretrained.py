@@ -178,7 +178,7 @@ def _heads_in(state: object) -> set[int]:
 
 def _in_our_names(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A GPT-2's state dict without prefixes and causal masks, in fp32. Its output matrix is lm_head.weight."""
-    found = {_WRAPPERS.sub("", name): tensor for name, tensor in found.items() if name != "n_averaged"}
+    found = {_WRAPPERS.sub("", name): tensor for name, tensor in found.items() if not name.endswith("n_averaged")}
     prefix = next((name.removesuffix("wpe.weight") for name in found if re.search(r"(^|\.)wpe\.weight$", name)), None)
     output = next((name for name in found if re.search(rf"(^|\.){_OUTPUT}$", name)), "")
     if any(".lora_" in name for name in found):
