@@ -50,7 +50,7 @@ def join_texts(*texts: str) -> str:
 
 
 def with_input(instruction: str, input: str) -> str:
-    """A question and its input as one text, of which prompt_text makes what it makes of both."""
+    """A question, not an empty one, and its input as one text, of which prompt_text makes what it makes of both."""
     return tidy(instruction) + (f"\n\n### Input:\n{text}" if (text := tidy(input)) else "")
 
 
