@@ -21,13 +21,15 @@ from model import GPT, Documents, GPTConfig, attend_packed, takes_packed
 from models import CPU, SMALL, computed, learner_of, loud_model, relative, same_state, small_model, write_checkpoint
 from training.cross_entropy import output_loss, padded
 from training.memory import needed_bytes
+from training.precision import device_named
 from training.step import HIGHEST_SCALE, Learner, most_tokens, train_step
 from training.threads import copied
 from weights import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 GPU = torch.device("cuda:0")
-torch.set_float32_matmul_precision("highest")  # as processes.join: NVIDIA's containers set another
+if torch.cuda.is_available():
+    device_named("cuda")  # which sets what the environment may set otherwise, as NVIDIA's containers do
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

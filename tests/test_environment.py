@@ -146,3 +146,16 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeyp
     assert device_named("cpu") == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user has hidden it
     assert device_named("auto") == "cpu"
+
+
+def test_what_a_gpu_computes_with_is_not_the_environments(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert device_named("auto") == "cuda"
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.enable_cudnn_sdp(before[1])

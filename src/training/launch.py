@@ -123,7 +123,8 @@ class Launcher:
             self.begun.touch()
         store = f"file://{self.folder}/store{plan.start}"
         if self.hosts.endpoint:
-            store = "tcp://{}:{}/{}".format(*self.hosts.endpoint, plan.start)
+            os.environ |= zip(("MASTER_ADDR", "MASTER_PORT"), map(str, self.hosts.endpoint))
+            store = f"env://{plan.start}"
         else:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
         counts = list(plan.members.values())

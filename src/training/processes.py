@@ -190,7 +190,7 @@ def _connect(processes: Processes) -> None:
         where = os.environ.get("INSTRUCT_STORE", "env://")
         is_file = where.startswith("file://")  # on a single host; as a URL, a path may have no ? and no #
         met = (dist.FileStore(where.removeprefix("file://"), world_size) if is_file else  # type: ignore[attr-defined]
-               next(rendezvous(where, rank, world_size, timeout=timeout))[0])
+               next(rendezvous("env://", rank, world_size, timeout=timeout))[0])
         # each start of the run, whose number the name ends with, has a part of the store of its own
         store = dist.PrefixStore(where, met)  # type: ignore[attr-defined]
         # else the group would never form
