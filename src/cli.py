@@ -24,6 +24,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u
                      "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
 
 _OF_OUTPUT = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what a stream may refuse; files say their names
+_OF_NAMES = (errno.EACCES, errno.ENAMETOOLONG)  # what asking whether a file is there may find
 
 
 def printable(text: str) -> str:
@@ -124,6 +125,12 @@ def _says_it() -> bool:
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def _refuse(error: UserError) -> int:
+    if _says_it():
+        write(f"error: {printable_line(error)}\n", sys.stderr)
+    return error.exit_code
+
+
 def _mend_streams() -> None:
     """Streams that were closed before the start are empty. Bytes that are no text are replaced, and characters that an
     encoding lacks are escapes."""
@@ -143,9 +150,7 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
         code = main()
         sys.stdout.flush()
     except UserError as error:
-        code = error.exit_code
-        if _says_it():
-            write(f"error: {printable_line(error)}\n", sys.stderr)
+        code = _refuse(error)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
@@ -153,6 +158,8 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:  # of print
             code = _end_of_output(error)
+        elif isinstance(error, OSError) and error.filename is not None and error.errno in _OF_NAMES:
+            code = _refuse(UserError(f"{error.filename}: {error.strerror}"))
         else:
             traceback.print_exc()
             code = 1

@@ -2,10 +2,13 @@
 
 import os
 import resource
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
+import train_instruct
 from errors import UserError
 from weights.checkpoint import load, model_of, save, save_step, step_files
 
@@ -63,3 +66,30 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, state_of, monk
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("folder_mode, file_mode, name", [
+    (0o700, 0o644, "latest.pt"), (0o777, 0o600, "latest.pt"), (0o777, 0o600, "--resume auto"),
+    (0o777, 0o644, "x" * 300)])
+def test_what_may_not_be_read_is_one_line_and_not_called_damaged(run_state, run_main, folder_mode, file_mode, name):
+    """Root reads everything, so it becomes another user, for whom what is left of the modes is nothing."""
+    is_root = os.geteuid() == 0
+    with TemporaryDirectory() as folder:
+        path, said = Path(folder) / name, "File name too long" if len(name) > 255 else "Permission denied"
+        save_step(path.parent, run_state, keep_last=1)
+        for each in path.parent.iterdir():
+            each.chmod(file_mode & (0o777 if is_root else 0o077))
+        path.parent.chmod(folder_mode if is_root or folder_mode == 0o777 else 0)
+        if is_root:
+            os.setresuid(65534, 65534, 0)
+        try:
+            if name == "--resume auto":
+                path = path.with_name("latest.pt")
+                outcome = run_main(train_instruct.main, "--checkpoint_dir", folder, *name.split())
+            else:
+                outcome = run_main(lambda _: len(load(path)))
+        finally:
+            if is_root:
+                os.setresuid(0, 0, 0)
+            path.parent.chmod(0o700)
+    assert outcome.refusal() == f"error: {path}: {said}\n"
