@@ -234,6 +234,12 @@ def into_a_file() -> None:
     os.dup2(os.open("answers.txt", os.O_WRONLY | os.O_CREAT), 1)
 
 
+def woken_all_the_time() -> None:
+    """So often that a Ctrl-C falls together with the timer's signal."""
+    real = signal.setitimer
+    signal.setitimer = lambda which, *seconds: real(which, *(each and 2e-4 for each in seconds))  # type: ignore
+
+
 def without_readline() -> None:
     sys.modules["readline"] = None  # type: ignore[assignment]
 
@@ -280,6 +286,8 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
     ("the end, between quotes", {}, [], ['"""abc\r', "\x04"], 0),
     ("the end, in an answer", {"flags": (*ENDLESS, "--max_new_tokens", "500")}, [], ["One?\r", "\x04"], 0),
     ("Ctrl-C twice", {}, [("a hint", "\x03", "again leaves")], ["\x03"], 130),
+    ("Ctrl-C together with another signal", {"before": woken_all_the_time},
+     [("a hint", "\x03", "again leaves"), ("nothing", "\r", r"^\s*> $")] * 9, ["\x04"], 0),
     ("Ctrl-C in an answer", {"flags": ENDLESS}, STOPPED, ["exit\r"], 0),
     ("a full context", {"flags": (*ENDLESS, "--checkpoint", "small.pt")},
      [("a full context", "One?\r", r"\(the context is full\)")], ["\x04"], 0),

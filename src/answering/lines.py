@@ -11,7 +11,7 @@ import termios
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from data.rows import parse_json
 
@@ -35,10 +35,11 @@ class Signals:
     while."""
 
     interrupted = waiting = False
+    thrown: BaseException | None = None  # on its way from a handler to whoever catches it
     typed = prompt = ""  # what stood at the prompt when Ctrl-C came; the prompt of the line that is waited for
 
     def __enter__(self) -> "Signals":
-        handlers = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate, signal.SIGALRM: lambda *_: None}
+        handlers = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate, signal.SIGALRM: self._wake}
         # whether lines can be edited; where stdout is a file, input() would put the prompt into it
         self.edits = readline is not None and sys.stdin.isatty() and sys.stdout.isatty()
         self.is_dumb = os.environ.get("TERM", "dumb") == "dumb"  # a terminal that shows sequences instead of obeying
@@ -67,7 +68,7 @@ class Signals:
             if not results:
                 raise
         finally:
-            self.waiting = False
+            self.waiting, self.thrown = False, None
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._flush_at_ctrl_c(True)
         return results[0]
@@ -85,10 +86,21 @@ class Signals:
         if self.waiting:
             self.waiting = False
             self.typed = readline.get_line_buffer() if readline and not IS_LIBEDIT else ""
-            raise KeyboardInterrupt
+            self._throw(KeyboardInterrupt())
 
     def _terminate(self, *_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        self._throw(SystemExit(128 + signal.SIGTERM))
+
+    def _throw(self, error: BaseException) -> NoReturn:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.thrown = error
+        raise error
+
+    def _wake(self, *_: object) -> None:
+        """What sleeps is awake by now. Python 3.10 calls this with an exception on its way too, which has to go on."""
+        error, self.thrown = self.thrown, None
+        if error:
+            raise error
 
     def _suspend(self, *_: object) -> None:
         """Python's readline does not do this: it leaves the terminal as it is, and forgets the prompt."""
