@@ -89,3 +89,8 @@ def for_decoding(model: GPT, form: type[OneRow | FewRows | OneRowInt8]) -> None:
         if isinstance(module, nn.Linear):
             model.set_submodule(name, form(module.weight, module.bias))
     model.output = form(output, output.new_zeros(len(output)))
+    if form is OneRowInt8:  # one after another, as large pages would hold only a part of each
+        layers = [module for module in model.modules() if isinstance(module, OneRowInt8)]
+        tables = torch.cat([layer.table.flatten() for layer in layers])
+        for layer, table in zip(layers, tables.split([layer.table.numel() for layer in layers])):
+            layer.table = table.view_as(layer.table)
