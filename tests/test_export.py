@@ -111,7 +111,10 @@ def test_the_modelfile_and_the_card(folders, checkpoints, tmp_path):
             "PARAMETER num_ctx 96", "PARAMETER temperature 0.7", 'PARAMETER stop "<|endoftext|>"'))
         assert modelfile.startswith(f"FROM ./{multi_turn}.gguf\nTEMPLATE ")
         assert "### Response:\n" in modelfile
-        assert (folder / "Modelfile").read_text() == modelfile.replace(f"{multi_turn}.gguf", "model.gguf")
+        what_to_do, _, its = (folder / "Modelfile").read_text().partition("\n")
+        assert what_to_do.startswith("# needs model.gguf here: ") and what_to_do.endswith("export CHECKPOINT "
+                                                                                           "THIS_FOLDER/model.gguf")
+        assert its == modelfile.replace(f"{multi_turn}.gguf", "model.gguf")
         assert ("license: cc-by-nc-4.0\n" in card) == multi_turn == ("<|endoftext|>{{ end }}" in modelfile)
     assert "on `my 'rows'   .jsonl`. " in (folders[False] / "README.md").read_text()
     no_text = export(checkpoints[False], tmp_path / os.fsdecode(b"caf\xe9.gguf"))

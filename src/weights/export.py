@@ -58,6 +58,7 @@ PARAMETER repeat_penalty 1.0
 PARAMETER stop "<|endoftext|>"
 PARAMETER stop "### Instruction:"
 '''
+_TO_MAKE = "# needs model.gguf here: python src/convert_checkpoint.py export CHECKPOINT THIS_FOLDER/model.gguf\n"
 _ALPACA_GPT4 = "vicgalle/alpaca-gpt4"
 _LICENCES = {  # whether that is what it was trained on: a line of the head, and a sentence
     True: ("license: cc-by-nc-4.0\n", "vicgalle/alpaca-gpt4 is CC BY-NC 4.0, not for commercial use, and its authors "
@@ -104,7 +105,8 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
     texts = {**tokenizer_files(state["model_config"]["context_length"], template), "README.md": _model_card(state),
              "generation_config.json": _json({"do_sample": True, **_SPECIAL_IDS, **{
                  name: settings[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p")}}),
-             "chat_template.jinja": template, "Modelfile": template and _modelfile(state, "model.gguf", settings),
+             "chat_template.jinja": template,
+             "Modelfile": template and _TO_MAKE + _modelfile(state, "model.gguf", settings),
              "config.json": _json(_config(state, dtype))}
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
