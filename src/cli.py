@@ -64,6 +64,11 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     return parse
 
 
+def usable_cpus() -> int:
+    """How many this process may use: a job or a container may leave it few of the computer's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def matching(pattern: str, expected: str) -> Callable[[str], str]:
     """Return an argparse type: a text that matches a regular expression."""
 

@@ -7,7 +7,6 @@ The same input gives byte-identical output, whatever --num_proc says.
 """
 
 import hashlib
-import os
 import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, number, printable_line, run
+from cli import Parser, number, printable_line, run, usable_cpus
 from data.report import Report, counts
 from data.rows import KINDS, BadRow, BadSplit, open_sources
 from data.shapes import NAMES, Example, Shapes
@@ -53,7 +52,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
                         help="share of the prompts that go to val (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42,
                         help="decides which prompts go to val (default: %(default)s)")
-    parser.add_argument("--num_proc", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+    parser.add_argument("--num_proc", type=number(int, 1, 1024), default=usable_cpus(),
                         help="how many tokenizers work at once (default: %(default)s)")
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     options = parser.parse_args(argv)

@@ -1,11 +1,13 @@
 """The edge of every script: help without heavy imports, wrong flags, exit codes, the launchers, the demo."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+import prepare_instruct_dataset
 from cli import printable, printable_line
 from conftest import SRC, Outcome, launch, run_command, run_script
 from helpers import resume_flags, run_inputs, to
@@ -20,6 +22,16 @@ def test_help_imports_nothing_heavy(script):
     assert code == 0 and stdout.startswith("usage: ") and stderr.count("\n") == stderr.count("import time:")
     heavy = {"torch", "datasets", "pyarrow"} | ({"numpy", "tiktoken"} if "prepare" not in script else set())
     assert "argparse" in imported and not imported & heavy
+
+
+def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main):
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert "tokenizers work at once (default: 1)" in " ".join(
+            run_main(prepare_instruct_dataset.main, "--help").stdout.split())
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize("script, flags, message", [

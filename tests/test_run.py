@@ -116,8 +116,14 @@ def test_a_dry_run_of_two_processes_on_a_run_that_is_there(inputs, tmp_path):
     assert [path for path, _ in tree(tmp_path)] == before
 
 
-def test_processes_on_a_cpu_share_its_memory(inputs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
+@pytest.mark.parametrize("shared_by", ["processes", "containers"])
+def test_processes_on_a_cpu_share_its_memory(inputs, tmp_path, monkeypatch, capsys, shared_by):
+    if shared_by == "processes":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000000")
+    else:
+        read = Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda path, *how: "1000000\n" if path.name == "memory.max" else
+                            read(path, *how))
     assert train(inputs, tmp_path, "--dry_run") == 0
     assert re.search(r"warning  memory .* are there: --mini_batch_size", capsys.readouterr().out)
 

@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,8 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     needed = 4 * weights + sum(kept.values()) * most // len(batch.tokens)  # weights, gradients, two moments
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on a CPU they share the memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # of a container; "max" where it has no limit
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if is_cuda:
         needed = torch.cuda.max_memory_allocated(device) + 2 * weights
         there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, number, printable_line, run, say
+from cli import Parser, number, printable_line, run, say, usable_cpus
 from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
@@ -37,11 +37,11 @@ TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 def main() -> int:
     block_signals()
     parser, flags = Parser(), sys.argv[2:]
-    parser.add_argument("nproc", type=number(int, 1, max(8, os.cpu_count() or 1)), help="the number of processes")
+    parser.add_argument("nproc", type=number(int, 1, max(8, usable_cpus())), help="the number of processes")
     processes = parser.parse_args(sys.argv[1:2]).nproc
     options = parse_options(flags)
     folder = Path(options.checkpoint_dir)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
     least, most, endpoint, restarts = _machines(os.environ.get("TORCHRUN_FLAGS", ""))
     if endpoint:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of addresses that have no name
