@@ -65,7 +65,7 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
 
 
 def usable_cpus() -> int:
-    """How many this process may use: a job or a container may leave it few of the computer's."""
+    """How many this process may use: a job may leave it few of the computer's. A container's quota is not seen."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

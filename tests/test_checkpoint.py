@@ -74,7 +74,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, state_of, monk
 def test_what_may_not_be_read_is_one_line_and_not_called_damaged(run_state, run_main, folder_mode, file_mode, name):
     """Root reads everything, so it becomes another user, for whom what is left of the modes is nothing."""
     is_root = os.geteuid() == 0
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir="/tmp") as folder:
         path, said = Path(folder) / name, "File name too long" if len(name) > 255 else "Permission denied"
         save_step(path.parent, run_state, keep_last=1)
         for each in path.parent.iterdir():

@@ -170,8 +170,10 @@ def test_the_learning_rate_is_right_at_every_corner():
 
 
 def test_the_gradient_norm_of_a_large_matrix_is_exact(tmp_path):
-    """Of 3 million numbers in fp32, in one sum, a CPU loses up to a thousandth."""
+    """A CPU's one sum over so many squares in fp32 is too small, also where a few rows are most of it."""
     data = open_data(write_data(tmp_path, {"train": random_examples(4, 100), "val": random_examples(1, 9)}))["train"]
-    learner = learner_of(small_model(config=GPTConfig(128, 50257, 1, 2, 64)))
+    learner = learner_of(small_model(config=GPTConfig(128, 4096, 1, 2, 768)))
+    with torch.no_grad():
+        learner.model.transformer.h[0].mlp.c_proj.weight[:, :64] *= 1000  # which scales rows of the gradient of c_fc
     result = train_step(learner, data, data.plan(range(4), 4096, 1), 1e-3)
-    assert result.gradient_norm == pytest.approx(float(gradients_of(learner).double().norm()), rel=1e-5)
+    assert result.gradient_norm == pytest.approx(float(gradients_of(learner).double().norm()), rel=2e-6)

@@ -97,7 +97,7 @@ class Signals:
         raise error
 
     def _wake(self, *_: object) -> None:
-        """What sleeps is awake by now. Python 3.10 calls this with an exception on its way too, which has to go on."""
+        """What sleeps is awake by now. Python 3.10 may call this while an exception is on its way: raise that again."""
         error, self.thrown = self.thrown, None
         if error:
             raise error

@@ -91,14 +91,14 @@ def dry_run(argv: list[str] | None) -> int:
 def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     folder, path, state, model = Path(options.checkpoint_dir), Path(), None, None
     # each by itself, so that one failure hides no other
-    with table.check("folders"):
+    with table.check("folders"), errors_at(folder):
         for each in (folder, Path(options.tensorboard_dir)):
             with errors_at(f"{each}: cannot write there"), tempfile.TemporaryFile(dir=existing(each)):
                 pass
         if table.processes.is_main and (folder / LOCK).exists():
             with lock_folder(folder, is_named=False):
                 pass
-    with table.check("start"):
+    with table.check("start"), errors_at(folder):
         path, state = find_state(options, folder)
         options = resumed_options(argv, state["options"], folder, path) if state else options
         table.add("ok", "start", f"goes on from {path} at step {state['step']}" if state else "a new run")

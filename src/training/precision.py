@@ -28,7 +28,7 @@ def device_named(name: str) -> str:
             warnings.simplefilter("ignore")  # it is said below, in one line
             if torch.cuda.is_available():
                 torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
-                # cuDNN, which PyTorch 2.15 prefers on an H100, prepares itself anew for each shape, in 40 ms
+                # cuDNN, which PyTorch 2.15 prefers on an H100, prepares itself anew for each shape
                 torch.backends.cuda.enable_cudnn_sdp(False)
                 return "cuda"
         if _sees_a_gpu():

@@ -6,7 +6,6 @@ become inert objects. So nothing in a file is ever executed, forged or not. File
 safely, but have no checksums: damage to their weights shows only where it leaves a value that is not finite.
 """
 
-import os
 import struct
 import zipfile
 from pathlib import Path
@@ -44,21 +43,20 @@ class _Inert:
 
 
 def check_is_file(path: Path) -> None:
-    """Raise UserError unless path is a regular file, as reading a pipe or a device might never end, that may be read,
-    which says nothing against what is in it."""
+    """Raise UserError unless path is a regular file: reading a pipe or a device might never end."""
     with errors_at(path):
         if not path.is_file():
             raise UserError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file"
                             if path.exists() else f"{path}: no such file")
-        if not os.access(path, os.R_OK):
-            raise PermissionError("Permission denied")
 
 
 def begin_of(path: Path) -> bytes:
     """The first bytes of a file. Raises UserError when it is none, CheckpointError with what to do when another program
     wrote it, whatever its name."""
     check_is_file(path)
-    with path.open("rb") as file:
+    with errors_at(path):  # what may not be read is not damaged
+        file = path.open("rb")
+    with file:
         begin = file.read(64)
     for start, advice in _ADVICE.items():
         if begin.startswith(start):
