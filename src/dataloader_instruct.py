@@ -122,8 +122,7 @@ class ExampleStream:
     """
 
     def __init__(self, lengths: np.ndarray, seed: int, total_batch_size: int) -> None:
-        self.lengths = lengths
-        self.seed = seed
+        self.lengths, self.seed = lengths, seed
         self.most_tokens = total_batch_size * 127 // 128
         self._epoch, self._order = -1, np.empty(0, dtype=np.int32)
 

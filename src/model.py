@@ -19,6 +19,10 @@ from torch import Tensor, nn
 # returns the attended values (n_tokens, n_head, head_size).
 Attend = Callable[[int, Tensor], Tensor]
 
+gelu = partial(F.gelu, approximate="tanh")  # the form of GPT-2
+# of what is called so, only the inputs are kept for the backward pass
+again_in_backward = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -93,18 +97,13 @@ def attend_packed(documents: Documents) -> Attend:
     return attend
 
 
-# of what is called so, only the inputs are kept for the backward pass
-again_in_backward = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
 class KVCache:
     """Keys and values of one growing sequence, preallocated for a whole context."""
 
     def __init__(self, config: GPTConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         shape = (config.n_layer, 2, config.n_head, config.context_length, config.head_size)
         self.cached = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-        self.capacity = config.context_length
+        self.length, self.capacity = 0, config.context_length
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Store the new keys and values after the cached ones; attend to all of them.
@@ -146,10 +145,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, recompute: str) -> Tensor:
         """(n_tokens, n_embd) -> same shape."""
         wide = self.c_fc(x)
-        return again_in_backward(self._narrow, wide) if recompute == "gelu" else self._narrow(wide)
-
-    def _narrow(self, wide: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(wide, approximate="tanh"))  # GPT-2 uses the tanh form
+        if recompute == "gelu" and torch.compiler.is_compiling():
+            return again_in_backward(lambda wide: self.c_proj(gelu(wide)), wide)
+        bent = gelu(wide)
+        if recompute != "gelu":
+            return self.c_proj(bent)
+        place = bent.data_ptr()  # as again_in_backward, which would import the compiler: a second of each start
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: None if kept.data_ptr() == place else kept,
+                                                      lambda kept: gelu(wide) if kept is None else kept):
+            return self.c_proj(bent)
 
 
 class Block(nn.Module):
@@ -245,6 +249,4 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, n_embd) -> (n, vocab_size)."""
-        if self.output is not None:
-            return self.output(hidden)
-        return F.linear(hidden, self.transformer.wte.weight)
+        return F.linear(hidden, self.transformer.wte.weight) if self.output is None else self.output(hidden)

@@ -47,7 +47,7 @@ SHORT = {
     "a second Ctrl-C while one rank waits for the other": partial(second_ctrl_c, ("wait",), ("the launcher",)),
     "a terminal is closed": partial(hangup, ((2, 0),)),
     "nohup": partial(hangup, ((1, 1),)),
-    "memory runs out": partial(memory, MEMORY[2:]),
+    "memory runs out": partial(memory, MEMORY[2:3]),
     "ports": ports,
     "kill": partial(kills, 1, in_saves=1, threads=1, undisturbed=1),
     "a rank dies": partial(rank_dies, 1, 1),
@@ -55,7 +55,7 @@ SHORT = {
     "a process hangs": hangs,
     "a rank dies early": partial(rank_dies_early, 1),
     "NaN on one rank": partial(one_rank_diverges, DIVERGENCES[2:]),
-    "soak": lambda shared: soak(2000),  # in a laboratory of its own: it has another model
+    "soak": lambda shared: soak(1000),  # in a laboratory of its own: it has another model
     "a signal in the first second": partial(signals, ("the process",), ("first second",), (signal.SIGUSR1,)),
     "a full disk": partial(disk_full, 1),
     "order": write_order,

@@ -11,11 +11,13 @@ from weakref import ref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
 from helpers import open_data, train, trajectory, write_data
-from model import GPT, GPTConfig
-from models import learner_of, options_of, same_state
+from model import GPT, Documents, GPTConfig
+from models import learner_of, options_of, same_state, small_model
 from training import setup
 from training.memory import fit, needed_bytes
 from training.processes import Processes
@@ -64,6 +66,32 @@ def test_the_largest_micro_batch_that_fits(monkeypatch, name, gigabytes, flags, 
 def test_what_is_computed_again_where_memory_is_short(monkeypatch, name, gigabytes, flags, expected):
     """mini_batch_size stays as it was asked for."""
     assert fitted(monkeypatch, name, gigabytes, "--mini_batch_size", 8, *flags) == (8, expected)
+
+
+class Gelus(TorchDispatchMode):
+    """References to the results of each GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = operator(*arguments, **(keywords or {}))
+        if operator is torch.ops.aten.gelu.default:
+            self.results.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "gelu", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_again_is_not_kept(recompute, dtype):
+    model, again = small_model().to(dtype), recompute != "nothing"
+    model.transformer.recompute = recompute
+    with Gelus() as gelus:
+        hidden = model(torch.arange(14), Documents.of([9, 5]))
+        assert [result.expired() for result in gelus.results] == [again, again]
+        hidden.sum().backward()
+    assert len(gelus.results) == 2 + 2 * again
 
 
 def test_processes_share_a_step_and_the_smallest_gpu_decides(monkeypatch):

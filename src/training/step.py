@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dataloader_instruct import InstructData, MicroBatch, Plan
 from model import GPT
+from training.adamw import AdamW
 from training.compiled import Compiled
 from training.cross_entropy import output_loss
 from training.gradients import Gradients
@@ -51,7 +52,6 @@ class Learner:
 
     def __init__(self, model: GPT, options: Namespace, processes: Processes,
                  say: Callable[[str], None] = lambda text: None) -> None:
-        """AdamW, betas (0.9, 0.95), with decay on matrices only."""
         self.model, self.processes, self.options = model, processes, options
         self.product_type = product_type(options.precision, processes.device)
         model.transformer.wte.sparse = processes.device.type == "cpu"  # its gradient has the rows of the tokens alone
@@ -60,10 +60,7 @@ class Learner:
         self.hidden_of = Compiled(self.computing, say) if options.compile == "on" else self.computing
         self.n_tokens = most_tokens(options) if options.compile == "on" else 1  # of a micro-batch, at least
         self.set_loss_scale(HIGHEST_SCALE)
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=processes.device.type in ("cuda", "cpu"))
+        self.optimizer = AdamW(model, options.weight_decay)
         self.gradients = Gradients(model, self.products.copies, processes.world_size)
 
     def set_loss_scale(self, scale: float) -> None:
@@ -85,7 +82,9 @@ class Learner:
         hidden = self.hidden_of(batch.tokens, batch.documents, batch.rows)
         loss, gradient = output_loss(hidden.detach(), weight, batch.targets, self.products.output,
                                      self.gradients[weight], scale)
-        hidden.backward(gradient)  # of no rows too: then every parameter gets its gradient of 0
+        assert gradient is not None  # as there is one to add to
+        # As hidden.backward(gradient), which would import much, once. Of no rows too: all weights get their gradient.
+        (hidden * gradient).sum().backward()
         self.gradients.add()
         return loss
 
