@@ -8,7 +8,8 @@ longer: each adds its gradient of the whole matrix to one in fp32.
 import torch
 from torch import Tensor
 
-ROWS = 512  # whose scores exist in fp32 at a time, 100 MB for GPT-2's vocabulary; with a copy on a GPU twice as many
+ROWS = 512  # whose scores exist at a time, 100 MB in fp32 for GPT-2's vocabulary; with a copy twice as many, or more
+CPU_ROWS = 32  # whose scores are made into gradients at a time: 6 MB stay near the processor
 _MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
 
 # MKL, which computes exp on CPUs, chooses its kernel at the first call. Threads that make that call together may get
@@ -40,45 +41,46 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     scalar of weight's type, and the gradient of hidden, or None.
     """
     matrix, is_exact = weight if copy is None else copy, copy is not None and hidden.is_cuda
-    rows, piece_rows = (6 * ROWS, 2 * ROWS) if is_exact else (ROWS if copy is None else 2 * ROWS, ROWS)
+    rows, piece_rows = ROWS * (6 if is_exact else 1 if copy is None else 2), 2 * ROWS if hidden.is_cuda else CPU_ROWS
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
     scores = matrix.new_empty(n_rows, len(matrix))
     exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
-    loss, of_hidden = weight.new_zeros(()), None if gradient is None else torch.empty_like(inputs)
+    losses, of_hidden = weight.new_empty(len(inputs)), None if gradient is None else torch.empty_like(inputs)
     for begin in range(0, len(inputs), rows):
         some = slice(begin, begin + rows)
         chunk = scores[:len(inputs[some])]
         if not is_exact:
             torch.mm(inputs[some], matrix.t(), out=chunk)
-        for piece, states, wanted in zip(*(each.split(piece_rows) for each in (chunk, inputs[some], targets[some]))):
+        parts = (chunk, inputs[some], targets[some, None], losses[some, None])
+        for piece, states, wanted, loss in zip(*(part.split(piece_rows) for part in parts)):
             wide = piece if copy is None else exact[:len(piece)]
             if is_exact:  # products of small types come out in fp32 on a GPU
                 torch.mm(states, matrix.t(), out_dtype=wide.dtype, out=wide)
             elif copy is not None:
                 wide.copy_(piece)
             wide[:, len(weight):] = -torch.inf
-            loss += _to_gradient(wide, wanted[:, None], piece)
+            loss.copy_(_to_gradient(wide, wanted, piece))
         if gradient is not None and of_hidden is not None:
             torch.mm(chunk, matrix, out=of_hidden[some])
             _add_product(gradient, chunk[:, :len(weight)].t(), inputs[some], scale)
-    return loss, None if of_hidden is None else of_hidden.to(hidden.dtype).mul_(scale)
+    return losses.sum(), None if of_hidden is None else of_hidden.to(hidden.dtype).mul_(scale)
 
 
 def _to_gradient(scores: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
     """Put the gradient of the loss in gradient, which may be the scores (rows, vocab_size), which are overwritten.
-    Returns the loss."""
+    targets (rows, 1). Returns the loss of each row, (rows, 1)."""
     if scores.is_cuda:  # with few passes over them
         torch.log_softmax(scores, 1, out=scores)
         wanted = scores.gather(1, targets)
         torch.exp(scores, out=gradient)
         gradient.scatter_(1, targets, wanted.expm1().to(gradient.dtype))
-        return -wanted.sum()
+        return -wanted
     # on a CPU these are more exact than the kernel above
     wanted, largest = scores.gather(1, targets), scores.amax(1, keepdim=True)
     total = scores.sub_(largest).exp_().sum(1, keepdim=True)
     scores.scatter_add_(1, targets, -total)
     gradient.copy_(scores.mul_(1 / total))
-    return (largest + total.log() - wanted).sum()
+    return largest + total.log() - wanted
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -88,5 +90,5 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     elif total.is_cuda:
         torch.addmm(total, a, b, alpha=scale, out_dtype=total.dtype, out=total)
     else:
-        for part, rows in zip(total.split(8192), a.split(8192)):  # pieces, as their products need room of their own
+        for part, rows in zip(total.split(2048), a.split(2048)):  # pieces, as their products need room of their own
             part.add_(torch.mm(rows, b), alpha=scale)
