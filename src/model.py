@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 # Takes the layer's number and its queries, keys and values (n_tokens, 3, n_head, head_size);
 # returns the attended values (n_tokens, n_head, head_size).
@@ -106,10 +107,8 @@ class KVCache:
         self.length, self.capacity = 0, config.context_length
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """Store the new keys and values after the cached ones; attend to all of them.
-
-        The mask is counted from the lower right corner: the last query sees every key.
-        """
+        """Store the new keys and values after the cached ones; attend to all of them. The mask is counted from the
+        lower right corner: the last query sees every key."""
         new, end = qkv.size(0), self.length + qkv.size(0)
         q, kv = qkv.permute(1, 2, 0, 3).split((1, 2))  # (1 or 2, n_head, new, head_size)
         cached = self.cached[layer, :, :, :end]
@@ -150,9 +149,10 @@ class MLP(nn.Module):
         bent = gelu(wide)
         if recompute != "gelu":
             return self.c_proj(bent)
-        place = bent.data_ptr()  # as again_in_backward, which would import the compiler: a second of each start
-        with torch.autograd.graph.saved_tensors_hooks(lambda kept: None if kept.data_ptr() == place else kept,
-                                                      lambda kept: gelu(wide) if kept is None else kept):
+        # as again_in_backward does, which would import the compiler: a second of each start on a CPU
+        place = bent.data_ptr(), bent.shape
+        with saved_tensors_hooks(lambda kept: None if (kept.data_ptr(), kept.shape) == place else kept,
+                                 lambda kept: gelu(wide) if kept is None else kept):
             return self.c_proj(bent)
 
 
@@ -228,10 +228,9 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens: Tensor, documents: Documents, rows: Tensor | None = None) -> Tensor:
-        """Hidden states of packed documents.
+        """Hidden states of packed documents, (n_tokens, n_embd) or (n_rows, n_embd).
 
         tokens (n_tokens,) int64; rows (n_rows,) int64 names the tokens whose states are wanted (default: all).
-        Returns (n_tokens, n_embd), or (n_rows, n_embd).
         """
         return self.transformer(tokens, documents.positions, attend_packed(documents), rows)
 

@@ -26,10 +26,12 @@ def test_help_imports_nothing_heavy(script):
 
 def test_training_does_not_import_the_compiler(tmp_path):
     """It would take as long as all of PyTorch, at each start."""
-    flags = [*resume_flags(*run_inputs(tmp_path)), *to(tmp_path), "--max_steps", 2, "--checkpoint_freq", 2]
-    done = run_command(sys.executable, "-X", "importtime", SRC / "train_instruct.py", *flags)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert done.code == 0 and "torch.optim" in imported and not imported & {"torch._dynamo", "sympy"}
+    flags = [*resume_flags(*run_inputs(tmp_path)), *to(tmp_path), "--checkpoint_freq", 2]
+    for more in (["--max_steps", 2], ["--max_steps", 4, "--resume", "auto", "--override"]):
+        done = run_command(sys.executable, "-X", "importtime", SRC / "train_instruct.py", *flags, *more)
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert done.code == 0 and (tmp_path / f"step_00000{more[1]}.pt").exists()
+        assert "torch.optim" in imported and not imported & {"torch._dynamo", "sympy"}
 
 
 def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main):

@@ -47,7 +47,7 @@ SHORT = {
     "a second Ctrl-C while one rank waits for the other": partial(second_ctrl_c, ("wait",), ("the launcher",)),
     "a terminal is closed": partial(hangup, ((2, 0),)),
     "nohup": partial(hangup, ((1, 1),)),
-    "memory runs out": partial(memory, MEMORY[2:3]),
+    "memory runs out": partial(memory, MEMORY[2:]),
     "ports": ports,
     "kill": partial(kills, 1, in_saves=1, threads=1, undisturbed=1),
     "a rank dies": partial(rank_dies, 1, 1),

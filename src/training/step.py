@@ -82,8 +82,8 @@ class Learner:
         hidden = self.hidden_of(batch.tokens, batch.documents, batch.rows)
         loss, gradient = output_loss(hidden.detach(), weight, batch.targets, self.products.output,
                                      self.gradients[weight], scale)
-        assert gradient is not None  # as there is one to add to
-        # As hidden.backward(gradient), which would import much, once. Of no rows too: all weights get their gradient.
+        assert gradient is not None and gradient.shape == hidden.shape
+        # As hidden.backward(gradient), which would import sympy. Of no rows too: all weights get their gradient.
         (hidden * gradient).sum().backward()
         self.gradients.add()
         return loss
