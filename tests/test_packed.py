@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
 import model
@@ -74,11 +75,17 @@ def test_one_kernel_for_all_documents_equals_a_call_for_each(data, monkeypatch):
 @pytest.mark.parametrize("recompute", ["nothing", "gelu", "blocks"])
 def test_compiled_there_are_two_graphs_however_the_micro_batches_differ(data, packed, monkeypatch, recompute):
     """One for training, one for evaluation, over 20 micro-batches of other lengths each, whatever is computed again in
-    the backward pass. Captured whole, so that no part is left to Python."""
-    expected, said = taken(data), list[str]()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    the backward pass, which the graph has to say. Captured whole, so that no part is left to Python."""
+    expected, said, called = taken(data), list[str](), list[str]()
+
+    def watched(graph: Any, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=watched))
     assert_close(taken(data, "--compile", say=said.append, recompute=recompute), expected)
     assert counters["stats"]["unique_graphs"] == 2 and not said and not counters["graph_break"]
+    assert sum("checkpoint" in each for each in called) == (0 if recompute == "nothing" else CONFIG.n_layer)
 
 
 @pytest.mark.slow
