@@ -1,7 +1,7 @@
 """Training steps on however many processes there are; rank 0 saves losses, examples, gradients and weights.
 
-    steps_worker.py DATA OUTPUT MINI_BATCH_SIZE...      ten steps in float32, three in float64 and five in bf16,
-                                                       for each size, on the device named in STEPS_DEVICE
+    steps_worker.py DATA OUTPUT MINI_BATCH_SIZE...      twenty steps in float32, three in float64 and five in
+                                                       bf16, for each size, on the device named in STEPS_DEVICE
 """
 
 import os
@@ -19,12 +19,12 @@ from training.ending import leave
 from training.processes import Processes, join
 from training.step import Learner, evaluate, learning_rate, train_step
 
-STEPS = {"float32": 10, "float64": 3, "bf16": 5}
+STEPS = {"float32": 20, "float64": 3, "bf16": 5}
 
 
 def take_steps(data_dir: Path, mini_batch_size: str, dtype: str, processes: Processes) -> dict[str, Any]:
     options = options_of("--mini_batch_size", mini_batch_size, "--total_batch_size", 2048, "--context_length", 512,
-                         "--learning_rate", 1e-3, "--warmup_steps", 5, "--max_steps", 10, "--grad_clip", 0.5,
+                         "--learning_rate", 1e-3, "--warmup_steps", 5, "--max_steps", 20, "--grad_clip", 0.5,
                          "--precision", "bf16" if dtype == "bf16" else "fp32")
     data = open_data(data_dir, options.context_length)
     model = small_model().to(processes.device, torch.float64 if dtype == "float64" else torch.float32)

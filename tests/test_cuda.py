@@ -193,7 +193,7 @@ def test_a_step_takes_the_memory_that_is_expected(tmp_path, size, recompute):
 
 
 def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
-    """On two GPUs, joined by NCCL, in fp32 and float64: losses, gradients and weights of ten steps."""
+    """On two GPUs, joined by NCCL, in fp32 and float64: losses, gradients and weights of twenty steps."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     data_dir, found = write_random(tmp_path / "data", 120, 30, 500), []

@@ -55,7 +55,7 @@ SHORT = {
     "a process hangs": hangs,
     "a rank dies early": partial(rank_dies_early, 1),
     "NaN on one rank": partial(one_rank_diverges, DIVERGENCES[2:]),
-    "soak": lambda shared: soak(1000),  # in a laboratory of its own: it has another model
+    "soak": lambda shared: soak(2000),  # in a laboratory of its own: it has another model
     "a signal in the first second": partial(signals, ("the process",), ("first second",), (signal.SIGUSR1,)),
     "a full disk": partial(disk_full, 1),
     "order": write_order,
