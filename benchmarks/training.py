@@ -13,10 +13,16 @@ import json
 import os
 import sys
 import tempfile
+import timeit
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import clock, compare, report, serve
 from hf_tokenizer import as_hugging_face
+
+if TYPE_CHECKING:
+    import torch
 
 CONTEXT, MICRO_BATCH = 1024, 2
 PEERS = {"products": "ours", "trl_default": "ours", "trl_packed": "ours", "trl_grouped": "ours", "ours": "ours_bf16",
@@ -64,8 +70,28 @@ def ours(folder: Path, precision: str) -> None:
     serve(work)
 
 
+def fastest_form(a: torch.Tensor, b: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], object]:
+    """Of three ways to compute a @ b the fastest for these."""
+    import torch
+
+    def with_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")  # type: ignore[no-any-return]
+
+    def in_pieces(a: torch.Tensor, b: torch.Tensor) -> None:
+        """Into rows of a length that is a multiple of 64."""
+        result = a.new_empty(len(a), b.size(1) + -b.size(1) % 64)[:, :b.size(1)]
+        for columns, part in zip(b.split(2048, 1), result.split(2048, 1)):
+            torch.mm(a, columns, out=part)
+
+    def seconds(form: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
+        return min(timeit.repeat(lambda: form(a, b), number=1, repeat=4))
+
+    return min((torch.mm, with_onednn, in_pieces), key=seconds)
+
+
 def products(folder: Path, precision: str) -> None:
-    """The matrix products of ours' steps alone: the same shapes forward and backward, nothing else."""
+    """The matrix products of ours' steps alone: the same shapes forward and backward, nothing else, each in the fastest
+    of several forms."""
     import torch
 
     from data.shards import open_prepared
@@ -78,13 +104,15 @@ def products(folder: Path, precision: str) -> None:
     weights = {name: torch.randn(size[1], size[0], dtype=dtype) for name, size in sizes.items()}
     embedding = torch.randn(50257, 768, dtype=dtype)
     position = Position()
+    forms: dict[tuple[str, torch.Size], Callable[[torch.Tensor, torch.Tensor], object]] = {}
 
     def product(rows: int, weight: torch.Tensor) -> None:
         """x W', then dx = dy W and dW = dy' x."""
         x, dy = (torch.full((rows, size), 0.1, dtype=dtype) for size in (weight.shape[1], weight.shape[0]))
-        torch.mm(x, weight.t())
-        torch.mm(dy, weight)
-        torch.mm(dy.t(), x)
+        for kind, a, b in (("forward", x, weight.t()), ("input", dy, weight), ("weight", dy.t(), x)):
+            if (kind, weight.shape) not in forms:  # in the first round, which is not counted
+                forms[kind, weight.shape] = fastest_form(a, b)
+            forms[kind, weight.shape](a, b)
 
     def work() -> float:
         nonlocal position

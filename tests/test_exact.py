@@ -20,6 +20,7 @@ from models import (
     transformers_model,
     transposed,
 )
+from training import precision
 from training.step import evaluate, learning_rate, train_step
 
 
@@ -56,8 +57,11 @@ def assert_step_equals_transformers(data: InstructData, dtype: torch.dtype, tole
         assert relative(parameter.grad, gradients[name]) < tolerance, name
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_one_step_equals_transformers(data_dir, dtype, tolerance):
+@pytest.mark.parametrize("dtype, tolerance, with_onednn", [
+    (torch.float32, 1e-5, False), (torch.float32, 1e-5, True), (torch.float64, 1e-10, False)])
+def test_one_step_equals_transformers(monkeypatch, data_dir, dtype, tolerance, with_onednn):
+    """With PyTorch's products and with oneDNN's, whichever this CPU takes by itself."""
+    monkeypatch.setattr(precision, "is_faster", lambda *_: with_onednn)
     assert_step_equals_transformers(open_data(data_dir)["train"], dtype, tolerance)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 ROWS = 512  # whose scores exist at a time, 100 MB in fp32 for GPT-2's vocabulary; with a copy twice as many, or more
 CPU_ROWS = 32  # whose scores are made into gradients at a time: 6 MB stay near the processor
-_MULTIPLE = 64  # matrices whose sizes are no multiples of this leave the fast kernels of GPUs
+COLUMNS = 2048  # of the scores, which a CPU computes at a time
+_MULTIPLE = 64  # rows whose lengths are no multiples of this leave the fast kernels of GPUs, and of CPUs in fp32
 
 # MKL, which computes exp on CPUs, chooses its kernel at the first call. Threads that make that call together may get
 # one that is right to four digits only (issue 188792 of PyTorch; MKL before 2025), so a process makes it here.
@@ -43,14 +44,16 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     matrix, is_exact = weight if copy is None else copy, copy is not None and hidden.is_cuda
     rows, piece_rows = ROWS * (6 if is_exact else 1 if copy is None else 2), 2 * ROWS if hidden.is_cuda else CPU_ROWS
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
-    scores = matrix.new_empty(n_rows, len(matrix))
+    scores = matrix.new_empty(n_rows, len(matrix) + -len(matrix) % _MULTIPLE)[:, :len(matrix)]
     exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
     losses, of_hidden = weight.new_empty(len(inputs)), None if gradient is None else torch.empty_like(inputs)
     for begin in range(0, len(inputs), rows):
         some = slice(begin, begin + rows)
         chunk = scores[:len(inputs[some])]
         if not is_exact:
-            torch.mm(inputs[some], matrix.t(), out=chunk)
+            width = len(matrix) if hidden.is_cuda else COLUMNS
+            for part, words in zip(chunk.split(width, 1), matrix.split(width)):
+                torch.mm(inputs[some], words.t(), out=part)
         parts = (chunk, inputs[some], targets[some, None], losses[some, None])
         for piece, states, wanted, loss in zip(*(part.split(piece_rows) for part in parts)):
             wide = piece if copy is None else exact[:len(piece)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model import GPT, Linear
 from training.cross_entropy import copy_again, padded
+from training.onednn import is_faster, multiply_with_onednn
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate")
 _UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal")
@@ -120,6 +121,8 @@ class Products:
         self.model = model
         self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.output: Tensor | None = None
+        if is_faster(model.transformer.wte.weight, dtype):
+            multiply_with_onednn(model)
         if dtype is torch.float32:
             return
         memo = {id(parameter): parameter for parameter in model.parameters()}

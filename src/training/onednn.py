@@ -1,0 +1,44 @@
+"""Linear layers on AMD CPUs with AVX-512, which MKL, PyTorch's choice for fp32, leaves unused there. oneDNN uses it,
+and in bf16 it adds the bias in the same pass."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPT, Linear
+
+
+def is_faster(weight: Tensor, product_type: torch.dtype) -> bool:
+    """Whether oneDNN's products with matrices such as this are faster than those that PyTorch chooses. (Sums over rows,
+    as in the gradient of a matrix, are not.)"""
+    cpu, takes = Path("/proc/cpuinfo"), {torch.float32, torch.bfloat16}
+    return (weight.device.type == "cpu" and {weight.dtype, product_type} <= takes and torch.cpu._is_avx512_supported()
+            and torch.backends.mkldnn.is_available() and cpu.exists() and "AuthenticAMD" in cpu.read_text())
+
+
+def multiply_with_onednn(model: GPT) -> None:
+    """In all linear layers, for inputs with a gradient."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.multiply = _Multiply.apply
+
+
+class _Multiply(torch.autograd.Function):
+    """What F.linear computes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return _product(gradient, weight.t()), torch.mm(gradient.t(), x), gradient.sum(0)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return product
