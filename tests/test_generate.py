@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from answering.decode_weights import FewRows, OneRow, OneRowInt8, for_decoding
+from answering.decode_weights import Blocks, Columns, FewRows, OneRowInt8, for_decoding
 from answering.generate import GREEDY, choose, generate, likeliest
 from answering.settings import Settings
 from errors import CheckpointError
@@ -115,7 +115,7 @@ def test_it_stops_at_the_stop_token_at_the_limit_and_at_the_full_context():
             next(generate(model, prompt, 1))
 
 
-@pytest.mark.parametrize("form", [OneRow, FewRows])
+@pytest.mark.parametrize("form", [Columns, Blocks, FewRows])
 def test_decoding_gives_the_logits_of_linear_layers(form):
     plain, decoding = small_model(), small_model()
     for_decoding(decoding, form)
@@ -134,7 +134,7 @@ def test_decoding_gives_the_logits_of_linear_layers(form):
 def test_every_form_is_a_linear_layer_in_memory_of_its_own_whatever_the_shape_and_the_rows(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape[0], (9, shape[1])))
-    layers = [form(weight, bias) for form in (OneRow, *[FewRows] * (dtype is torch.float32))]
+    layers = [form(weight, bias) for form in (Columns, Blocks, *[FewRows] * (dtype is torch.float32))]
     expected = x.double() @ weight.double().t() + bias.double()
     weight.zero_()
     for layer in layers:

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, SRC
 
 # From the ground up. A part imports from parts below it only; a script is imported by nobody.
-FLOORS = ["errors", "cli", "model", "instruct_format", "weights", "data", "dataloader_instruct", "answering",
-          "training"]
+FLOORS = ["errors", "processor", "cli", "model", "instruct_format", "weights", "data", "dataloader_instruct",
+          "answering", "training"]
 SCRIPTS = ["prepare_instruct_dataset", "train_instruct", "chat", "convert_checkpoint", "evaluate_instruct"]
 PRINTERS = {*SCRIPTS, "data.report", "training.options", "training.launch", "training.progress", "answering.settings",
             "answering.terminal"}  # who may import cli: scripts, tables of flags, printers

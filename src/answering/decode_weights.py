@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT
+from processor import is_amd
 
 # Before the first tensor: large pages, from which a CPU reads a tenth faster
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 WIDTH = 384  # outputs that are summed at a time: as many as the registers hold
+BLOCK = 64  # rows
 FEW_ROWS = 8  # the number that oneDNN arranges a matrix for; other numbers are about as fast
 
 
-class OneRow(nn.Module):
+class Columns(nn.Module):
     """A linear layer for one row: its matrix is transposed, so that a product reads it in one piece, column after
     column. Several rows are as fast as in a linear layer."""
 
@@ -25,6 +27,27 @@ class OneRow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
         return torch.addmm(self.bias, x, self.weight)
+
+
+class Blocks(nn.Module):
+    """A linear layer for one row: its matrix in blocks of rows, each a product of its own, which on CPUs of AMD reads
+    nearly as fast as memory is. Several rows take the matrix as a whole."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        (self.n_out, n_in), n_blocks = weight.shape, -(-len(weight) // BLOCK)
+        self.weight, self.bias = weight.new_zeros(n_blocks * BLOCK, n_in), bias.new_zeros(n_blocks * BLOCK)
+        self.weight[:self.n_out], self.bias[:self.n_out] = weight.detach(), bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, n_in) -> (n, n_out)."""
+        if x.size(0) != 1:
+            return F.linear(x, self.weight[:self.n_out], self.bias[:self.n_out])
+        biases, blocks = self.bias.view(-1, BLOCK, 1), self.weight.view(-1, BLOCK, x.size(1))
+        return torch.baddbmm(biases, blocks, x.t().expand(len(blocks), -1, 1)).view(1, -1)[:, :self.n_out]
+
+
+OneRow: type[Columns | Blocks] = Blocks if is_amd() else Columns
 
 
 class FewRows(nn.Module):
@@ -75,7 +98,7 @@ class OneRowInt8(nn.Module):
 
 
 @torch.no_grad()
-def for_decoding(model: GPT, form: type[OneRow | FewRows | OneRowInt8]) -> None:
+def for_decoding(model: GPT, form: type[Columns | Blocks | FewRows | OneRowInt8]) -> None:
     """Give the model's matrices this form, in place (OneRow in place of FewRows, where oneDNN does not take them). It
     can be read with afterwards, not trained or saved. Nothing of it stays in the memory of the weights that it had,
     which may be a mapped file."""

@@ -1,21 +1,20 @@
 """Linear layers on AMD CPUs with AVX-512, which MKL, PyTorch's choice for fp32, leaves unused there. oneDNN uses it,
 and in bf16 it adds the bias in the same pass."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model import GPT, Linear
+from processor import is_amd
 
 
 def is_faster(weight: Tensor, product_type: torch.dtype) -> bool:
     """Whether oneDNN's products with matrices such as this are faster than those that PyTorch chooses. (Sums over rows,
     as in the gradient of a matrix, are not.)"""
-    cpu, takes = Path("/proc/cpuinfo"), {torch.float32, torch.bfloat16}
-    return (weight.device.type == "cpu" and {weight.dtype, product_type} <= takes and torch.cpu._is_avx512_supported()
-            and torch.backends.mkldnn.is_available() and cpu.exists() and "AuthenticAMD" in cpu.read_text())
+    return (weight.device.type == "cpu" and {weight.dtype, product_type} <= {torch.float32, torch.bfloat16}
+            and is_amd() and torch.cpu._is_avx512_supported() and torch.backends.mkldnn.is_available())
 
 
 def multiply_with_onednn(model: GPT) -> None:
