@@ -1,11 +1,27 @@
-"""What the choice of a kernel on a CPU depends on."""
+"""Products on CPUs: which are fast where PyTorch's own choice is not the fastest, and what oneDNN may keep of them."""
 
+import os
 from functools import cache
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Before the first product. Of each number of rows oneDNN and PyTorch's part of it keep what they prepared, a megabyte a
+# matrix, 1,024 in all: gigabytes, as every micro-batch has another number. So many are enough for one.
+for cache_of in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache_of, "64")
 
 
 @cache
 def is_amd() -> bool:
-    """Whether MKL, by which PyTorch multiplies in fp32, leaves AVX-512 unused and is slow in matrix times vector."""
+    """Whether MKL, by which PyTorch multiplies in fp32, leaves AVX-512 unused and is slow in matrix times vector, and
+    there is oneDNN."""
     cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    return cpu.exists() and "AuthenticAMD" in cpu.read_text() and torch.backends.mkldnn.is_available()
+
+
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What F.linear computes, in fp32 or bf16, also with a matrix in oneDNN's own order."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return product

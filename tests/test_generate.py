@@ -134,7 +134,7 @@ def test_decoding_gives_the_logits_of_linear_layers(form):
 def test_every_form_is_a_linear_layer_in_memory_of_its_own_whatever_the_shape_and_the_rows(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator, dtype=dtype) for size in (shape, shape[0], (9, shape[1])))
-    layers = [form(weight, bias) for form in (Columns, Blocks, *[FewRows] * (dtype is torch.float32))]
+    layers = [form(weight, bias) for form in (Columns, *[Blocks, FewRows] * (dtype is torch.float32))]
     expected = x.double() @ weight.double().t() + bias.double()
     weight.zero_()
     for layer in layers:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT
-from processor import is_amd
+from processor import is_amd, linear_by_onednn
 
 # Before the first tensor: large pages, from which a CPU reads a tenth faster
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -29,27 +29,6 @@ class Columns(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
-class Blocks(nn.Module):
-    """A linear layer for one row: its matrix in blocks of rows, each a product of its own, which on CPUs of AMD reads
-    nearly as fast as memory is. Several rows take the matrix as a whole."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        (self.n_out, n_in), n_blocks = weight.shape, -(-len(weight) // BLOCK)
-        self.weight, self.bias = weight.new_zeros(n_blocks * BLOCK, n_in), bias.new_zeros(n_blocks * BLOCK)
-        self.weight[:self.n_out], self.bias[:self.n_out] = weight.detach(), bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, n_in) -> (n, n_out)."""
-        if x.size(0) != 1:
-            return F.linear(x, self.weight[:self.n_out], self.bias[:self.n_out])
-        biases, blocks = self.bias.view(-1, BLOCK, 1), self.weight.view(-1, BLOCK, x.size(1))
-        return torch.baddbmm(biases, blocks, x.t().expand(len(blocks), -1, 1)).view(1, -1)[:, :self.n_out]
-
-
-OneRow: type[Columns | Blocks] = Blocks if is_amd() else Columns
-
-
 class FewRows(nn.Module):
     """A linear layer in fp32 whose matrix is kept in the order in which oneDNN reads it: for eight rows about twice as
     fast as the matrix as it was."""
@@ -61,7 +40,28 @@ class FewRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+        return linear_by_onednn(x, self.weight, self.bias)
+
+
+class Blocks(nn.Module):
+    """A linear layer for one row: its matrix in blocks of rows, each a product of its own, which on CPUs of AMD reads
+    nearly as fast as memory is. Several rows take the whole matrix."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        (self.n_out, n_in), n_blocks = weight.shape, -(-len(weight) // BLOCK)
+        self.weight, self.bias = weight.new_zeros(n_blocks * BLOCK, n_in), bias.new_zeros(n_blocks * BLOCK)
+        self.weight[:self.n_out], self.bias[:self.n_out] = weight.detach(), bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, n_in) -> (n, n_out)."""
+        if x.size(0) != 1:
+            return linear_by_onednn(x, self.weight, self.bias)[:, :self.n_out]
+        biases, blocks = self.bias.view(-1, BLOCK, 1), self.weight.view(-1, BLOCK, x.size(1))
+        return torch.baddbmm(biases, blocks, x.t().expand(len(blocks), -1, 1)).view(1, -1)[:, :self.n_out]
+
+
+OneRow: type[Columns | Blocks] = Blocks if is_amd() else Columns
 
 
 class OneRowInt8(nn.Module):
@@ -90,7 +90,7 @@ class OneRowInt8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, n_in) -> (n, n_out)."""
         if x.size(0) != 1:
-            return F.linear(x, self.weight, self.bias)
+            return (linear_by_onednn if is_amd() else F.linear)(x, self.weight, self.bias)
         weights = torch.cat((x.view(-1),) * self.n_parts)
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
             self.table, self.rows, self.begins, False, 0, False, weights, None, False)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from model import GPT, Linear
-from processor import is_amd
+from processor import is_amd, linear_by_onednn
 
 
 def is_faster(weight: Tensor, product_type: torch.dtype) -> bool:
     """Whether oneDNN's products with matrices such as this are faster than those that PyTorch chooses. (Sums over rows,
     as in the gradient of a matrix, are not.)"""
     return (weight.device.type == "cpu" and {weight.dtype, product_type} <= {torch.float32, torch.bfloat16}
-            and is_amd() and torch.cpu._is_avx512_supported() and torch.backends.mkldnn.is_available())
+            and is_amd() and torch.cpu._is_avx512_supported())
 
 
 def multiply_with_onednn(model: GPT) -> None:
@@ -30,14 +30,9 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return linear_by_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return _product(gradient, weight.t()), torch.mm(gradient.t(), x), gradient.sum(0)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return product
+        return linear_by_onednn(gradient, weight.t()), torch.mm(gradient.t(), x), gradient.sum(0)
