@@ -44,14 +44,14 @@ def output_loss(hidden: Tensor, weight: Tensor, targets: Tensor, copy: Tensor | 
     matrix, is_exact = weight if copy is None else copy, copy is not None and hidden.is_cuda
     rows, piece_rows = ROWS * (6 if is_exact else 1 if copy is None else 2), 2 * ROWS if hidden.is_cuda else CPU_ROWS
     inputs, n_rows = hidden.to(matrix.dtype), min(rows, len(hidden))
-    scores = matrix.new_empty(n_rows, len(matrix) + -len(matrix) % _MULTIPLE)[:, :len(matrix)]
+    width, gap = (COLUMNS, -len(matrix) % _MULTIPLE) if hidden.device.type == "cpu" else (len(matrix), 0)
+    scores = matrix.new_empty(n_rows, len(matrix) + gap)[:, :len(matrix)]
     exact = scores if copy is None else weight.new_empty(min(piece_rows, n_rows), len(matrix))
     losses, of_hidden = weight.new_empty(len(inputs)), None if gradient is None else torch.empty_like(inputs)
     for begin in range(0, len(inputs), rows):
         some = slice(begin, begin + rows)
         chunk = scores[:len(inputs[some])]
         if not is_exact:
-            width = len(matrix) if hidden.is_cuda else COLUMNS
             for part, words in zip(chunk.split(width, 1), matrix.split(width)):
                 torch.mm(inputs[some], words.t(), out=part)
         parts = (chunk, inputs[some], targets[some, None], losses[some, None])
