@@ -1,6 +1,7 @@
 """Products on CPUs: which are fast where PyTorch's own choice is not the fastest, and what oneDNN may keep of them."""
 
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,8 +18,9 @@ for cache_of in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 def is_amd() -> bool:
     """Whether MKL, by which PyTorch multiplies in fp32, leaves AVX-512 unused and is slow in matrix times vector, and
     there is oneDNN."""
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and "AuthenticAMD" in cpu.read_text() and torch.backends.mkldnn.is_available()
+    with suppress(OSError), Path("/proc/cpuinfo").open() as cpus:
+        return "AuthenticAMD" in cpus.read(200) and torch.backends.mkldnn.is_available()
+    return False
 
 
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
