@@ -9,12 +9,14 @@ from torch import Tensor
 from model import GPT, Linear
 from processor import is_amd, linear_by_onednn
 
+LEAST_WIDTH = 384  # of a model
+
 
 def is_faster(weight: Tensor, product_type: torch.dtype) -> bool:
-    """Whether oneDNN's products with matrices such as this are faster than those that PyTorch chooses. (Sums over rows,
-    as in the gradient of a matrix, are not.)"""
+    """Whether oneDNN's products in a model of this output matrix are faster than what PyTorch chooses. (Sums over rows,
+    as in the gradient of a matrix, are not; nor are small products, which it prepares for each number of rows.)"""
     return (weight.device.type == "cpu" and {weight.dtype, product_type} <= {torch.float32, torch.bfloat16}
-            and is_amd() and torch.cpu._is_avx512_supported())
+            and weight.size(1) >= LEAST_WIDTH and is_amd() and torch.cpu._is_avx512_supported())
 
 
 def multiply_with_onednn(model: GPT) -> None:
