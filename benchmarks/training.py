@@ -74,8 +74,10 @@ def fastest_form(a: torch.Tensor, b: torch.Tensor) -> Callable[[torch.Tensor, to
     """Of three ways to compute a @ b the fastest for these."""
     import torch
 
-    def with_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")  # type: ignore[no-any-return]
+    from processor import linear_by_onednn
+
+    def by_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return linear_by_onednn(a, b.t())
 
     def in_pieces(a: torch.Tensor, b: torch.Tensor) -> None:
         """Into rows of a length that is a multiple of 64."""
@@ -86,7 +88,7 @@ def fastest_form(a: torch.Tensor, b: torch.Tensor) -> Callable[[torch.Tensor, to
     def seconds(form: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
         return min(timeit.repeat(lambda: form(a, b), number=1, repeat=4))
 
-    return min((torch.mm, with_onednn, in_pieces), key=seconds)
+    return min((torch.mm, by_onednn, in_pieces), key=seconds)
 
 
 def products(folder: Path, precision: str) -> None:

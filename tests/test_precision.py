@@ -7,7 +7,8 @@ from dataloader_instruct import InstructData
 from errors import UserError
 from helpers import open_data, resume, train, trajectory, write_random
 from models import gradients_of, learner_of, loud_model, relative, same_state, write_pretrained
-from training import loop
+from training import loop, onednn
+from training import precision as training_precision
 from training import step as training_step
 from training.precision import product_type
 from training.step import HIGHEST_SCALE, evaluate, train_step
@@ -33,6 +34,18 @@ def test_the_type_of_the_products(monkeypatch, name, device, capability, expecte
             product_type(name, torch.device(device))
 
 
+@pytest.mark.parametrize("is_amd, has_avx512, width, dtype, product_type, expected", [
+    (True, True, 384, torch.float32, torch.float32, True), (True, True, 768, torch.float32, torch.bfloat16, True),
+    (False, True, 768, torch.float32, torch.float32, False), (True, False, 768, torch.float32, torch.float32, False),
+    (True, True, 383, torch.float32, torch.float32, False), (True, True, 768, torch.float32, torch.float16, False),
+    (True, True, 768, torch.float64, torch.float32, False)])
+def test_which_linear_layers_take_onednn(monkeypatch, is_amd, has_avx512, width, dtype, product_type, expected):
+    monkeypatch.setattr(onednn, "is_amd", lambda: is_amd)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    assert onednn.is_faster(torch.empty(3, width, dtype=dtype), product_type) is expected
+    assert not onednn.is_faster(torch.empty(3, width, dtype=dtype, device="meta"), product_type)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> InstructData:
     return open_data(write_random(tmp_path_factory.mktemp("data"), 60, 5, 200))["train"]
@@ -46,10 +59,12 @@ def gradients(data: InstructData, *flags: object) -> tuple[float, torch.Tensor]:
     return loss, gradients_of(learner)
 
 
-def test_a_step_in_bf16_is_that_of_fp32(data):
+@pytest.mark.parametrize("with_onednn", [False, True])
+def test_a_step_in_bf16_is_that_of_fp32(monkeypatch, data, with_onednn):
     """Each product is rounded to 8 bits, at most 2^-8 = 0.0039 of itself; their errors average out. Measured over four
     seeds: losses 5e-6, gradients 0.0055 of their length, at an angle whose cosine lacks 1.5e-5 of 1. That it is more
     than 1e-4 shows that bf16 was at work."""
+    monkeypatch.setattr(training_precision, "is_faster", lambda *_: with_onednn)
     loss, expected = gradients(data)
     loss16, found = gradients(data, "--precision", "bf16")
     assert loss16 == pytest.approx(loss, rel=1e-4)
