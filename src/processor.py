@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Before the first product. Of each number of rows oneDNN and PyTorch's part of it keep what they prepared, a megabyte a
-# matrix, 1,024 in all: gigabytes, as every micro-batch has another number. So many are enough for one.
+# matrix, 1,024 in all: gigabytes, as every micro-batch has another number. One needs 31.
 for cache_of in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(cache_of, "64")
 
@@ -21,6 +21,11 @@ def is_amd() -> bool:
     with suppress(OSError), Path("/proc/cpuinfo").open() as cpus:
         return "AuthenticAMD" in cpus.read(200) and torch.backends.mkldnn.is_available()
     return False
+
+
+def onednn_has_avx512() -> bool:
+    """And with it products in bf16. ONEDNN_MAX_CPU_ISA may forbid it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

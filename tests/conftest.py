@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,21 @@ def where_all_is_made(tmp_path_factory: pytest.TempPathFactory) -> None:
 def no_signal_is_blocked() -> None:
     """A trainer that runs in this process blocks some; other tests, and what they start, want them."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+@pytest.fixture(params=[False, True])
+def with_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether linear layers take oneDNN, whatever this CPU takes by itself; and that they did."""
+    from processor import onednn_has_avx512
+    from training import onednn, precision
+
+    if request.param and not onednn_has_avx512():
+        pytest.skip("oneDNN has no AVX-512 here")
+    called, multiply = [], onednn.linear_by_onednn
+    monkeypatch.setattr(precision, "is_faster", lambda *_: request.param)
+    monkeypatch.setattr(onednn, "linear_by_onednn", lambda *inputs: called.append(1) or multiply(*inputs))
+    yield request.param
+    assert bool(called) is request.param
 
 
 class Outcome(NamedTuple):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+import processor
 from dataloader_instruct import InstructData
 from errors import UserError
 from helpers import open_data, resume, train, trajectory, write_random
 from models import gradients_of, learner_of, loud_model, relative, same_state, write_pretrained
 from training import loop, onednn
-from training import precision as training_precision
 from training import step as training_step
 from training.precision import product_type
 from training.step import HIGHEST_SCALE, evaluate, train_step
@@ -41,9 +41,21 @@ def test_the_type_of_the_products(monkeypatch, name, device, capability, expecte
     (True, True, 768, torch.float64, torch.float32, False)])
 def test_which_linear_layers_take_onednn(monkeypatch, is_amd, has_avx512, width, dtype, product_type, expected):
     monkeypatch.setattr(onednn, "is_amd", lambda: is_amd)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    monkeypatch.setattr(onednn, "onednn_has_avx512", lambda: has_avx512)
     assert onednn.is_faster(torch.empty(3, width, dtype=dtype), product_type) is expected
     assert not onednn.is_faster(torch.empty(3, width, dtype=dtype, device="meta"), product_type)
+
+
+@pytest.mark.parametrize("cpus, has_onednn, expected", [
+    ("vendor_id\t: AuthenticAMD\n", True, True), ("vendor_id\t: GenuineIntel\n", True, False),
+    ("vendor_id\t: AuthenticAMD\n", False, False), (None, True, False)])
+def test_which_cpus_are_of_amd(monkeypatch, tmp_path, cpus, has_onednn, expected):
+    """None: there is no such file, as on macOS."""
+    if cpus:
+        (tmp_path / "cpuinfo").write_text(cpus)
+    monkeypatch.setattr(processor, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    assert processor.is_amd.__wrapped__() is expected
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +71,11 @@ def gradients(data: InstructData, *flags: object) -> tuple[float, torch.Tensor]:
     return loss, gradients_of(learner)
 
 
-@pytest.mark.parametrize("with_onednn", [False, True])
-def test_a_step_in_bf16_is_that_of_fp32(monkeypatch, data, with_onednn):
+@pytest.mark.usefixtures("with_onednn")
+def test_a_step_in_bf16_is_that_of_fp32(data):
     """Each product is rounded to 8 bits, at most 2^-8 = 0.0039 of itself; their errors average out. Measured over four
     seeds: losses 5e-6, gradients 0.0055 of their length, at an angle whose cosine lacks 1.5e-5 of 1. That it is more
     than 1e-4 shows that bf16 was at work."""
-    monkeypatch.setattr(training_precision, "is_faster", lambda *_: with_onednn)
     loss, expected = gradients(data)
     loss16, found = gradients(data, "--precision", "bf16")
     assert loss16 == pytest.approx(loss, rel=1e-4)

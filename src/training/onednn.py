@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, Linear
-from processor import is_amd, linear_by_onednn
+from processor import is_amd, linear_by_onednn, onednn_has_avx512
 
 LEAST_WIDTH = 384  # of a model
 
@@ -16,7 +16,7 @@ def is_faster(weight: Tensor, product_type: torch.dtype) -> bool:
     """Whether oneDNN's products in a model of this output matrix are faster than what PyTorch chooses. (Sums over rows,
     as in the gradient of a matrix, are not; nor are small products, which it prepares for each number of rows.)"""
     return (weight.device.type == "cpu" and {weight.dtype, product_type} <= {torch.float32, torch.bfloat16}
-            and weight.size(1) >= LEAST_WIDTH and is_amd() and torch.cpu._is_avx512_supported())
+            and weight.size(1) >= LEAST_WIDTH and is_amd() and onednn_has_avx512())
 
 
 def multiply_with_onednn(model: GPT) -> None:
