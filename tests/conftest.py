@@ -1,6 +1,4 @@
-"""What several test files share: running a script as a user does, small models and data, the real Alpaca file."""
-
-from __future__ import annotations
+"""What several test files share: running a script as a user does, small models and data."""
 
 import json
 import os
@@ -59,10 +57,6 @@ class Outcome(NamedTuple):
     stdout: str
     stderr: str
 
-    @property
-    def error_lines(self) -> list[str]:
-        return self.stderr.splitlines()
-
     def refusal(self, code: int = 2) -> str:
         """The one line of a program that printed nothing else and left with this exit code."""
         assert (self.code, self.stdout, self.stderr.count("\n")) == (code, "", 1), self
@@ -97,7 +91,6 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 @pytest.fixture
 def run_main(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a script's main in this process, as the command line does."""
     import cli
 
     def run(main: Callable[[list[str]], int], *flags: object) -> Outcome:
@@ -147,18 +140,8 @@ def run_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return load_run(folder / "latest.pt")
 
 
-@pytest.fixture(scope="session")
-def alpaca() -> Path:
-    """999 real Alpaca examples, which may not be copied into the project."""
-    path = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there (real data with a licence of their own stay outside the project)")
-    return path
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Data and a pre-trained model for runs of a few steps."""
     from helpers import run_inputs
 
     return run_inputs(tmp_path_factory.mktemp("inputs"))

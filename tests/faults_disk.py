@@ -40,7 +40,7 @@ def _complaints(here: Lab, folder: Path, limit: int, logs: Path) -> list[str]:
     flags = here.flags("--keep_last", 2, "--checkpoint_freq", 1, "--checkpoint_dir", folder, "--tensorboard_dir", logs)
     limited = ["prlimit", f"--fsize={limit}"] if limit else []
     run = run_command(*limited, sys.executable, SRC / "train_instruct.py", *flags, env={"OMP_NUM_THREADS": "1"})
-    errors, said = run.error_lines, run.stdout.splitlines()
+    errors, said = run.stderr.splitlines(), run.stdout.splitlines()
     words = (f"error: {folder}/", "cannot write it: ", "bytes are needed", "are free")
     saved = max((int(line[-9:-3]) for line in said if line.startswith("saved ")), default=0)
     warned = any(line.startswith(f"warning: {folder}: 3 step files") for line in said)

@@ -17,7 +17,7 @@ from data.rows import open_sources
 from data.shapes import Example, Shapes
 from data.shards import DataWriter, Document, open_prepared
 from dataloader_instruct import InstructData
-from instruct_format import END_OF_TEXT, encode_conversation, tokenizer
+from instruct_format import END_OF_TEXT, encode_conversation, prompt_text, tidy, tokenizer
 from model import GPTConfig
 from models import SMALL, VOCAB, small_model, write_pretrained
 from weights import checkpoint
@@ -53,6 +53,10 @@ def texts_of(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return texts
 
 
+def expected_of(rows: Iterable[dict[str, str]]) -> list[tuple[str, str]]:
+    return [(prompt_text(row["instruction"], row["input"]), tidy(row["output"])) for row in rows]
+
+
 def rows_of(source: Path) -> Iterator[Example]:
     """The examples of a file. Bad rows are an error of the test."""
     for place, row in Shapes({}).examples(open_sources([str(source)], {})):
@@ -76,7 +80,6 @@ def random_examples(count: int, longest: int, seed: int = 0) -> list[tuple[list[
 
 
 def write_random(folder: Path, train: int, val: int, longest: int) -> Path:
-    """Prepared data of so many random examples a split."""
     return write_data(folder, {"train": random_examples(train, longest), "val": random_examples(val, longest, seed=1)})
 
 
@@ -92,7 +95,6 @@ def to(folder: Path, *flags: object) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files below it, by their paths from there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

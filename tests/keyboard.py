@@ -6,8 +6,6 @@ PyTorch is imported once and every chat is a fork, because that takes longer tha
 begins, and ends with an error at the first that is not as it should be.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import locale
@@ -34,6 +32,7 @@ from models import small_model, write_checkpoint
 FOLDER = Path(sys.argv[-1])
 PROMPT = r"> $"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+begin = partial(print, flush=True)  # a situation, before the fork: it would print what waits as well
 
 
 def write_parrot(path: Path, token: int, context_length: int = 64, **changes: object) -> Path:
@@ -226,22 +225,10 @@ SHORT = (*ENDLESS, "--max_new_tokens", "3")
 ANSWER = ("an answer", "One?\r", r"One\?\s+ word word word\s+\(cut at 3 tokens: /set max_new_tokens\)\s+> $")
 
 
-def closed(number: int) -> Callable[[], object]:
-    return lambda: os.close(number)
-
-
-def into_a_file() -> None:
-    os.dup2(os.open("answers.txt", os.O_WRONLY | os.O_CREAT), 1)
-
-
 def woken_all_the_time() -> None:
     """So often that a Ctrl-C falls together with the timer's signal."""
     real = signal.setitimer
     signal.setitimer = lambda which, *seconds: real(which, *(each and 2e-4 for each in seconds))  # type: ignore
-
-
-def without_readline() -> None:
-    sys.modules["readline"] = None  # type: ignore[assignment]
 
 
 STOPPED: Table = [
@@ -293,7 +280,7 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
      [("a full context", "One?\r", r"\(the context is full\)")], ["\x04"], 0),
     ("several turns", {"flags": (*ENDLESS, "--checkpoint", "multi.pt", "--json", "--max_new_tokens", "2")}, MULTI,
      ["\x04"], 0),
-    ("without readline", {"before": without_readline, "flags": SHORT}, PLAIN[:2], ["\x04"], 0),
+    ("without readline", {"before": lambda: sys.modules.update(readline=None), "flags": SHORT}, PLAIN[:2], ["\x04"], 0),
     ("TERM=dumb", {"environment": {"TERM": "dumb"}}, PLAIN, ["\x04"], 0),
     ("40 columns", {"columns": 40}, [ANSWER], ["\x04"], 0),
     ("NO_COLOR", {"environment": {"NO_COLOR": "1"}}, [ANSWER], ["\x04"], 0),
@@ -302,18 +289,15 @@ EACH: list[tuple[str, dict[str, Any], Table, list[str], int]] = [
     ("an encoding without the character", {"environment": {"PYTHONIOENCODING": "ascii"},
                                            "flags": (*SHORT, "--checkpoint", "accent.pt")},
      [("escaped", "One?\r", r"\\U?\w+.*\s+\(cut at 3")], ["\x04"], 0),
-    ("stdout closed", {"before": closed(1)}, [("an answer that nobody sees", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
-    ("stderr closed", {"before": closed(2)}, [ANSWER], ["exit\r"], 0),
-    ("stdin closed", {"before": closed(0)}, [], [], 0),
-    ("stdout in a file", {"before": into_a_file}, [("notes", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
+    ("stdout closed", {"before": partial(os.close, 1)}, [("an unseen answer", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
+    ("stderr closed", {"before": partial(os.close, 2)}, [ANSWER], ["exit\r"], 0),
+    ("stdin closed", {"before": partial(os.close, 0)}, [], [], 0),
+    ("stdout in a file", {"before": lambda: os.dup2(os.open("answers.txt", os.O_WRONLY | os.O_CREAT), 1)},
+     [("notes", "One?\r", r"\(cut at 3")], ["exit\r"], 0),
     ("no history", {"environment": {"HOME": "/proc"}}, [
         ("one warning", "One?\r", r"warning: /proc/.gpt2_instruct_history.jsonl: the history is not kept: "),
         ("and no more", "Two?\r", r"^(?!.*warning)")], ["exit\r"], 0),
 ]
-
-
-def begin(situation: str) -> None:
-    print(situation, flush=True)  # before the fork: it would print what waits as well
 
 
 def play(name: str, rows: Table, leaving: list[str], code: int, flags: tuple[str, ...] = SHORT, **how: Any) -> None:

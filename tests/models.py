@@ -57,7 +57,6 @@ def write_pretrained(path: Path, model: GPT) -> Path:
 
 
 def options_of(*flags: object) -> Namespace:
-    """The trainer's options from flags."""
     return parse_options([str(flag) for flag in flags])
 
 
@@ -69,7 +68,6 @@ def learner_of(model: GPT | None = None, *flags: object, device: torch.device = 
 
 
 def gradients_of(learner: Learner) -> torch.Tensor:
-    """All of a step, in a row."""
     return torch.cat([learner.gradients[each].flatten().cpu() for each in learner.model.parameters()])
 
 

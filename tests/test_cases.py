@@ -1,7 +1,5 @@
 """Small files that users have, which may not be copied into the project: what is right for each of them."""
 
-from pathlib import Path
-
 import pytest
 
 from conftest import ROOT
@@ -11,11 +9,11 @@ from errors import UserError
 from helpers import prepare
 
 CASES = ROOT.parent / "shared" / "cases"
+pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason=f"{CASES} is not there (its files may not be copied)")
 WORDS = [Turn(f"Say the word number {n}.", "", f"word {n}") for n in range(60)]
 THREE = [Turn("Name the plural.", "", "leaves"), Turn("Say hi.", "", "Hi there."), Turn("Name a colour.", "", "Blue.")]
 ALPACA = [THREE[0]._replace(input="leaf"), *THREE[1:]]
 BRIEF = [turn._replace(instruction=f"Be brief.\n\n{turn.instruction}") for turn in THREE]
-
 
 
 def all_of(names: str, turns: list[Turn]) -> dict[str, list]:
@@ -72,37 +70,30 @@ KEPT = ["emoji_rtl.jsonl", "template_in_output.jsonl",
         "run_on_outputs.json"]  # ordinary rows; others look at the answers
 
 
-@pytest.fixture(scope="module")
-def cases() -> Path:
-    if not CASES.is_dir():
-        pytest.skip(f"{CASES} is not there (files that may not be copied into the project)")
-    return CASES
-
-
 @pytest.mark.parametrize("name", RIGHT)
-def test_cases_are_read_right(cases, name):
+def test_cases_are_read_right(name):
     expected = [Example(tuple(row) if isinstance(row, list) else (row,)) for row in RIGHT[name]]
-    rows = Shapes({"split": ""}).examples(open_sources([str(cases / name)], {}))
+    rows = Shapes({"split": ""}).examples(open_sources([str(CASES / name)], {}))
     assert [row for _, row in rows] == expected
 
 
-def test_cases_with_splits_tiny_ones_and_parts(cases, tmp_path):
-    found = {name: prepare(cases / name, tmp_path / "out") for name in (
+def test_cases_with_splits_tiny_ones_and_parts(tmp_path):
+    found = {name: prepare(CASES / name, tmp_path / "out") for name in (
         "split_names.jsonl", "split_test.jsonl", "one_object_train_val.json", "tiny3.jsonl", "null_output.json", *KEPT)}
     assert [(manifest["train_examples"], manifest["val_examples"]) for manifest in list(found.values())[:4]] == [
         (54, 6), (53, 1), (50, 10), (2, 1)]
     assert found["split_test.jsonl"]["dropped"]["test_split"] == 6
     assert found["null_output.json"]["dropped"]["empty_output"] == 1
-    assert prepare(cases / "part1.jsonl", tmp_path / "out", "--dataset", cases / "part1.jsonl",
-                   cases / "part2.jsonl")["total_examples"] == 6
+    assert prepare(CASES / "part1.jsonl", tmp_path / "out", "--dataset", CASES / "part1.jsonl",
+                   CASES / "part2.jsonl")["total_examples"] == 6
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_cases_that_are_refused_say_why(cases, tmp_path, name):
+def test_cases_that_are_refused_say_why(tmp_path, name):
     with pytest.raises(UserError, match=REFUSED[name]) as refused:
-        prepare(cases / name, tmp_path / "out")
+        prepare(CASES / name, tmp_path / "out")
     assert "--skip_bad" not in str(refused.value)
 
 
-def test_every_case_is_looked_at(cases):
-    assert {path.name for path in cases.iterdir()} - {"EXPECTED.md"} == {*RIGHT, *REFUSED, *KEPT}
+def test_every_case_is_looked_at():
+    assert {path.name for path in CASES.iterdir()} - {"EXPECTED.md"} == {*RIGHT, *REFUSED, *KEPT}

@@ -27,7 +27,7 @@ from instruct_format import END_OF_TEXT, TEMPLATE, encode_example, encode_prompt
 from keyboard import write_parrot
 from model import GPTConfig
 from models import CPU, small_model, write_checkpoint
-from test_hostile_texts import PAYLOADS, RAW
+from test_hostile_files import PAYLOADS, RAW
 from weights import checkpoint
 
 EVIL = [*PAYLOADS, "\x1b[H\x1b[?25l\x1b[c\x1b(0\x1b#8", "\x00nul"]
@@ -53,11 +53,13 @@ def check_refused(ask: Callable[..., Outcome], path: Path, code: int, message: s
 
 @pytest.fixture
 def answers(monkeypatch) -> Callable[..., list[list[int]]]:
-    """Make the model answer with these tokens, and Ctrl-C come before one of them. Returns the prompts, once asked."""
-    def install(tokens: list[int], interrupted_at: int | None = None) -> list[list[int]]:
+    """Make the model answer with these tokens, the last ones again and again, and Ctrl-C come before one of them.
+    Returns the prompts, once asked."""
+    def install(*replies: list[int], interrupted_at: int | None = None) -> list[list[int]]:
         prompts = []
 
         def fake(_, prompt: list[int], limit: int, *rest: Any) -> Iterator[int]:
+            tokens = replies[min(len(prompts), len(replies) - 1)]
             prompts.append(prompt)
             for number, token in enumerate(tokens[:limit]):
                 if number == interrupted_at:
@@ -86,13 +88,6 @@ def test_json_is_one_line_with_everything(ask, tiny_checkpoint):
                                    "repetition_penalty": 1.0}}
 
 
-def test_a_seed_or_temperature_0_makes_answers_reproducible(ask):
-    seven, again, eight, some, others, greedy, seeded, only_one = [
-        ask("--prompt", "Hi", *flags.split()).stdout for flags in (
-            "--seed 7", "--seed 7", "--seed 8", "", "", "--temperature 0", "--temperature 0 --seed 1", "--top_k 1")]
-    assert seven == again != eight and some != others and greedy == seeded == only_one
-
-
 def test_json_says_why_an_answer_stopped(ask, answers, tmp_path):
     """The end token is not shown: first from a model that says nothing else, at temperature 0."""
     path = write_parrot(tmp_path / "end.pt", END_OF_TEXT)
@@ -118,7 +113,7 @@ def conversation(ask: Callable[..., Outcome], *lines: str, flags: tuple[str, ...
 def test_piped_questions_are_answered_a_line_each_and_commands_are_questions(ask):
     asked, outcome = conversation(ask, "One?", "", "/etc/passwd holds what?", "/help", "  Two?  ", "exit", "Three?")
     assert [question for question, _ in asked] == ["One?", "/etc/passwd holds what?", "/help", "Two?", "exit", "Three?"]
-    assert (outcome.code, len(outcome.error_lines)) == (0, 1)  # the line that names the checkpoint
+    assert (outcome.code, len(outcome.stderr.splitlines())) == (0, 1)  # the line that names the checkpoint
     assert ask(stdin="").code == 0 and ask("--json", stdin="A line without its newline").stdout.count("\n") == 1
 
 
@@ -135,7 +130,7 @@ def test_input_goes_with_one_question_only_in_the_prompt_of_training(ask, answer
         len(encode_prompt("Two?", "a\nb")), len(encode_prompt("Three?"))]
     for flags in (("--prompt", "a", "--jsonl"), ("--input", "a", "--jsonl"), ("--prompt", " "), ("--prompt", "")):
         ask(*flags).refusal()  # before the model is loaded
-    assert ask("--input", "a", stdin="\n").error_lines[1:] == ["error: no question for the --input"]
+    assert ask("--input", "a", stdin="\n").stderr.splitlines()[1:] == ["error: no question for the --input"]
 
 
 BAD = {b"caf\xe9?": "not UTF-8: byte 0xe9 in column", b"a\0b": "a NUL character", b"word " * 900: "too many for a con"}
@@ -162,7 +157,7 @@ def test_a_line_that_cannot_be_answered_costs_no_other(ask, flag, good, bad):
         assert (answer["instruction"] == "One?") == ("error" not in answer) == (line == good)
     text = ask("--max_new_tokens", "1", stdin=b"One?\ncaf\xe9\nTwo?\n")
     assert (text.code, text.stderr.count("error: line 2: not UTF-8: byte 0xe9 in column 4\n")) == (2, 1)
-    assert ask("--prompt", "One?", stdin=b"caf\xe9").error_lines[1:] == [
+    assert ask("--prompt", "One?", stdin=b"caf\xe9").stderr.splitlines()[1:] == [
         "error: standard input: not UTF-8: byte 0xe9 in column 4"]
     utf16 = ask(stdin="One?\nTwo?\n".encode("utf-16"))
     assert (utf16.code, utf16.stdout, utf16.stderr.count("error: line")) == (2, "", 3)
@@ -185,42 +180,41 @@ def test_an_answer_depends_on_its_own_seed_alone(ask):
     assert len(quantized) == len(found) == 18 and responses(*exact, stdin="\n".join(questions)) == quantized
     drawn = json.loads(ask("--prompt", "Two?", "--json").stdout)
     assert responses("--prompt", "Two?", "--json", "--seed", str(drawn["seed"])) == [drawn["response"]]
+    plain = [ask("--prompt", "Hi", *flags.split()).stdout for flags in (
+        "--seed 7", "--seed 8", "", "", "--temperature 0", "--temperature 0 --seed 1", "--top_k 1")]
+    assert len(set(plain)) == 5 and len(set(plain[4:])) == 1  # the last three are greedy
 
 
-@pytest.fixture
-def spoken(answers) -> Callable[[list[int]], tuple[list[str], str]]:
+def spoken(answers: Callable[..., Any], tokens: list[int]) -> tuple[list[str], str]:
     """The pieces of an answer of these tokens, and why it ended."""
-    def speak(tokens: list[int]) -> tuple[list[str], str]:
-        answers(tokens)
-        answer = Answer(small_model(), "Hi", "", Settings())
-        pieces = list(answer.pieces())
-        assert "".join(pieces) == answer.text
-        return pieces, answer.stopped
-
-    return speak
+    answers(tokens)
+    answer = Answer(small_model(), "Hi", "", Settings())
+    pieces = list(answer.pieces())
+    assert "".join(pieces) == answer.text
+    return pieces, answer.stopped
 
 
-def test_characters_are_streamed_whole(spoken):
+def test_characters_are_streamed_whole(answers):
     """As the tokens come, and the end: together they are what decoding the whole gives. A character that never becomes
     whole is shown as such at the end."""
     texts, chance = ["🚀", "👩\u200d💻", "naïve café", "漢字", "ไทย", "mixed ☃ and plain"], random.Random(0)
     unfinished = [*tokens_of("never "), tokens_of("🚀")[0]]
     at_random = ([chance.randrange(END_OF_TEXT) for _ in range(chance.randrange(30))] for _ in range(500))
     for tokens in (*map(tokens_of, texts), unfinished, *at_random):
-        (pieces, _), text = spoken(tokens), tokenizer().decode(tokens)
+        (pieces, _), text = spoken(answers, tokens), tokenizer().decode(tokens)
         assert ("".join(pieces) == text and len(pieces) == len(tokens) + 1) or "\n### " in text
-    assert "".join(spoken(unfinished)[0]) == "never \ufffd"
+    assert "".join(spoken(answers, unfinished)[0]) == "never \ufffd"
 
 
 @pytest.mark.parametrize("before, header, rest", [
     ("Yes.\n\n", "### Instruction:", "\nMore?\n\n### Response:\nNo."), ("Yes.\n", "### Input:", "\nx"),
     ("", "### Response:", "\nx"),
     ("a\n#\n##\n### Instructions\n### In\n\n\n", "### Instruction:", " x")])
-def test_a_header_of_the_template_ends_the_answer_and_never_shows(spoken, before, header, rest):
-    pieces, stopped = spoken(tokens_of(before + header + rest))
+def test_a_header_of_the_template_ends_the_answer_and_never_shows(answers, before, header, rest):
+    pieces, stopped = spoken(answers, tokens_of(before + header + rest))
     assert ("".join(pieces), stopped) == (before.rstrip("\n"), "end")
     for kept in ("a ### Instruction: b", "### Instruct", "a\n\n", "a\n\n#", "\n\n### Inputs"):
-        assert "".join(spoken(tokens_of(kept))[0]) == kept
+        assert "".join(spoken(answers, tokens_of(kept))[0]) == kept
 
 
 @pytest.mark.parametrize("payload", EVIL, ids=ascii)
@@ -291,7 +285,7 @@ def test_ctrl_c_ends_an_answer_with_what_there_is_and_a_batch_with_exit_code_130
     answers(tokens_of(" word") * 8, interrupted_at=2)
     before = signal.getsignal(signal.SIGINT)
     outcome = ask("--prompt", "Hi")
-    assert outcome[:2] == (130, " word" * 3 + "\n") and outcome.error_lines[1:] == ["(stopped)"]
+    assert outcome[:2] == (130, " word" * 3 + "\n") and outcome.stderr.splitlines()[1:] == ["(stopped)"]
     assert signal.getsignal(signal.SIGINT) is before
     asked, outcome = conversation(ask, "One?", "Two?")  # the first is interrupted, and that ends the batch
     assert (len(asked), outcome.stdout.count('"stopped": "interrupt"'), outcome.code) == (1, 1, 130)
@@ -314,46 +308,36 @@ def test_ctrl_c_ends_a_batch_with_the_answers_that_are_whole(ask, tmp_path, monk
     assert (found.code, len(whole), len(chosen)) == (130, n_whole, n_tokens)
 
 
-@pytest.fixture
-def converse(monkeypatch) -> Callable[..., list[list[int]]]:
-    """A conversation in this process, of lines that are typed and of what the model answers; returns the prompts.
-    Ctrl-C comes as this prompt shows, before the next line is waited for."""
-    def run(lines: str, replies: list[str], interrupted_at: str | None = None) -> list[list[int]]:
-        prompts = []
+def converse(monkeypatch: pytest.MonkeyPatch, lines: str, interrupted_at: str | None = None) -> None:
+    """A conversation in this process, of lines that are typed. Ctrl-C comes as this prompt shows, before the next line
+    is waited for."""
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            if text == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
 
-        def fake(_, prompt: list[int], *rest: Any) -> Iterator[int]:
-            prompts.append(prompt)
-            yield from tokens_of(replies.pop(0))
-
-        class Screen(io.StringIO):
-            def write(self, text: str) -> int:
-                if text == interrupted_at:
-                    signal.raise_signal(signal.SIGINT)
-                return super().write(text)
-
-        monkeypatch.setattr(answering.answer, "generate", fake)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        monkeypatch.setattr(sys, "stderr", Screen())
-        talk = Chat(small_model(config=GPTConfig(256, 50257, 1, 2, 32)), "a.pt", Settings(), remembers=True,
-                    as_json=False)
-        assert talk.converse("", keep_history=False) == 0 and not replies
-        return prompts
-
-    return run
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr(sys, "stderr", Screen())
+    model = small_model(config=GPTConfig(256, 50257, 1, 2, 32))
+    assert Chat(model, "a.pt", Settings(), remembers=True, as_json=False).converse("", keep_history=False) == 0
 
 
-def test_ctrl_c_between_two_lines_of_a_message_discards_it(converse):
-    assert converse('"""\nTwo?\n', ["Yes"], "... ") == [encode_prompt("Two?")]
+def test_ctrl_c_between_two_lines_of_a_message_discards_it(answers, monkeypatch):
+    prompts = answers(tokens_of("Yes"))
+    converse(monkeypatch, '"""\nTwo?\n', "... ")
+    assert prompts == [encode_prompt("Two?")]
 
 
-def test_regen_answers_the_last_question_after_the_turns_before_it(converse):
+def test_regen_answers_the_last_question_after_the_turns_before_it(answers, monkeypatch):
     """Also when that was not kept, because its answer was empty, and the question before it was the same."""
-    first, second, again, more = converse("One?\nOne?\n/regen\n/regen\n", ["Yes", "", "No", "Well"])
+    prompts = answers(*map(tokens_of, ("Yes", "", "No", "Well")))
+    converse(monkeypatch, "One?\nOne?\n/regen\n/regen\n")
+    first, second, again, more = prompts
     assert second == again == more == encode_example("One?", "", "Yes")[0] + first
 
 
 def test_a_pretrained_model_answers_and_is_named_as_such(ask, tmp_path, run_state):
-    """Bare weights of other programs too."""
     weights = small_model(config=GPTConfig(64, 50257, 1, 2, 32)).state_dict()
     torch.save({"model": weights, "config": {"n_head": 2}}, tmp_path / "bare.pt")
     write_checkpoint(tmp_path / "ours.pt", template=None)

@@ -34,14 +34,10 @@ def test_training_does_not_import_the_compiler(tmp_path):
         assert "torch.optim" in imported and not imported & {"torch._dynamo", "sympy"}
 
 
-def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main):
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert "tokenizers work at once (default: 1)" in " ".join(
-            run_main(prepare_instruct_dataset.main, "--help").stdout.split())
-    finally:
-        os.sched_setaffinity(0, before)
+def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    said = run_main(prepare_instruct_dataset.main, "--help").stdout
+    assert "tokenizers work at once (default: 1)" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("script, flags, message", [
@@ -56,7 +52,6 @@ def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main):
     ("prepare_instruct_dataset.py", ["data.jsonl"], "unrecognized arguments: data.jsonl"),
     ("chat.py", ["--temperature", "-1"], "--temperature: -1 is not at least 0"),
     ("convert_checkpoint.py", [], "the following arguments are required: import|export"),
-    ("evaluate_instruct.py", ["absent.pt"], "absent.pt: no such file"),
 ])
 def test_wrong_flags_are_one_line_and_exit_code_2(script, flags, message, tmp_path):
     said = run_script(script, *flags, cwd=tmp_path).refusal()

@@ -29,7 +29,6 @@ def project(project: Path) -> Path:
 
 
 def make_python(folder: Path, kind: str, name: str = "python") -> Path:
-    """An environment of this kind."""
     path = folder / "bin" / name
     path.parent.mkdir(parents=True)
     path.write_text(f'#!/bin/sh\necho "$*" >> "{folder}.calls"\n{PYTHONS[kind]}\n')
@@ -38,7 +37,6 @@ def make_python(folder: Path, kind: str, name: str = "python") -> Path:
 
 
 def launch(project: Path, command: str, python3: str = "uv", **variables: str) -> Outcome:
-    """A launcher, with this kind of python3 and these variables."""
     if not (project.parent / "path").exists():
         make_python(project.parent / "path", python3, "python3")
     return conftest.launch(project, *command.split(), **{
@@ -149,13 +147,8 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeyp
 
 
 def test_what_a_gpu_computes_with_is_not_the_environments(monkeypatch):
+    chosen: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        assert device_named("auto") == "cuda"
-        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cuda.enable_cudnn_sdp(before[1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    assert device_named("auto") == "cuda" and chosen == ["highest", False]

@@ -23,11 +23,10 @@ from models import (
 from training.step import evaluate, learning_rate, train_step
 
 
-@pytest.fixture(scope="module", params=["demo data", "Alpaca data"])
-def data_dir(request, tmp_path_factory) -> Path:
-    """64 train and 24 val examples of real text: short ones that ship with the project, and Alpaca's."""
-    is_demo = request.param == "demo data"
-    examples = real_examples(SRC / "demo_dataset.jsonl" if is_demo else request.getfixturevalue("alpaca"), 88)
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """64 train and 24 val examples of real text, which ship with the project."""
+    examples = real_examples(SRC / "demo_dataset.jsonl", 88)
     return write_data(tmp_path_factory.mktemp("data"), {"train": examples[:64], "val": examples[64:]})
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import stat
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,7 @@ from answering.settings import Settings
 from conftest import run_script
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
-from helpers import rows_of
-from instruct_format import (
-    END_OF_TEXT,
-    TEMPLATE,
-    encode_conversation,
-    encode_example,
-    encode_prompt,
-    prompt_text,
-    tokenizer,
-)
+from instruct_format import END_OF_TEXT, TEMPLATE, encode_conversation, encode_example, encode_prompt, tidy, tokenizer
 from model import Documents, GPTConfig
 from models import same_state, small_model, write_checkpoint
 from weights.checkpoint import load, model_of
@@ -71,9 +61,6 @@ def hf(folders: dict[bool, Path]) -> tuple[Any, Any]:
     """The tokenizer and the model as transformers reads them."""
     return (transformers.AutoTokenizer.from_pretrained(folders[False]),
             transformers.AutoModelForCausalLM.from_pretrained(folders[False]).eval())
-
-
-# The files
 
 
 def test_the_folder_is_as_others_read_it(folders, checkpoints):
@@ -121,9 +108,6 @@ def test_the_modelfile_and_the_card(folders, checkpoints, tmp_path):
     assert no_text.with_suffix(".Modelfile").read_bytes().startswith(b"FROM ./caf\xe9.gguf\n")
 
 
-# Prompts
-
-
 TEXTS = ["    def f():\n        return 0\n\n", "\r\n \r\n  if x:\r\r\n    y\r\n\r\nz \r w\r\n",
          "Name three colours.", "def f():\n    return 0\n\n", "\n\nHello\n", "",
          "caf\u00e9 \N{ROCKET} \u6f22\u200d",
@@ -155,10 +139,8 @@ def test_the_chat_template_gives_our_prompts(hf, folders, text):
         assert rendered(hf, [user(text, input=other)], template) == encode_prompt(text, other)
         assert rendered(hf, [user(f"Q: {text}".strip() + "\n\n### Input:\nA leaf")], template) == encode_prompt(
             f"Q: {text}", "A leaf")
-        system = {"role": "system", "content": "Be brief."}
-        tidied = prompt_text(text).removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
-        assert rendered(hf, [system, user(text)], template) == encode_prompt(f"Be brief.\n\n{tidied}")
-        turns = [system, user("First", input="x"), assistant("A 1"), user(text), assistant("A 2"), user("Last")]
+        assert rendered(hf, [SYSTEM, user(text)], template) == encode_prompt(f"Be brief.\n\n{tidy(text)}")
+        turns = [SYSTEM, user("First", input="x"), assistant("A 1"), user(text), assistant("A 2"), user("Last")]
         if multi_turn:
             first = encode_example("Be brief.\n\nFirst", "x", "A 1")[0] + encode_example(text, "", "A 2")[0]
             assert rendered(hf, turns, template) == [*first, *encode_prompt("Last")]
@@ -226,9 +208,6 @@ def test_the_tokenizer_is_tiktokens(hf):
     assert hf[0].batch_decode(hf[0](TEXTS)["input_ids"]) == TEXTS
 
 
-# Answers
-
-
 def test_transformers_answers_as_chat(hf, folders, checkpoints):
     """Logits, and the greedy answers of the pipeline with messages."""
     model = model_of(load(checkpoints[False]), checkpoints[False])
@@ -249,9 +228,6 @@ def test_16_bit_folders_load_as_such(checkpoints, tmp_path):
         folder = export(checkpoints[False], tmp_path / str(kind), "--dtype", str(kind).removeprefix("torch."))
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).transformer.h[1].mlp.c_fc.weight
         assert theirs.dtype == kind and torch.equal(theirs, ours.t().to(kind))
-
-
-# Back again
 
 
 def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
@@ -305,9 +281,6 @@ def test_without_a_network_the_hub_is_one_line(tmp_path):
             import_to(tmp_path / "out.pt", source)
 
 
-# GGUF
-
-
 def test_a_gguf_file_holds_the_model_and_its_tokenizer(folders, checkpoints, tmp_path):
     """Matrices in 8 bits, the rest in fp32. What llama.cpp makes of it is measured in benchmarks/."""
     path = export(checkpoints[True], tmp_path / "my model.gguf", "--dtype", "q8_0")
@@ -352,9 +325,6 @@ def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, t
         assert all((folder / name).exists() == is_tuned for name in ("Modelfile", "chat_template.jinja"))
     assert open_any(folder)["template"] is None
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None
-
-
-# What is refused, and what a failure leaves
 
 
 def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path, monkeypatch):
@@ -427,11 +397,3 @@ def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, fo
     export(checkpoints[False], folder, "--force")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         **{path.name: path.read_bytes() for path in folders[False].iterdir()}, "notes.txt": b"mine"}
-
-
-def test_thirty_real_questions_are_prompted_as_here(hf, alpaca):
-    for row in islice(rows_of(alpaca), 30):
-        [turn] = row.turns
-        messages = [user(turn.instruction, input=turn.input)]
-        assert rendered(hf, messages) == encode_prompt(turn.instruction, turn.input)
-        assert rendered(hf, [*messages, assistant(turn.output)], prompt=False) == encode_example(*turn)[0]

@@ -1,4 +1,4 @@
-"""Files that mean harm: nothing in them runs, nothing is read outside their folder, and no terminal is driven."""
+"""Files and texts that mean harm: nothing runs, nothing is read outside their folder, and no terminal is driven."""
 
 import hashlib
 import importlib
@@ -18,16 +18,32 @@ import numpy as np
 import pytest
 import torch
 
+import convert_checkpoint
+import prepare_instruct_dataset
 from chat import main as ask
-from conftest import SRC, write_jsonl
+from cli import printable, printable_line
+from conftest import SRC, Outcome, write_jsonl
 from data.shards import MANIFEST, manifest_bytes, shard_file
 from errors import CheckpointError, UserError
 from helpers import open_data, prepare, write_data
-from models import small_model
-from test_hostile_texts import PAYLOADS, RAW
+from model import GPTConfig
+from models import small_model, transformers_model
 from train_instruct import main as train
 from weights.checkpoint import LATEST, load, load_run, save
 from weights.pretrained import open_any
+
+ESC = "\x1b"
+PAYLOADS = [
+    f"{ESC}[2J", f"{ESC}[1A{ESC}[2K", f"{ESC}[31mred{ESC}[0m", f"{ESC}[?1049h", f"{ESC}[6n", f"{ESC}c", f"{ESC}[5i",
+    f"{ESC}]0;title\x07", f"{ESC}]52;c;ZXZpbA==\x07", f"{ESC}]8;;http://evil{ESC}\\click{ESC}]8;;{ESC}\\",
+    f"{ESC}P+q544e{ESC}\\", f"{ESC}_Gi=31;{ESC}\\", f"{ESC}^x{ESC}\\", f"{ESC}[200~rm{ESC}[201~", f"{ESC}]1337;x\x07",
+    "\x9b2J", "\x9d0;title\x9c", "\x90x\x9c", "\x85next", "\x84", "\x07", "over\rwritten", "back\x08\x08space",
+    "\x0e\x0f", "\x7f", "\x0b\x0c", "right\u202eleft\u202c", "\u2066isolate\u2069", "mark\u200e\u200f\u061cs",
+    "line\u2028break\u2029", "zero\u200bwidth\ufeff\u2060", "soft\xadhyphen", "tag\U000e0041\U000e007f",
+    "\x1a\x1c\x1d\x1e\x1f",
+]
+RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                 "\U000e0000-\U000e007f]")
 
 
 class Malicious:
@@ -40,9 +56,12 @@ class Malicious:
         return self.call
 
 
-@pytest.fixture
-def hostile_files(tmp_path: Path) -> Iterator[list[Path]]:
-    """Thirteen files, each of which would create another, or fill memory, if anything in it were obeyed: none is."""
+def run(main: Callable[[list[str]], int], *flags: object) -> int:
+    return main([*map(str, flags), "--device", "cpu"])
+
+
+def test_thirteen_hostile_files_do_nothing(tmp_path):
+    """Each would create another, or fill memory, if anything in it were obeyed: by no loader and no command line."""
     executed, weights = tmp_path / "executed", small_model().state_dict()
     code, system = f"open({str(executed)!r}, 'w').close()", Malicious(os.system, f"touch {executed}")
     states = [
@@ -62,24 +81,15 @@ def hostile_files(tmp_path: Path) -> Iterator[list[Path]]:
         with zipfile.ZipFile(path, "w", method) as archive:
             for name, content in (("data.pkl", pickle.dumps(pickled)), ("version", "3\n"), ("data/0", bytes(size))):
                 archive.writestr(f"{prefix}/{name}", content)
-    yield files
-    assert not executed.exists()
-
-
-def run(main: Callable[[list[str]], int], *flags: object) -> int:
-    return main([*map(str, flags), "--device", "cpu"])
-
-
-def test_thirteen_hostile_files_do_nothing(hostile_files, tmp_path):
-    """Through every loader and every command line."""
     write_data(tmp_path / "data", {split: [([1, 2], [0, 1])] for split in ("train", "val")})
     folders = [f"--{name}_dir={tmp_path}/{name}" for name in ("data", "checkpoint", "tensorboard")]
     reads: list[Callable[[Path], object]] = [
         load, load_run, open_any, lambda path: run(ask, "--checkpoint", path),
         *(lambda path, flag=flag: run(train, flag, path, *folders) for flag in ("--pretrained_model", "--resume"))]
-    for path, read in product(hostile_files, reads):
+    for path, read in product(files, reads):
         with pytest.raises(CheckpointError, match=path.name):
             read(path)
+    assert not executed.exists()
 
 
 def test_src_has_no_way_to_unpickle():
@@ -89,11 +99,7 @@ def test_src_has_no_way_to_unpickle():
                          r"_object\(|_object_list|torchrun\.main", text)
 
 
-# The state of a run
-
-
 def forged_parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Other values of a part of this state."""
     for part, values in {
             "position": ["ab", [0, -5], [10**30, 0], None, [0, 4]],  # the last one is beyond the data
             "step": [-5, 10**30], "skipped": ["x"], "data_fingerprint": [7], "optimizer": [7],
@@ -143,9 +149,6 @@ def test_a_run_prints_and_logs_no_payload(tmp_path, capfd):
     events = b"".join(path.read_bytes() for path in tmp_path.rglob("events*"))
     assert b"&#92;x1b&#91;2J" in events
     assert not any(raw.encode() in events for raw in PAYLOADS if len(raw.encode()) > 3)  # less is there by chance
-
-
-# Prepared data
 
 
 def forge(folder: Path, key: str, value: Any) -> None:
@@ -231,3 +234,42 @@ def test_a_forged_array_is_refused(data, monkeypatch, tmp_path, kind, file):
     forge(data, kind, file)
     check_refused(data)
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=ascii)
+def test_preparation_prints_no_payload(tmp_path, run_main, payload):
+    """In the fields of a sample, in its file's name and folder, in a column's name, in a bad value, in a bad line."""
+    assert RAW.search(payload) and not RAW.search(printable(payload)) and len(printable(payload)) > len(payload)
+    row = {name: f"{name}{payload}!" for name in ("instruction", "input", "output")}
+    name = payload.replace("/", "|")
+    folder = tmp_path / f"x{name}"
+    folder.mkdir()
+
+    def prepare(path: Path) -> Outcome:
+        return run_main(prepare_instruct_dataset.main, "--dataset", path, "--output_dir", folder / "out")
+
+    rows = [{**row, "split": "train"}, {**row, "instruction": "", "split": "val"}]
+    code, out, _ = prepare(write_jsonl(folder / f"y{name}.jsonl", rows))
+    assert code == 0 and not RAW.search(out) and f"wrote {printable_line(folder)}/out/" in out
+    assert all(printable(text) in out for text in row.values())
+    wrong = [{f"z{payload}": 1}, {**row, "split": payload}, {**row, "output": 7}]
+    paths = [write_jsonl(folder / f"{number}{name}.jsonl", [row]) for number, row in enumerate(wrong)]
+    paths += [folder / f"line{name}.jsonl", folder / f"kind{name}.txt", folder / f"missing{name}.jsonl"]
+    for path in paths[-3:-1]:
+        path.write_text(payload + "{\n", encoding="utf-8")
+    assert not RAW.search("".join(prepare(path).refusal() for path in paths))
+
+
+@pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "/" not in payload], ids=ascii)
+def test_an_import_prints_no_payload(tmp_path, run_main, payload):
+    """File names, and names and values of a foreign configuration."""
+    folder, output = tmp_path / f"x{payload}", tmp_path / f"y{payload}.pt"
+    transformers_model(small_model(config=GPTConfig(8, 50257, 1, 1, 8))).save_pretrained(folder)
+    config, flags = folder / "config.json", ("import", folder, "--output", output)
+    code, out, err = run_main(convert_checkpoint.main, *flags)
+    assert (code, err) == (0, "") and printable_line(output) in out
+    said = [out, run_main(convert_checkpoint.main, *flags).refusal()]
+    for text, code in ((config.read_text().replace('"gpt2"', json.dumps(payload)), 3), ("junk", 2)):
+        config.write_text(text)
+        said.append(run_main(convert_checkpoint.main, *flags, "--force").refusal(code))
+    assert not RAW.search("".join(said))

@@ -5,23 +5,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SRC, Outcome, run_command
-from instruct_format import (
-    END_OF_TEXT,
-    encode_conversation,
-    encode_example,
-    encode_prompt,
-    prompt_text,
-    tidy,
-    tokenizer,
-    trained_spans,
-)
-from test_hostile_texts import LOOKALIKES
+from data_files import LOOKALIKES
+from instruct_format import END_OF_TEXT, encode_example, encode_prompt, prompt_text, tidy, tokenizer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(LOOKALIKES)
 
@@ -46,17 +36,6 @@ def test_the_template_with_and_without_input() -> None:
     assert tidy(" \t\r\n\n    def f():\r\n        return 0\n \n") == "    def f():\n        return 0"
     for empty in ("", " ", "\n\t ", "\u3000"):
         assert prompt_text("Sing.", empty) == "### Instruction:\nSing.\n\n### Response:\n"
-
-
-def test_a_conversation_is_one_example_after_another() -> None:
-    turns = [("Add 1 to 2.", "", "3"), ("And to it 4?", "fast", " 7\n"), ("Bye.", "", "Bye.")]
-    expected = [encode_example(*turn) for turn in turns]
-    tokens, mask = encode_conversation(turns)
-    assert (tokens, mask) == tuple(sum(parts, []) for parts in zip(*expected))
-    assert [tokenizer().decode(tokens[start:stop]) for start, stop in trained_spans(mask)] == [
-        "3<|endoftext|>", " 7<|endoftext|>", "Bye.<|endoftext|>"]
-    assert encode_conversation(turns[:1]) == encode_example(*turns[0])
-    assert trained_spans([]) == [] and trained_spans(np.array([1, 1, 0, 1, 0], np.uint8)) == [(0, 2), (3, 4)]
 
 
 OFFLINE = """import socket

@@ -1,7 +1,6 @@
 """Preparation from a file to shards: what is kept, where it goes, what is written, and what is told."""
 
 import hashlib
-import json
 import re
 from itertools import chain
 from pathlib import Path
@@ -15,10 +14,10 @@ from hypothesis import strategies as st
 from conftest import run_script, write_jsonl
 from data.report import histogram, marked_sample
 from data.shards import KINDS, MANIFEST, SPLITS, Document, shard_file
-from data_files import HARD_ROWS, Row, row
+from data_files import HARD_ROWS, LOOKALIKES, Row, row
 from errors import UserError
-from helpers import files_of, prepare, texts_of
-from instruct_format import TEMPLATE, TOKENIZER, prompt_text, tidy, tokenizer
+from helpers import expected_of, files_of, prepare, texts_of
+from instruct_format import TEMPLATE, TOKENIZER, prompt_text, tokenizer
 
 
 def questions(count: int, answers: int = 1) -> list[Row]:
@@ -29,24 +28,21 @@ def prepare_rows(folder: Path, rows: list[Row], *flags: object) -> dict[str, Any
     return prepare(write_jsonl(folder / "data.jsonl", rows), folder / "out", *flags)
 
 
-def expected_of(rows: list[Row]) -> list[tuple[str, str]]:
-    return [(prompt_text(row["instruction"], row["input"]), tidy(row["output"])) for row in rows]
-
-
 def sides(output: Path) -> list[set[str]]:
-    """The prompts of each split."""
     return [{prompt for prompt, _ in texts} for texts in texts_of(output).values()]
 
 
 def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(tmp_path):
-    """Prepared by the script itself."""
-    flags = "--dataset", write_jsonl(tmp_path / "data.jsonl", HARD_ROWS), "--val_fraction", "0.3"
+    """Prepared by the script itself. What looks like the template, or like a special token, stays text."""
+    rows = [*HARD_ROWS, *(row(n, **{name: text}) for n, text in enumerate(LOOKALIKES)
+                          for name in ("instruction", "input", "output"))]
+    flags = "--dataset", write_jsonl(tmp_path / "data.jsonl", rows), "--val_fraction", "0.3"
     code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, "--output_dir", "my out", cwd=tmp_path)
     assert (code, stderr) == (0, "")
-    assert "examples   20 read, 20 kept; dropped: 0 empty output, 0 exact repeat" in stdout
+    assert "examples   71 read, 71 kept; dropped: 0 empty output, 0 exact repeat" in stdout
     assert stdout.endswith(
         "\n\nwrote my out/dataset_info.json; next: ./start_instruct_training.sh --data_dir 'my out'\n")
-    (train, val), expected = texts_of(tmp_path / "my out").values(), expected_of(HARD_ROWS)
+    (train, val), expected = texts_of(tmp_path / "my out").values(), expected_of(rows)
     assert [train, val] == [[text for text in expected if text in split] for split in (train, val)]
     assert sorted(train + val) == sorted(expected)
 
@@ -80,7 +76,8 @@ def test_what_is_dropped_is_counted_and_nothing_else_is_dropped(tmp_path):
     """Fields that only join to the same text are no repeats."""
     kept = [*questions(30), row(0, "another answer"), row(0, "Answer 0", instruction="question 0"),
             row(output="an input alone", instruction="", input="x"), row(1, "Answer 0", input="x"), row("ab", "c"),
-            row("a", "bc"), row("a", "c", input="b")]
+            row("a", "bc"), row("a", "c", input="b"), row("NUL", "a\0b"), row("Letters", "a" * 1_000_000),
+            row("Words", "word " * 600_000)]
     dropped = [row("Empty", ""), row("Empty", " \n"), row(2, "Answer 0"), row("3\n", "Answer 0 "),
                row(4, "Answer 0", input=None), row(instruction="", output="A"), row(instruction=None, output="A")]
     manifest = prepare_rows(tmp_path, kept + dropped, "--val_fraction", 0.3)
@@ -196,13 +193,3 @@ def test_every_trained_part_of_a_sample_is_marked_and_shortened():
     tokens = np.array(tokenizer().encode_ordinary(" one two three" + " long" * 2000 + " end"), dtype=np.uint16)
     sample = marked_sample(Document(tokens, np.array([0, 1, 0] + [1] * 2001, dtype=np.uint8)))
     assert re.fullmatch(r" one>>> two<<< three>>>( long)+.* \[\.\.\.\] .*( long)+ end<<<", sample) and len(sample) < 700
-
-
-def test_the_real_alpaca_file(tmp_path, alpaca):
-    manifest = prepare(alpaca, tmp_path / "out")
-    assert manifest["total_examples"] == 999
-    assert manifest["dropped"] == {"empty_output": 0, "exact_repeat": 14, "bad_row": 0}
-    assert 25 <= manifest["val_examples"] <= 75
-    texts = list(chain(*texts_of(tmp_path / "out").values()))
-    assert set(texts) == set(expected_of(json.loads(alpaca.read_text(encoding="utf-8"))))
-    assert len(texts) == len(set(texts)) == 985 == manifest["train_examples"] + manifest["val_examples"]

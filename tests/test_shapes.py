@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import write_jsonl
@@ -11,7 +12,7 @@ from data.shapes import Example, Shapes, Turn
 from data_files import Row
 from errors import UserError
 from helpers import open_data, prepare
-from instruct_format import encode_conversation
+from instruct_format import encode_conversation, encode_example, tokenizer, trained_spans
 
 Turns = list[tuple[str, str, str] | tuple[str, str, str, bool]]
 SYSTEM, USER, BOT = ({"role": role, "content": text} for role, text in (
@@ -45,11 +46,8 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
         "instruction/response", "prompt/completion", "question/answer", "inputs/targets", "input/output",
         "message_1/message_2", "problem/solution", "human/assistant")},
     "Alpaca": ({"instruction": "I", "input": "in", "output": "O", "text": "I in O"}, [("I", "in", "O")], "Alpaca"),
-    "Alpaca without input": ({"instruction": "I", "output": "O"}, [("I", "", "O")], "Alpaca"),
     "Dolly": ({"instruction": "I", "context": "c", "response": "R", "category": "x"}, [("I", "c", "R")], "Dolly"),
-    "GPTeacher": ({"instruction": "Q", "input": "", "response": "A"}, QA, "instruction/input/response"),
     "OpenOrca": ({"id": 1, "system_prompt": "S", "question": "Q", "response": "R"}, [("S\n\nQ", "", "R")], "OpenOrca"),
-    "OpenOrca, no system": ({"system_prompt": "", "question": "Q", "response": "A"}, QA, "OpenOrca"),
     "any case, blanks": ({" Prompt": "Q", "RESPONSE ": "A"}, QA, "prompt/response"),
     "a solution and its last line": ({"problem": "Q", "answer": "4", "solution": "A"}, QA, "problem/solution"),
     **{f"{value} as context": ({"instruction": "Q", "context": value, "response": "A"}, QA, "Dolly")
@@ -66,7 +64,6 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "weight 0.0 alone": (chat(USER, {**BOT, "weight": 0.0}), [], "messages"),
     "weight 0 and 1 in a row": (chat(USER, {**BOT, "weight": 0}, YES, MORE, YES),
                                 [("Name the plural.", "", "leaves\n\nYes.", False), CONTEXT[1]], "messages"),
-    "system": (chat(SYSTEM, USER, BOT), BRIEF, "messages"),
     "an input": (chat({**USER, "input": "leaf"}, {**BOT, "input": {}}), [("Name the plural.\n\n### Input:\nleaf", "",
                                                                          "leaves")], "messages"),
     "an input in parts": (chat({**USER, "input": ["a", "b"]}, {**BOT, "content": False}),
@@ -79,7 +76,6 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "other speakers": ({"Conversation": said("Human", "Q", "BOT", "A", "prompter", "R", "model", "B", role="role")},
                        QARB, "messages"),
     "two questions in a row": (chat(USER, MORE, YES), BOTH, "messages"),
-    "question at the end": (chat(USER, BOT, MORE), PLAIN, "messages"),
     "empty answer": (chat(SYSTEM, USER, {**BOT, "content": " \n"}, MORE, YES), [("Be brief.\n\nMore?", "", "Yes.")],
                      "messages"),
     "an answer after an empty one": (chat(USER, {**BOT, "content": ""}, BOT), PLAIN, "messages"),
@@ -88,8 +84,6 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "no question": ({"system_prompt": "S", "question": None, "response": "A"}, [("", "", "A")], "OpenOrca"),
     "an input is a question": ({"system_prompt": "S", "instruction": "", "input": "Q", "output": "A"},
                                [("S", "Q", "A")], "instruction/input/output/system_prompt"),
-    "only a question": (chat(USER), [], "messages"),
-    "only an answer": (chat(BOT), [("", "", "leaves")], "messages"),
     "no messages": (chat(), [], ""), "null": ({"messages": None}, [], ""),
     "fields of other roles": (chat({**USER, "tool_calls": None, "from": None, "name": "x"}, BOT), PLAIN, "messages"),
     "Gemini": ({"messages": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
@@ -122,9 +116,7 @@ WHICH = "say which it is: --columns instruction=NAME output=NAME, or messages=NA
 REFUSED: dict[str, tuple[Any, str]] = {
     "one column": ({"instruction": "I", "x": "y"}, "no column for the output (found: 'instruction', 'x'); " + WHICH),
     "no column": ({}, "no column for the instruction and no column for the output (found: none)"),
-    "DPO": (DPO, "for the output (found: 'prompt', 'chosen'); " + WHICH),
     "messages as an answer": ({"prompt": "Q", "output": [USER, BOT]}, "'output' must be text, found [{'content': 'N"),
-    "rows in it": ({"faq": [PAIR]}, "(found: 'faq'); " + WHICH),
     "many names": ({f"id{n}": PAIR for n in range(1000)}, "'id19', ...); " + WHICH),
     "one text": ({"text": "### Human: Hi### Assistant: Hi"}, "such as philschmid/guanaco-sharegpt-style"),
     "two": ({"instruction": "I", "output": ["a", "b"]}, "'output' must be text, found ['a', 'b']; make it one text"),
@@ -200,6 +192,17 @@ def test_the_first_value_says_whether_a_column_is_a_split():
     other = Shapes({})
     assert [other.example({"prompt": "P", "answer": "A", "split": value}).split
             for value in (None, "", float("nan"), "gpt4", "train", 3, ["val"])] == [None] * 7
+
+
+def test_a_conversation_is_one_example_after_another():
+    turns = [("Add 1 to 2.", "", "3"), ("And to it 4?", "fast", " 7\n"), ("Bye.", "", "Bye.")]
+    expected = [encode_example(*turn) for turn in turns]
+    tokens, mask = encode_conversation(turns)
+    assert (tokens, mask) == tuple(sum(parts, []) for parts in zip(*expected))
+    assert [tokenizer().decode(tokens[start:stop]) for start, stop in trained_spans(mask)] == [
+        "3<|endoftext|>", " 7<|endoftext|>", "Bye.<|endoftext|>"]
+    assert encode_conversation(turns[:1]) == encode_example(*turns[0])
+    assert trained_spans([]) == [] and trained_spans(np.array([1, 1, 0, 1, 0], np.uint8)) == [(0, 2), (3, 4)]
 
 
 def test_several_turns_reach_the_shards_and_the_report(tmp_path, capsys):

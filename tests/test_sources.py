@@ -1,24 +1,32 @@
-"""Where rows come from: kinds of files, encodings, separators, several files, pipes, and very small data."""
+"""Where rows come from: kinds of files, encodings, pipes; of a bad file one line says which, where in it, and why."""
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
 import os
+import random
 import re
 import sys
 import threading
+from datetime import date
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+import cli
 import prepare_instruct_dataset
 from conftest import SRC, run_command, run_script, write_jsonl
 from data.rows import open_sources
+from data.shards import MANIFEST
 from data_files import HARD_ROWS, lines, listed, parquet, row, table
 from errors import UserError
-from helpers import prepare, texts_of
-from instruct_format import prompt_text, tidy
+from helpers import expected_of, prepare, texts_of
+from instruct_format import prompt_text
 
 ROWS = [row(number) for number in range(12)]
 LINES, PRETTY = lines(*HARD_ROWS).decode(), json.dumps(HARD_ROWS, indent=2, ensure_ascii=False)
@@ -42,24 +50,11 @@ TEXTS: dict[str, tuple[str, str | bytes]] = {
     "two marks": ("a.csv", "\ufeff" + table(HARD_ROWS)),
     "bar and sep line": ("a.txt", table(HARD_ROWS, "|", "sep=|\r\n")),
     "header with blanks": ("a.csv", table(HARD_ROWS, ";", header=(" Instruction", " INPUT ", "output "))),
+    "CRLF, no newline at the end": ("a.jsonl", LINES.rstrip().replace("\n", "\r\n")),
+    "CRLF list": ("a.json", PRETTY.replace("\n", "\r\n")), "empty lines": ("a.jsonl", LINES.replace("\n", "\n\n \n")),
+    "empty rows above": ("a.csv", ",,\r\n\r\n" + table(HARD_ROWS)),
 }
 ENCODINGS = {"": "utf-8", "BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-16BE": "utf-16-be"}
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about a power cut."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
-    folder = tmp_path_factory.mktemp("expected")
-    prepare(write_jsonl(folder / "a.jsonl", HARD_ROWS), folder / "out", "--val_fraction", 0.3)
-    texts = texts_of(folder / "out")
-    assert sorted(sum(texts.values(), [])) == sorted(
-        (prompt_text(row["instruction"], row["input"]), tidy(row["output"])) for row in HARD_ROWS)
-    return texts
 
 
 @pytest.mark.parametrize(("name", "encoding"), [(name, encoding) for name, (_, content) in TEXTS.items()
@@ -96,6 +91,7 @@ def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     ("a.csv", 'instruction;output\n"a; b"; "c\n d; ""e"""\n', [("a; b", 'c\n d; "e"')]),
     ("a.csv", "instruction,output,a|b|c|d\n q,a|b,c\n", [(" q", "a|b", "c")]),
     ("a.txt", "sep=|\ninstruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
+    ("a.csv", "instruction,output,,\nQ,A,,\n\n", [("Q", "A", "")]),
 ])
 def test_blanks_of_tables(tmp_path, name, text, rows):
     """A blank before a quote is none of the field; other blanks are."""
@@ -104,25 +100,21 @@ def test_blanks_of_tables(tmp_path, name, text, rows):
     assert [tuple(row.values()) for _, row in source.rows] == rows
 
 
-def typed(data: bytes) -> io.TextIOWrapper:
-    """What sys.stdin is."""
-    return io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", ["lines", "list", "semicolon", "Parquet"])
-def test_standard_input_and_pipes_are_read_by_their_content(tmp_path, expected, monkeypatch, name):
+def test_standard_input_and_pipes_are_read_by_their_content(tmp_path, monkeypatch, name):
     content = TEXTS[name][1]
     data = content if isinstance(content, bytes) else content.encode()
+    expected = sorted(expected_of(HARD_ROWS))
     for stdin in (data, gzip.compress(data)):
-        monkeypatch.setattr("sys.stdin", typed(stdin))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin))))
         assert prepare(Path("-"), tmp_path / "out", "--val_fraction", 0.3)["source"] == "standard input"
-        assert texts_of(tmp_path / "out") == expected
+        assert sorted(sum(texts_of(tmp_path / "out").values(), [])) == expected
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
     writer.start()
     prepare(tmp_path / "pipe", tmp_path / "out", "--val_fraction", 0.3)
     writer.join()
-    assert texts_of(tmp_path / "out") == expected
+    assert sorted(sum(texts_of(tmp_path / "out").values(), [])) == expected
 
 
 def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, monkeypatch):
@@ -154,17 +146,15 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
     (["a.jsonl", "--dataset", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
     (["a.jsonl", "--subset", "x"],
      "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),
-    (["a.jsonl", "--streaming"], "a.jsonl: --split, --subset"),
     (["-"], r"-: nothing to train on \(0 read, 0 kept"), (["-", "-"], r"-, -: nothing to train on \(0 read, 0 kept"),
     (["a.jsonl", "--output_dir", "a.jsonl"], "a.jsonl: cannot write there: File exists; choose another --output_dir$"),
-    (["a.jsonl", "bad.jsonl"], "bad.jsonl: line 1: no column for the output"),
 ])
 def test_wrong_sources_of_data_are_refused(tmp_path, monkeypatch, names, told):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "I"}] * 3)
     (tmp_path / "empty").mkdir()
     (tmp_path / "lfs").write_text("version https://git-lfs.github.com/spec/v1\n")
-    monkeypatch.setattr("sys.stdin", typed(b""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO())))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
         prepare_instruct_dataset.main(["--dataset", *names])
@@ -175,14 +165,15 @@ def test_flags_reach_the_hub_and_what_it_offers_is_listed(tmp_path, monkeypatch)
     """With messages of the datasets library; the hub itself is not asked."""
     import datasets
 
-    asked: list[tuple[tuple, dict]] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **flags: asked.append((names, flags)) or ROWS)
+    load = Mock(return_value=ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
     flags = ["--dataset", "me/mine", "--subset", "de", "--split", "train_sft", "--revision", "v1", "--streaming"]
     for given in (flags, flags[:2]):
         assert prepare_instruct_dataset.main([*given, "--output_dir", "out"]) == 0
-    assert asked == [(("me/mine", "de"), {"split": "train_sft", "revision": "v1", "streaming": True}),
-                     (("me/mine", None), {"split": "train", "revision": None, "streaming": False})]
+    assert load.call_args_list == [
+        (("me/mine", "de"), {"split": "train_sft", "revision": "v1", "streaming": True}),
+        (("me/mine", None), {"split": "train", "revision": None, "streaming": False})]
     assert json.loads(Path("out/dataset_info.json").read_text())["source"] == "me/mine"
     for message, told in (
             ("Config name is missing.\nPlease pick one among the available configs: ['de']\nE", "subset, one of 'de'"),
@@ -190,10 +181,7 @@ def test_flags_reach_the_hub_and_what_it_offers_is_listed(tmp_path, monkeypatch)
             ('Unknown split "train". Should be one of [\'a\', \'b\'].', "choose with --split, one of 'a', 'b'"),
             ("Bad split: train. Available splits: ['test']", "choose with --split, one of 'test'"),
             ("Something else", "loading it from the Hugging Face hub failed: Something else; check")):
-        def refuse(*_: object, message: str = message, **__: object) -> None:
-            raise ValueError(message)
-
-        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        load.side_effect = ValueError(message)
         with pytest.raises(UserError, match=f"^me/mine: .*{re.escape(told)}"):
             prepare_instruct_dataset.main([*flags, "--output_dir", "out"])
 
@@ -248,3 +236,156 @@ def test_a_pipe_is_prepared_and_the_report_is_printed_in_any_encoding(tmp_path):
                             f"--output_dir {tmp_path}/{number} > /dev/full")
         assert (found.code, found.stderr) == (2, "error: standard output: No space left on device\n")
         assert (tmp_path / str(number) / "dataset_info.json").exists()
+
+
+def csv_of(*rows: str, header: str = "instruction,input,output") -> bytes:
+    return "".join(f"{line}\n" for line in (header, *rows)).encode()
+
+
+JSONL, LISTED, TABLE = lines(*ROWS), listed(*ROWS), csv_of(*(f"Question {n},,Answer {n}" for n in range(12)))
+DEEP = b"[" * 100_000 + b"]" * 100_000
+BLANKS = "a" + " \n" * 600_000 + "b"
+NO_JSON, NO_PARQUET = "cannot be read as JSON: .*", "not a readable Parquet file"
+NOTHING = r"nothing to train on \(0 read, 0 kept; dropped: 0 empty output, 0 exact repeat, 0 bad row\)$"
+NO_TEXT = r".*; save it as UTF-8, or convert it: iconv -f .* -t UTF-8 OLD > NEW\. An archive other than \.gz has to be "
+CUT = "copy or download it again if it is damaged$"
+
+# file name, its bytes, what the one line must say after the name (a regular expression)
+BAD: dict[str, tuple[str, bytes, str]] = {
+    **{f"no rows in {name} {text!r}": (name, text, NOTHING) for name, text in (
+        ("a.json", b" \n\n "), ("a.jsonl", b""), ("a.csv", b""), ("a.json", b"[]"), ("a.csv", csv_of()))},
+    "one kept": ("a.jsonl", lines(row(), row(), row(output="")), r"train and val need a prompt each, and there is only "
+                 r"one \(3 read, 1 kept; dropped: 1 empty output, 1 exact repeat, 0 bad row\)$"),
+    "one question": ("a.jsonl", lines(row(output="a"), row(output="b")), r"train and val need a prompt each, and "
+                     r"there is only one: all instructions are the same, with the same input \(2 read, 2 kept; "),
+    "only test": ("a.jsonl", lines(*(row(n, split="test") for n in range(9))), r"nothing .*9 read, 0 kept; .* 9 test "
+                  r"split\); --columns split= ignores that column$"),
+    **{f"{name} of another program {data[:2]}": (name, data, r"line \d: not UTF-8: byte 0x.. in column \d+" + NO_TEXT)
+       for name, data in (("a.xlsx", b"PK\3\4..."), ("a.jsonl", b"PK\3\4"), ("a.pdf", b"%PDF-1.4\n%\xe2\xe3"),
+                          ("a.bin", b"\1\0\2"), ("a.xls", b"\xd0\xcf\x11\xe0"), ("a.db", b"SQLite format 3\0"),
+                          ("a.png", b"\x89PNG\r\n\x1a\n\0\0"), ("a.jsonl", b"Q\xf8\0" * 9))},
+    **{f"{name}, packed": (name, data, r"line \d: not UTF-8: byte 0x.. in column \d+" + NO_TEXT) for name, data in (
+        ("a.jsonl.bz2", bz2.compress(JSONL)), ("a.jsonl", lzma.compress(JSONL)), ("a.csv.zst", b"\x28\xb5\x2f\xfd"),
+        ("a.jsonl.gz", gzip.compress(b"\x28\xb5\x2f\xfd...")), ("no.jsonl.gz", b"Q\xf8\0" * 9))},
+    "not JSON, in a list": ("a.json", LISTED.replace(b'"Answer 4"', b"Answer 4"), NO_JSON + "line 6 column 54$"),
+    "not JSON, line": ("a.jsonl", JSONL + b"hello\n", r"line 13: cannot be read as JSON: Expecting value: column 1 \("),
+    "first line cut": ("a.jsonl", lines(row())[:-2] + b"\n" + JSONL, "line 1: " + NO_JSON),
+    "rows under an unknown key": ("a.json", json.dumps({"train": ROWS, "held_out": [row(99)]}).encode(),
+                                  "rows under 'train', 'held_out'; put those to train on into one list, or under"),
+    "two columns of one name": ("a.csv", csv_of("a,b,c", header="instruction,output,output "),
+                                "line 1: two columns 'output'; give each"),
+    "two columns of one name, Parquet": ("a.parquet", parquet(row(), names=["instruction", "output", "output"]),
+                                         "two columns 'output'; give each"),
+    "many objects over many lines": ("a.json", json.dumps(row(), indent=1).encode() * 2, NO_JSON + "line 5 column 2$"),
+    "list not closed": ("a.json", LISTED.rstrip()[:-1], NO_JSON + r"line 13 column \d+$"),
+    "UTF-16 list without mark": ("a.json", LISTED.decode().encode("utf-16-le"),
+                                 "line 1: not UTF-8: byte 0x00 in column 2" + NO_TEXT),
+    "UTF-16 cut": ("a.jsonl", JSONL.decode().encode("utf-16")[:-1], r"after line \d+: not UTF-16" + NO_TEXT),
+    "gzip cut": ("a.jsonl.gz", gzip.compress(JSONL)[:-9], r".*end-of-stream.*; " + CUT),
+    "gzip damaged": ("a.jsonl.gz", gzip.compress(JSONL)[:-8] + bytes(8), r".*CRC.*; " + CUT),
+    "Windows text": ("a.csv", TABLE + "prix,,10 €\n".encode("cp1252"),
+                     r"line 14: .*byte 0x80 in column 10; .*iconv -f "),
+    "0xff in a line": ("a.jsonl", JSONL.replace(b"r 3", b"\xff"), "line 4: not UTF-8: byte 0xff in column 60"),
+    "cut inside a character": ("a.jsonl", JSONL + '{"instruction": "é'.encode()[:-1],
+                               rf"line 13: not UTF-8{NO_TEXT}unpacked, .*, a file that is cut copied again"),
+    "no column, table": ("a.csv", csv_of("x,y", header="instruction,reply"), r"line 2: no column for the output "
+                         r"\(found: 'instruction', 'reply'\); say which it is: --columns instruction=NAME output=NAME"),
+    "row is a list": ("a.json", listed(row(), ["x", "", "y"]), r"row 2: expected an object .*found \['x', '', 'y'\]"),
+    "nested deeply, list": ("a.json", DEEP, "nested too deeply"),
+    "nested deeply, line": ("a.jsonl", lines(row()) + DEEP, "line 2: nested too deeply"),
+    "a million blanks": ("a.json", listed(row(), row(output=BLANKS)), r"row 2: column 'output' has 100,000 blanks"),
+    "lone surrogate": ("a.jsonl", lines(row(), row(output="a\ud800b")), r"line 2: column 'output' .*surrogate"),
+    "too many fields": ("a.csv", TABLE + b"a,b,c,d\n", r"line 14: expected 3 columns .* found 4"),
+    "quote not closed": ("a.csv", TABLE + b'a,,"b\n' + b"c,,d\n" * 9, "line 14: unexpected end .*quote is not clos"),
+    "closed by the next": ("a.csv", csv_of('a,,"two', 'lines"', 'b,,"c', 'd,,"e"'), "line 4: .*quote is not closed"),
+    "lines that end with CR": ("a.csv", TABLE.replace(b"\n", b"\r"), r"line 1: .*, or a line ends with CR alone$"),
+    "text after a quote": ("a.csv", csv_of('a,,"b"c'), r"line 2: .*expected after"),
+    "Parquet cut": ("a.parquet", parquet(*ROWS)[:-30], NO_PARQUET),
+    "Parquet with a date that Python lacks": ("a.parquet", parquet({**row(), "until": date(9999, 12, 31)}).replace(
+        (date(9999, 12, 31) - date(1970, 1, 1)).days.to_bytes(4, "little"), b"\xff\xff\xff\x7f"), NO_PARQUET),
+    "Parquet not UTF-8": ("a.parquet", parquet(row()).replace(b"Answer", b"Answe\xff"), NO_PARQUET),
+}
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def prepare_beside(data: Path, *flags: object) -> dict[str, Any]:
+    return prepare(data, data.parent / "out", "--num_proc", 1, "--val_fraction", 0.5, *flags)
+
+
+# Where --skip_bad is offered: never for the first row, which the others may be like, an encoding, or a broken file
+SINGLE_ROWS = ("not JSON, line", "row is a list", "nested deeply, line", "a million blanks", "lone surrogate",
+               "too many fields")
+BROKEN = ("list not closed", "0xff in a line", "quote not closed", "no column, table", "Parquet not UTF-8")  # no help
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_main, case):
+    name, content, expected = BAD[case]
+    data = write(tmp_path, name, content)
+    for flags in ([], ["--skip_bad"])[:1 + (case in BROKEN)]:
+        said = run_main(prepare_instruct_dataset.main, "--dataset", data, "--output_dir", tmp_path / "out",
+                        "--num_proc", 1, "--val_fraction", 0.5, *flags).refusal()
+        assert re.match(re.escape(f"error: {cli.printable_line(data)}: ") + expected, said)
+        assert said[:-1].isprintable() and ("--skip_bad" in said) == (case in SINGLE_ROWS)
+        assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("name, content, bad", [
+    ("a.jsonl", lines(*ROWS, 7, row(output={"a": 1}), {}, row(output="\ud800"), row(99, split="val"), None)
+     + b"{\n" + DEEP, 8),
+    ("a.jsonl", lines(row())[:-2] + b"\n" + JSONL, 1),
+    ("a.json", listed(*ROWS, 7, row(output=[1, 2]), {}), 3),
+    ("a.csv", TABLE + b"a\na,b,c,d\n", 2),
+    ("a.parquet", parquet(*({**each, "split": None} for each in ROWS), row(output="\0" * 7, split="val")), 1),
+], ids=["lines", "first line", "list", "table", "parquet"])
+def test_skip_bad_drops_and_counts(tmp_path, name, content, bad):
+    data = write(tmp_path, name, content)
+    manifest = prepare_beside(data, "--skip_bad")
+    assert manifest["dropped"] == {"empty_output": 0, "exact_repeat": 0, "bad_row": bad}
+    assert manifest["train_examples"] + manifest["val_examples"] == 12 == manifest["total_examples"] - bad
+    with pytest.raises(UserError, match=f"{name}.*(--skip_bad drops such rows|--columns split= ignores that column|"
+                       "line 1: cannot be read as JSON)"):
+        prepare_beside(data)
+
+
+PIECES = (b"", b'"', b"{", b"[", b"]", b",", b"\n", b"\r", b"\0", b"\\ud800", b"\xed\xa0\x80", b"null", b"-1e999",
+          b"NaN", b"\xf0\x9f", codecs.BOM_UTF8, codecs.BOM_UTF16_LE)
+ORIGINALS = {
+    "json": json.dumps(HARD_ROWS, indent=1, ensure_ascii=False).encode(), "jsonl": lines(*HARD_ROWS),
+    "csv": table(HARD_ROWS).encode(), "parquet": parquet(*HARD_ROWS),
+}
+
+
+def mutate(data: bytes, chance: random.Random) -> bytes:
+    """Cut a piece out and put another in, or flip a bit, as disks, editors and transfers do."""
+    at, length = chance.randrange(len(data) + 1), chance.choice([0, 1, 40, len(data)])
+    flipped = bytes(byte ^ 1 << chance.randrange(8) for byte in data[at:at + 1])
+    piece = chance.choice([*PIECES, chance.randbytes(1), chance.randbytes(8), data[max(0, at - 200):at]])
+    before, after = data[:at], data[at + length:]
+    return chance.choice([before + flipped + data[at + 1:], before + piece * chance.choice([1, 1, 50]) + after])
+
+
+@pytest.mark.parametrize("seeds", [range(63), pytest.param(range(1000, 1250), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize("kind", ORIGINALS)
+def test_mutants_are_prepared_or_refused(tmp_path, monkeypatch, kind, seeds):
+    monkeypatch.setattr("os.fsync", lambda _: None)  # nothing here is about a power cut, and fsync takes long
+    original, succeeded = ORIGINALS[kind], 0
+    for seed in seeds:
+        chance, mutant = random.Random(f"{kind} {seed}"), original
+        for _ in range(chance.randint(1, 3)):
+            mutant = mutate(mutant, chance)
+        path = write(tmp_path, f"{seed}.{kind}", mutant)  # after a failure it lies there
+        try:
+            manifest = prepare_beside(path, *(["--skip_bad"] if seed % 2 else []))
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:
+            succeeded += 1
+            kept = manifest["train_examples"] + manifest["val_examples"]
+            assert manifest["total_examples"] == kept + sum(manifest["dropped"].values())
+    assert 0 < succeeded < len(seeds)  # the mutants are neither all harmless nor all hopeless
