@@ -6,12 +6,13 @@
     python src/convert_checkpoint.py export checkpoints_instruct/best_model.pt my_model.gguf     (llama.cpp, ollama)
 """
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 from answering.settings import Settings
-from cli import Parser, number, printable_line, run
+from cli import Parser, number, run, say
 from errors import UserError, errors_at
 
 GGUF = ".gguf"  # what an output of this kind ends with
@@ -86,10 +87,6 @@ def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
         raise UserError(f"{output}: export writes a folder, or a file whose name ends in {GGUF}; name one of these")
 
 
-def say(text: str) -> None:
-    print(printable_line(text))
-
-
 def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
     from weights.checkpoint import model_of, save
@@ -106,6 +103,7 @@ def export_weights(source: Path, output: Path, dtype: str) -> None:
     from answering.opened import open_model
     from weights.export import export_folder, export_gguf
 
+    os.umask(0o022)  # everybody may read what is exported: servers run as other users
     _, state = open_model(source)
     settings = Settings(max_new_tokens=Settings().room(state["model_config"]["context_length"]))
     (export_gguf if is_gguf(output) else export_folder)(state, output, dtype, settings._asdict())

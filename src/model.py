@@ -85,9 +85,7 @@ def attend_packed(documents: Documents) -> Attend:
             from torch.nn.attention.varlen import varlen_attn
 
             starts, longest = documents.starts, documents.longest
-            packed = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
-            assert isinstance(packed, Tensor)  # it is a pair only when asked for more
-            return packed
+            return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))  # type: ignore
         if q.device.type == "cpu":  # where these kernels are slow in smaller types
             q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(1)
         split = [x.transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (q, k, v)]

@@ -96,7 +96,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
             with errors_at(f"{each}: cannot write there"), tempfile.TemporaryFile(dir=existing(each)):
                 pass
         if table.processes.is_main and (folder / LOCK).exists():
-            with lock_folder(folder, is_named=False):
+            with lock_folder(folder):
                 pass
     with table.check("start"), errors_at(folder):
         path, state = find_state(options, folder)

@@ -62,6 +62,8 @@ class Processes:
             yield
         except UserError as caught:
             error = caught
+        except OSError as caught:
+            error = UserError(f"{caught.filename or HOST}: {caught.strerror or caught}")
         found = self.gather([HOST, error and error.exit_code, str(error)]) if self.world_size > 1 else []
         for host, code, text in found:
             if code:

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -63,8 +64,4 @@ class Saver:
 
 def copied(state: Any) -> Any:
     """A copy of nested tensors and values, in the computer's memory."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: copied(each) for key, each in state.items()}
-    return [copied(each) for each in state] if isinstance(state, (list, tuple)) else state
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)

@@ -90,14 +90,14 @@ def load(path: Path) -> dict[str, Any]:
 
 def verify(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The state with every field of this version. Raises CheckpointError when it is not a usable checkpoint of ours."""
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this project; --pretrained_model takes weights from "
-                              "elsewhere")
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {state.get('format_version')}, this version reads "
-                              f"{FORMAT_VERSION}")
+    if (state.get("format"), state.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise CheckpointError(f"{path}: not a checkpoint of this version of the project; --pretrained_model takes "
+                              "weights from elsewhere")
     state = {**_ABSENT_BEFORE, **state}
-    _require(_FIELDS, state, path)
+    fields = {**_FIELDS, **_RUN_FIELDS} if "optimizer" in state else _FIELDS
+    wrong = [name for name, is_usable in fields.items() if name not in state or not is_usable(state[name])]
+    if wrong:
+        raise CheckpointError(f"{path}: not a usable checkpoint: {', '.join(wrong)} missing or of another type")
     return state
 
 
@@ -106,14 +106,7 @@ def load_run(path: Path) -> dict[str, Any]:
     state = load(path)
     if "optimizer" not in state:
         raise UserError(f"{path}: weights only, not the state of a run; --pretrained_model {path} starts from it")
-    _require(_RUN_FIELDS, state, path)
     return state
-
-
-def _require(fields: Mapping[str, Callable[[Any], bool]], state: Mapping[str, Any], path: Path) -> None:
-    wrong = [name for name, is_usable in fields.items() if name not in state or not is_usable(state[name])]
-    if wrong:
-        raise CheckpointError(f"{path}: not a usable checkpoint: {', '.join(wrong)} missing or of another type")
 
 
 def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -165,10 +158,9 @@ def save_step(folder: Path, state: Mapping[str, Any], keep_last: int, say: Say =
     save(path, state, say)
     point_latest(path, state, say)
     files = [file for file in step_files(folder) if is_ours(file)]
-    with errors_at(f"{folder}: cannot remove older step files"):
-        for old in files[files.index(path) + keep_last:]:
-            old.unlink(missing_ok=True)
-        sync_folder(folder)
+    for old in files[files.index(path) + keep_last:]:
+        old.unlink(missing_ok=True)
+    sync_folder(folder)
     say(f"saved {path}")
 
 
@@ -184,17 +176,15 @@ def point_latest(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -
         os.link(path, temporary)
     except OSError:  # a file system without hard links
         return save(latest, state)
-    with errors_at(f"{latest}: cannot replace it"):
-        temporary.replace(latest)
-        sync_folder(path.parent)
+    temporary.replace(latest)
+    sync_folder(path.parent)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed save left. Only for the process that holds the folder."""
-    with errors_at(f"{folder}: cannot remove what a killed save left"):
-        for name in ("step_*.pt", LATEST, BEST):
-            for path in filter(is_ours, folder.glob(name + TEMPORARY_SUFFIX)):
-                path.unlink(missing_ok=True)
+    for name in ("step_*.pt", LATEST, BEST):
+        for path in filter(is_ours, folder.glob(name + TEMPORARY_SUFFIX)):
+            path.unlink(missing_ok=True)
 
 
 def is_ours(path: Path) -> bool:
@@ -210,9 +200,7 @@ def is_ours(path: Path) -> bool:
 def _set_aside(path: Path) -> Path:
     """Give a file a name that means nothing in a run's folder. Returns its new path."""
     names = (path.with_name(f"{path.stem}.abandoned{number}{path.suffix}") for number in count(1))
-    other = next(name for name in names if not os.path.lexists(name))
-    with errors_at(f"{path}: cannot rename it to {other.name}"):
-        return path.rename(other)
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _make_room(path: Path, say: Say) -> None:
@@ -229,11 +217,10 @@ def abandon_others(source: Path, step: int, say: Say) -> None:
     """Set aside the step files that are not of the branch of source, which a run goes on from: those beyond its step,
     or, when it has no name of a run's (it was set aside itself, say), all of them."""
     is_known = source.name == LATEST or _STEP_FILE.fullmatch(source.name)
-    with errors_at(source.parent):
-        for path in step_files(source.parent):
-            if (step_of(path) > step or not is_known) and is_ours(path):
-                say(f"{path} is not what led to {source.name} at step {step}; it is now {_set_aside(path).name}")
-        sync_folder(source.parent)
+    for path in step_files(source.parent):
+        if (step_of(path) > step or not is_known) and is_ours(path):
+            say(f"{path} is not what led to {source.name} at step {step}; it is now {_set_aside(path).name}")
+    sync_folder(source.parent)
 
 
 def require_no_run(folder: Path) -> None:

@@ -92,14 +92,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
-                warn: Say = say_nothing, is_named: bool = True) -> Iterator[None]:
-    """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
-    is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
-    it, and naming the lock when it cannot be used."""
-    path, advice = folder / LOCK, f"; choose another {flag}"
-    with errors_at(f"{folder}: cannot write there", advice=advice):
+                warn: Say = say_nothing) -> Iterator[None]:
+    """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so. Raises
+    UserError naming the holder when another process holds it, and naming the lock when it is no lock of ours."""
+    path = folder / LOCK
+    with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
-    with errors_at(f"{path}: cannot write it", advice=advice):
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
                                       or not _HOLDER.fullmatch(path.read_text(errors="replace"))):
             raise UserError(f"{path}: not a lock of this program; move it away, or choose another {flag}")
@@ -113,15 +111,12 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
             warn(f"warning: {path}: this file system has no locks ({error.strerror}); a second {what} in this folder "
                  "would not be noticed, so start none")
 
-    def name_holder(text: str) -> None:
-        with suppress(OSError):  # a full disk takes no name; the lock is there all the same
-            if is_named:
-                file.truncate(0)
-                file.write(text.encode())
-
     with file:
-        name_holder(f"process {os.getpid()} on {platform.node()}\n")
+        with suppress(OSError):  # a full disk takes no name; the lock is there all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         try:
             yield
         finally:
-            name_holder("")
+            with suppress(OSError):
+                file.truncate(0)

@@ -6,12 +6,11 @@ Every file is whole or absent, and config.json, without which nothing opens a fo
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,27 +58,12 @@ PARAMETER stop "<|endoftext|>"
 PARAMETER stop "### Instruction:"
 '''
 _TO_MAKE = "# needs model.gguf here: python src/convert_checkpoint.py export CHECKPOINT THIS_FOLDER/model.gguf\n"
-_ALPACA_GPT4 = "vicgalle/alpaca-gpt4"
-_LICENCES = {  # whether that is what it was trained on: a line of the head, and a sentence
-    True: ("license: cc-by-nc-4.0\n", "vicgalle/alpaca-gpt4 is CC BY-NC 4.0, not for commercial use, and its authors "
-           "ask that models trained on it be used for research only."),
-    False: ("", "The licence of these data holds for this model too: name it here before you publish it."),
-}
-_CARD = """\
----
-{key}library_name: transformers
-pipeline_tag: text-generation
----
-# GPT-2 of {n_layer} layers
-"""
-_TUNED_CARD = """
-Fine-tuned to follow instructions, on `{source}`. {licence}
-
+_EXAMPLE = """
 ```python
 from transformers import pipeline
 
 ask = pipeline('text-generation', model='.')
-messages = [{{'role': 'user', 'content': 'Name three primary colours.'}}]
+messages = [{'role': 'user', 'content': 'Name three primary colours.'}]
 print(ask(messages)[0]['generated_text'][-1]['content'])
 ```
 """
@@ -116,7 +100,7 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
         for name, text in texts.items():
             if text:  # a model that was not fine-tuned has no template and no Modelfile
-                with _file_for_all(folder / name) as file:
+                with durable_file(folder / name) as file:
                     file.write(text.encode())
         (folder / _UNFINISHED).unlink(missing_ok=True)
 
@@ -130,7 +114,7 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
         raise UserError(f"{path}: writing GGUF needs one more package: pip install gguf") from error
     kind, fp32 = (gguf.GGMLQuantizationType[name] for name in (_KINDS[dtype], "F32"))
     with (errors_at(path, gguf.quants.QuantError, advice="; use --dtype float16"),
-          _file_for_all(path, size_of(state["model"])) as file):
+          durable_file(path, size_of(state["model"])) as file):
         writer = gguf.GGUFWriter(file.name, "gpt2")
         _add_metadata(writer, state, gguf.LlamaFileType["ALL_F32" if kind == fp32 else f"MOSTLY_{_KINDS[dtype]}"])
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, state["model_config"]["n_layer"])
@@ -144,7 +128,7 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
         writer.close()
     if not state["template"]:  # what is there is of an older export, and another model
         return path.with_suffix(".Modelfile").unlink(missing_ok=True)
-    with _file_for_all(path.with_suffix(".Modelfile")) as file:
+    with durable_file(path.with_suffix(".Modelfile")) as file:
         file.write(os.fsencode(_modelfile(state, path.name, settings)))
 
 
@@ -167,18 +151,10 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) ->
         header[name] = {"dtype": _KINDS[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    with _file_for_all(path, len(text) + end) as file:
+    with durable_file(path, len(text) + end) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             file.write(tensor.to(kind).reshape(-1).view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def _file_for_all(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
-    """A durable file that everybody may read, whatever the umask: servers run as other users."""
-    with durable_file(path, needed) as file:
-        os.fchmod(file.fileno(), 0o644)
-        yield file
 
 
 def _json(content: object) -> str:
@@ -231,9 +207,7 @@ def tokenizer_files(context_length: int, chat_template: str = "") -> dict[str, s
                   "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocabulary, "merges": merges}}
     use = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context_length,
            **{name: END for name in ("bos_token", "eos_token", "pad_token", "unk_token")}, "add_prefix_space": False,
-           "clean_up_tokenization_spaces": False}
-    if chat_template:
-        use["chat_template"] = chat_template
+           "clean_up_tokenization_spaces": False, **({"chat_template": chat_template} if chat_template else {})}
     return {"vocab.json": json.dumps(vocabulary), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
             "tokenizer.json": json.dumps(whole), "tokenizer_config.json": _json(use)}
 
@@ -271,7 +245,11 @@ def _modelfile(state: Mapping[str, Any], gguf: str, settings: Mapping[str, Any])
 def _model_card(state: Mapping[str, Any]) -> str:
     """README.md: what the model is, whose data it was trained on, how to ask it."""
     source = "".join(letter if letter.isprintable() else " " for letter in state["data_source"].replace("`", "'"))
-    key, licence = _LICENCES[_ALPACA_GPT4 in source]
-    card = _CARD.format(key=key, n_layer=state["model_config"]["n_layer"])
-    tuned = _TUNED_CARD.format(source=source or "data that are not known", licence=licence)
+    is_alpaca = "vicgalle/alpaca-gpt4" in source
+    licence = ("vicgalle/alpaca-gpt4 is CC BY-NC 4.0, not for commercial use, and its authors ask that models trained "
+               "on it be used for research only." if is_alpaca else
+               "The licence of these data holds for this model too: name it here before you publish it.")
+    card = ("---\n" + "license: cc-by-nc-4.0\n" * is_alpaca + "library_name: transformers\n"
+            f"pipeline_tag: text-generation\n---\n# GPT-2 of {state['model_config']['n_layer']} layers\n")
+    tuned = f"\nFine-tuned to follow instructions, on `{source or 'data that are not known'}`. {licence}\n{_EXAMPLE}"
     return card + tuned * bool(state["template"])

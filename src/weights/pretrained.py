@@ -55,7 +55,10 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     part = _PART.fullmatch(path.name)
     if path.is_file() and (part and int(part[2]) > 1 or path.name.endswith(("config.json", ".index.json"))):
         raise UserError(f"{path}: only a part of a model; name its folder: {path.parent}")
-    state = _read_folder(path) if path.is_dir() else _read_file(path)
+    parts = list(map(_read_file, _files_of(path) if path.is_dir() else [path]))
+    state = {name: value for part in parts for name, value in part.items()}
+    if len(state) < sum(map(len, parts)):
+        raise CheckpointError(f"{path}: its files have some weights twice, so they are of two models; {_COPY}")
     if state.get("format") == FORMAT:
         state = verify(state, path)
         if n_head and n_head != state["model_config"].get("n_head"):
@@ -68,7 +71,7 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     with errors_at(f"{path}: no GPT-2", LookupError, TypeError, ValueError, RuntimeError, raised=CheckpointError):
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
-        named = next((_fields(state[key]) for key in _SIZES if key in state), {}) or _config_beside(path)
+        named = next((state[key] for key in _SIZES if isinstance(state.get(key), Mapping)), {}) or _config_beside(path)
         if not n_head and named.keys().isdisjoint(_HEADS) and len(said := _heads_in(state)) == 1:
             named = {**named, "n_head": said.pop()}
         if rows > VOCAB_SIZE:
@@ -97,14 +100,6 @@ def _read_file(path: Path) -> dict[str, Any]:
     return load_any(path)
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
-    parts = list(map(_read_file, _files_of(folder)))
-    weights = {name: tensor for part in parts for name, tensor in part.items()}
-    if len(weights) < sum(map(len, parts)):
-        raise CheckpointError(f"{folder}: its files have some weights twice, so they are of two models; {_COPY}")
-    return {"model": weights}
-
-
 def _files_of(folder: Path) -> list[Path]:
     """The files of weights of a Hugging Face folder, as transformers chooses them: one, those that an index names, or
     without one all, which have to be the parts of one model."""
@@ -121,8 +116,7 @@ def _files_of(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
-            with errors_at(f"{index}: not the index of a model", LookupError, AttributeError, TypeError, ValueError,
-                           raised=CheckpointError):  # a name that leads out of the folder is a ValueError
+            with errors_at(f"{index}: not the index of a model", Exception, raised=CheckpointError):
                 return sorted({index.with_name(part) for part in _json_of(index)["weight_map"].values()})
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
@@ -159,18 +153,14 @@ def _config_beside(path: Path) -> dict[str, Any]:
     return sizes
 
 
-def _fields(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-
-
-def _heads_in(state: object) -> set[int]:
-    """The numbers of heads that are said by name anywhere in nested mappings and objects."""
+def _heads_in(state: Mapping[str, Any]) -> set[int]:
+    """The numbers of heads that are said by name anywhere in nested mappings, such as the fields of an object."""
     found, queue, seen = set[int](), [state], {id(state)}
     for value in queue:
-        for name, field in _fields(value).items():
+        for name, field in value.items():
             if name in _HEADS and type(field) is int:
                 found.add(field)
-            if id(field) not in seen:  # it may hold itself
+            if isinstance(field, Mapping) and id(field) not in seen:  # it may hold itself
                 seen.add(id(field))
                 queue.append(field)
     return found

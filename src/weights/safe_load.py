@@ -30,8 +30,10 @@ _ADVICE = {  # how files of other programs begin, and what to do with them
 }
 
 
-class _Inert:
-    """Stands in for a pickled class or function of another program: it keeps the fields and does nothing."""
+class _Inert(dict[str, Any]):
+    """Stands in for a pickled class or function of another program: it has the fields and does nothing."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -39,22 +41,21 @@ class _Inert:
     def __setstate__(self, state: object) -> None:
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
-                self.__dict__.update(part)
+                self.update(part)
 
 
 def check_is_file(path: Path) -> None:
     """Raise UserError unless path is a regular file: reading a pipe or a device might never end."""
-    with errors_at(path):
-        if not path.is_file():
-            raise UserError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file"
-                            if path.exists() else f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file"
+                        if path.exists() else f"{path}: no such file")
 
 
 def begin_of(path: Path) -> bytes:
     """The first bytes of a file. Raises UserError when it is none, CheckpointError with what to do when another program
     wrote it, whatever its name."""
-    check_is_file(path)
     with errors_at(path):  # what may not be read is not damaged
+        check_is_file(path)
         file = path.open("rb")
     with file:
         begin = file.read(64)
