@@ -32,7 +32,6 @@ from instruct_format import encode_conversation
 from model import GPT, GPTConfig, takes_packed
 from training.memory import fit
 from training.options import parse_options
-from training.precision import type_name
 from training.processes import Processes, join
 from training.step import Learner, train_step
 from training.threads import Saver
@@ -186,7 +185,7 @@ def about(options: Namespace, learner: Learner, peak: float | None) -> None:
     known = f"{peak / 1e12:,.0f} TFLOP/s" if peak else "not known"
     print(f"{time.strftime('%Y-%m-%d')}, {device.name}, {device.total_memory / 1e9:.0f} GB, PyTorch "
           f"{torch.__version__}, CUDA {torch.version.cuda}, GPT-2 {options.shape} in "
-          f"{type_name(learner.product_type)}, peak {known}\n\n"
+          f"{learner.product_type}, peak {known}\n\n"
           "| | mini_batch_size | tokens/s | of the peak | ms a step | of the GPU | of the CPU | GB at most | computed "
           "again | first step, s |\n|---|---|---|---|---|---|---|---|---|---|", flush=True)
 

@@ -88,7 +88,7 @@ def loader(count: str, folder: str) -> None:
     data = InstructData(open_prepared(Path(folder)), "train", 1024)
     ExampleStream(data.lengths, 0, 65536).step(Position())
     elapsed = time.perf_counter() - begin
-    kept = data.lengths.nbytes + data.kept.nbytes + 4 * len(data)  # lengths, numbers, the epoch's order
+    kept = data.lengths.nbytes + data.starts.nbytes + data.shard_numbers.nbytes + 4 * len(data)  # and the epoch's order
     print(count, elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, kept / int(count))
 
 

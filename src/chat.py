@@ -19,7 +19,7 @@ from pathlib import Path
 
 from answering.settings import Settings, add_flags
 from cli import Parser, run
-from errors import UserError
+from errors import UserError, errors_at
 
 PROJECT = Path(__file__).parent.parent
 CHECKPOINT_DIR = Path("checkpoints_instruct")
@@ -30,7 +30,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
                     usage="./chat.sh [CHECKPOINT | demo] [flags...]")
     parser.add_argument("--checkpoint", type=Path, help="ours, or any pre-trained GPT-2; default: best_model.pt of "
                         "checkpoints_instruct/, or latest.pt")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits: more than twice as fast on a CPU")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", help="answer this once and exit")
@@ -64,11 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--input does not go with --jsonl, whose objects have inputs of their own")
     import torch
 
-    from answering.answer import Question
     from answering.opened import open_for_answers
     from answering.questions import text_of
     from answering.terminal import Chat, first_line
-    from errors import errors_at
     from training.precision import device_named, failures_explained
 
     for name in ("prompt", "input"):
@@ -90,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.input is None:
                 piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
                 options.input = text_of(piped, "standard input: ").rstrip("\r\n")
-        return chat.answer_one(Question(options.prompt, options.input))
+        return chat.answer_one(options.prompt, options.input)
 
 
 if __name__ == "__main__":

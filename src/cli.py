@@ -37,11 +37,19 @@ def printable_line(text: object) -> str:
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
+class _Help(argparse.HelpFormatter):
+    """Says the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        has_default = action.nargs != 0 and action.default not in (None, "", [], argparse.SUPPRESS)
+        return f"{action.help}{' (default: %(default)s)' * has_default}"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, and whose flags cannot be abbreviated."""
+    """argparse whose complaints are one line, whose help names all defaults, and whose flags cannot be abbreviated."""
 
     def __init__(self, description: str | None = None, **arguments: Any) -> None:
-        super().__init__(description=description, allow_abbrev=False, **arguments)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **arguments)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")

@@ -23,15 +23,14 @@ def parse_options(argv: list[str] | None) -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
     importing = commands.add_parser("import", help="weights from elsewhere -> a checkpoint to fine-tune from")
     importing.add_argument("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a local folder or file")
-    importing.add_argument("--output", type=Path, default=Path("checkpoints/best_model.pt"),
-                           help="the file to write (default: %(default)s)")
+    importing.add_argument("--output", type=Path, default=Path("checkpoints/best_model.pt"), help="the file to write")
     importing.add_argument("--n_head", type=number(int, 1), default=0,
                            help="attention heads, for weights that come without their configuration")
     exporting = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder or a GGUF file")
     exporting.add_argument("source", metavar="checkpoint", help="a checkpoint, or what else import takes from here")
     exporting.add_argument("output", type=Path, help="the folder to write, or a file NAME.gguf")
     exporting.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "q8_0"),
-                           help="of the weights; q8_0 (8 bits) is for GGUF only (default: %(default)s)")
+                           help="of the weights; q8_0 (8 bits) is for GGUF only")
     for command in (importing, exporting):
         command.add_argument("--force", action="store_true", help="replace what is there")
     return parser.parse_args(argv)

@@ -6,17 +6,15 @@ same plan on its own, and a run resumes anywhere without replaying anything.
 
 import heapq
 import math
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import Document, Prepared, open_shards
+from data.shards import Document, Prepared, open_shard
 from errors import UserError
 from model import Documents
 
@@ -61,24 +59,26 @@ class InstructData:
 
     lengths and trained_tokens, (n_examples,) int32 each, are all that planning needs. loss_on all trains every token,
     not the responses alone.
-    Raises UserError where open_shards does, and when no example is short enough.
+    Raises UserError where open_shard does, and when no example is short enough.
     """
 
     def __init__(self, prepared: Prepared, split: str, context_length: int, loss_on: str = "response") -> None:
         self.context_length = context_length
-        self.shards = open_shards(prepared, split)
+        self.shards = [open_shard(prepared.folder, split, shard) for shard in prepared.manifest["shards"][split]]
         if loss_on == "all":
             for shard in self.shards:  # ones without end, in no memory
                 shard["loss_mask"] = np.broadcast_to(np.uint8(1), len(shard["tokens"]))
-        self.first_example = [0, *accumulate(len(shard["starts"]) for shard in self.shards)]
+        numbers = np.repeat(np.arange(len(self.shards)), [len(shard["starts"]) for shard in self.shards])
+        starts = np.concatenate([shard["starts"] for shard in self.shards])  # in their shards
         everything = np.concatenate([np.diff(shard["starts"], append=len(shard["tokens"])) for shard in self.shards])
-        self.kept = np.flatnonzero(everything <= context_length).astype(np.int32)
-        self.lengths = everything[self.kept].astype(np.int32)
+        kept = everything <= context_length
+        self.lengths, self.starts, self.shard_numbers = (
+            each[kept].astype(np.int32) for each in (everything, starts, numbers))
         counts = [np.add.reduceat(shard["loss_mask"], shard["starts"], dtype=np.int32)
                   - shard["loss_mask"][shard["starts"]] for shard in self.shards]  # the first of each is never trained
-        self.trained_tokens = np.concatenate(counts)[self.kept]
-        self.left_out = len(everything) - len(self.kept)
-        if not len(self.kept):
+        self.trained_tokens = np.concatenate(counts)[kept]
+        self.left_out = len(everything) - len(self)
+        if not len(self):
             raise UserError(f"{prepared.folder}: no example of the {split} split fits a context_length of "
                             f"{context_length}; the shortest has {everything.min()} tokens")
 
@@ -87,10 +87,7 @@ class InstructData:
 
     def example(self, number: int) -> Document:
         """One kept example."""
-        original = int(self.kept[number])
-        shard_number = bisect(self.first_example, original) - 1
-        shard = self.shards[shard_number]
-        start = int(shard["starts"][original - self.first_example[shard_number]])
+        shard, start = self.shards[self.shard_numbers[number]], int(self.starts[number])
         end = start + int(self.lengths[number])
         return Document(shard["tokens"][start:end], shard["loss_mask"][start:end])
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answering.settings import Settings
+from answering.settings import add_flags
 from cli import Parser, number, printable, printable_line, run
 from errors import CheckpointError, UserError, errors_at
 
@@ -35,17 +35,14 @@ def parse_options(argv: list[str] | None) -> Namespace:
                         help="checkpoints, or pre-trained models (files or folders); default: "
                              + " and ".join(map(str, DEFAULT)) + ", as far as they are there")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data_dir", type=Path, default=Path("data_instruct"),
-                        help="prepared data, of which val is taken (default: %(default)s)")
+    source.add_argument("--data_dir", type=Path, default=Path("data_instruct"), help="prepared data: its val split")
     source.add_argument("--dataset", help="examples of a file instead, in any form that the preparation takes")
     source.add_argument("--prompts", type=Path, help="questions instead, one a line, as text or in a .jsonl as chat "
                         "takes them: no loss then")
-    parser.add_argument("--examples", type=number(int, 0), default=64,
-                        help="this many, spread over all; 0 means all (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=number(int, 1), default=Settings().max_new_tokens,
-                        help="longest answer (default: %(default)s)")
-    parser.add_argument("--show", type=number(int, 0), default=4, help="answers to show (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: %(default)s")
+    parser.add_argument("--examples", type=number(int, 0), default=64, help="this many, spread over all; 0 means all")
+    add_flags(parser, "max_new_tokens")
+    parser.add_argument("--show", type=number(int, 0), default=4, help="answers to show")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object, with all answers")
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -84,7 +81,7 @@ def report_of(options: Namespace) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {error}") from error
         tuned = f"step {state['step']}" if state["step"] else "fine-tuned"  # an exported one does not say more
         report["checkpoints"].append({"checkpoint": str(path), "about": tuned if state["template"] else "pre-trained",
-                                      **scores._asdict()})
+                                      **scores})
         for case, (tokens, is_ended) in zip(report["answers"], answers):
             case["answers"].append({"text": decode(tokens), "ended": is_ended})
     return report

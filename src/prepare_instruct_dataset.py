@@ -46,14 +46,12 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser.add_argument("--split", help="which of its splits, to be divided here (default: train)")
     parser.add_argument("--revision", help="which branch, tag or commit of it")
     parser.add_argument("--streaming", action="store_true", help="read it from the hub without keeping a copy")
-    parser.add_argument("--output_dir", type=Path, default=Path("data_instruct"),
-                        help="where the shards go (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, default=Path("data_instruct"), help="where the shards go")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99, above=True), default=0.05,
-                        help="share of the prompts that go to val (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42,
-                        help="decides which prompts go to val (default: %(default)s)")
+                        help="share of the prompts that go to val")
+    parser.add_argument("--seed", type=int, default=42, help="decides which prompts go to val")
     parser.add_argument("--num_proc", type=number(int, 1, 1024), default=usable_cpus(),
-                        help="how many tokenizers work at once (default: %(default)s)")
+                        help="how many tokenizers work at once")
     parser.add_argument("--skip_bad", action="store_true", help="drop and count rows that cannot be used")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or [DATASET]
@@ -84,12 +82,6 @@ class Selection:
         self.seen: set[bytes] = set()  # digests of whole examples
         self.sides: dict[int, str] = {}  # where the hash puts a prompt -> the split that its rows name
         self.places = array("Q")  # of every kept example: where the hash puts its prompt, in [0, 2^64)
-
-    @property
-    def source(self) -> str:
-        """The names of what was read, of files without their folders."""
-        names = [Path(name).name if Path(name).exists() else name for name, _ in self.sources]
-        return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
     def kept(self) -> Iterator[tuple[str, Example]]:
         """Yield (split, example). Raises UserError at the first bad row unless --skip_bad."""
@@ -151,11 +143,9 @@ def _digest(*fields: str) -> bytes:
 
 
 def _tokenize(batch: list[tuple[str, Example]]) -> list[tuple[str, Document]]:
-    documents = []
-    for split, example in batch:
-        tokens, mask = encode_conversation(example.turns)
-        documents.append((split, Document(np.array(tokens, dtype=np.uint16), np.array(mask, dtype=np.uint8))))
-    return documents
+    encoded = [(split, *encode_conversation(example.turns)) for split, example in batch]
+    return [(split, Document(np.array(tokens, dtype=np.uint16), np.array(mask, dtype=np.uint8)))
+            for split, tokens, mask in encoded]
 
 
 def tokenized(rows: Iterator[tuple[str, Example]], workers: int) -> Iterator[tuple[str, Document]]:
@@ -183,8 +173,10 @@ def prepare(options: Namespace, report: Report) -> tuple[dict[str, Any], list[st
         if selection.sides:
             notes.append(f"no row that is kept names {writer.empty_splits[0]}: a hash divides them, not their split")
         writer.deal_again(selection.dealt_again())
+    names = [Path(name).name if Path(name).exists() else name for name, _ in selection.sources]
+    source = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
     manifest = writer.finish({
-        "source": selection.source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
+        "source": source, "shape": " and ".join(selection.shapes.names), "seed": options.seed,
         "val_fraction": options.val_fraction, "total_examples": len(selection.places) + selection.dropped.total(),
         "dropped": dict(selection.dropped)},
         # Chat remembers the turns before where the model has seen such: in one in twenty documents at least

@@ -30,5 +30,4 @@ def onednn_has_avx512() -> bool:
 
 def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What F.linear computes, in fp32 or bf16, also with a matrix in oneDNN's own order."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return product
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")

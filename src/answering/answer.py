@@ -91,8 +91,7 @@ def encode_question(context_length: int, question: Question) -> list[int]:
     """The prompt's tokens. Raises UserError when they leave no room for an answer."""
     if not question.instruction.strip():
         raise UserError("the question is empty")
-    parts = {"question": question._replace(input=""), "question with its input": question}
-    for name, part in parts.items():
+    for name, part in {"question": question._replace(input=""), "question with its input": question}.items():
         hopeless = sum(map(len, part)) > LONGEST_TOKEN * context_length
         prompt = [] if hopeless else encode_prompt(*part)
         if hopeless or len(prompt) >= context_length:

@@ -54,8 +54,7 @@ def choose(logits: Tensor, settings: Settings, generator: torch.Generator | None
 def _finite(largest: Tensor) -> float:
     """The largest score: NaN counts as larger than all."""
     if not math.isfinite(score := float(largest)):
-        raise CheckpointError("the model's scores are not finite numbers, its weights are damaged; use another "
-                              "checkpoint")
+        raise CheckpointError("the scores are not finite numbers: the weights are damaged; use another checkpoint")
     return score
 
 

@@ -25,7 +25,6 @@ IS_LIBEDIT = readline is not None and "libedit" in (readline.__doc__ or "")
 HISTORY = "~/.gpt2_instruct_history.jsonl"
 LONGEST_HISTORY = 1000
 QUOTES = '"""'
-Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
@@ -53,9 +52,10 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def wait(self, read: Callable[[Argument], Result], argument: Argument) -> Result:
-        """The result of read, a function written in C that waits for input. Between it and the list no Python runs, so
-        that a Ctrl-C right after Enter cannot lose the line: it stops the answer, or the wait for the next line."""
+    def wait(self, read: Iterable[Result]) -> Result:
+        """The one result of read, an iterator written in C that waits for input. Between it and the list no Python
+        runs, so that a Ctrl-C right after Enter cannot lose the line: it stops the answer, or the wait for the next.
+        """
         self.typed, results = "", list[Result]()
         try:
             self._flush_at_ctrl_c(False)
@@ -63,7 +63,7 @@ class Signals:
             if self.interrupted:
                 raise KeyboardInterrupt
             signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # wakes what sleeps through a signal that came just before
-            results.extend(map(read, (argument,)))
+            results.extend(read)
         except KeyboardInterrupt:
             if not results:
                 raise
@@ -116,12 +116,6 @@ class Signals:
             os.write(sys.stdout.fileno(), b"\x1b[?2004h" * pasting + shown.encode(errors="replace"))
 
 
-def _remember(entry: str) -> None:
-    """Among the lines that the arrow keys bring back, if the locale's encoding has its characters."""
-    with suppress(ValueError):
-        readline.add_history(entry)
-
-
 class Lines:
     """Messages from a terminal: one line, a paste, or several lines between quotes. Where they can be edited they can
     be recalled too, in later chats if keep_history."""
@@ -138,8 +132,7 @@ class Lines:
             readline.set_completer_delims(" ")
             readline.set_completer(self._completion)
             readline.set_auto_history(False)
-            for entry in self._history():
-                _remember(entry)
+            self._remember()
 
     def read(self, prompt: str) -> str:
         """A message. Raises EOFError at the end, KeyboardInterrupt after Ctrl-C."""
@@ -149,8 +142,7 @@ class Lines:
         if quoted := re.fullmatch(rf"\s*(/input |){QUOTES}((?!.*{QUOTES}\s*[^\s\"]).*)", text, re.DOTALL):
             text = self._quoted(*quoted.groups())
         if text.strip() and self.signals.edits:
-            _remember(text)
-            self._history(text)
+            self._remember(text)
         return text
 
     def _quoted(self, command: str, text: str) -> str:
@@ -168,7 +160,7 @@ class Lines:
             raise EOFError  # Ctrl-D during an answer, which readline would not see
         self.signals.prompt = prompt
         try:
-            return self.signals.wait(input, prompt)
+            return self.signals.wait(map(input, (prompt,)))
         except (OSError, termios.error) as error:  # the terminal is gone
             raise EOFError from error
 
@@ -176,9 +168,10 @@ class Lines:
         found = [f"{name} " for name in self.complete(readline.get_line_buffer()) if name.startswith(word)]
         return found[number] if number < len(found) else None
 
-    def _history(self, *more: str) -> list[str]:
-        """The last messages of all chats: those of the file, where lines that hold none are passed over, and these,
-        which are added to it. It is replaced whole, after other chats may have added to it."""
+    def _remember(self, *more: str) -> None:
+        """Have the arrow keys bring back these messages, which are added to those of all chats in the file, or without
+        any those of the file, where lines that hold none are passed over. It is replaced whole, after other chats may
+        have added to it."""
         entries: list[str] = []
         try:
             self.keep_history &= self.path.is_file() or self.path.is_dir() or not self.path.exists()  # no /dev/null
@@ -193,4 +186,6 @@ class Lines:
         except OSError as error:
             self.keep_history = False
             self.say(f"warning: {self.path}: the history is not kept: {error.strerror}")
-        return entries
+        for entry in more or entries:
+            with suppress(ValueError):  # the locale's encoding lacks its characters
+                readline.add_history(entry)

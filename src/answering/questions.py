@@ -47,8 +47,7 @@ def questions_of(read_line: Callable[[], bytes], input: str, as_objects: bool,
 def _question_of(row: Any) -> Question:
     """Raises UserError unless this is an object with an instruction and perhaps an input; other names are ignored."""
     if not isinstance(row, dict) or "instruction" not in row:
-        raise UserError(str(row) if isinstance(row, BadRow) else
-                        "expected an object with an instruction, and perhaps an input")
+        raise UserError(str(row) if isinstance(row, BadRow) else "expected an object with an instruction")
     question = Question(row["instruction"], "" if row.get("input") is None else row["input"])
     for name, value in question._asdict().items():
         if type(value) is not str:  # numbers are texts of another type

@@ -32,17 +32,6 @@ class Case(NamedTuple):
         return self.tokens[self.spans[-1][0]:self.spans[-1][1] - 1]
 
 
-class Scores(NamedTuple):
-    """What a model makes of all cases; None where nothing was expected."""
-
-    loss: float | None  # nats a response token
-    perplexity: float | None
-    ended: float  # share of the answers that end by themselves
-    tokens: float  # mean length of an answer
-    repeated: float  # share of repeated 4-grams
-    exact: float | None  # share of the answers that are the expected one
-
-
 @torch.inference_mode()
 def response_losses(model: GPT, cases: Sequence[Case]) -> Iterator[tuple[float, int]]:
     """Yield (sum of the cross entropy, number) of each case's response tokens, all turns of it. The mean over all is
@@ -64,9 +53,10 @@ def repetition(answers: Sequence[Sequence[int]]) -> float:
 
 
 def evaluate(model: GPT, cases: Sequence[Case], limit: int, bar: Callable[..., Iterable[Any]]) -> tuple[
-        Scores, list[tuple[list[int], bool]]]:
-    """Scores of a model, and its greedy answers of at most limit tokens, each with whether it ended by itself. Sums and
-    counts over all cases are each divided once. bar(iterable, total=...) shows how far it is. Raises CheckpointError
+        dict[str, float | None], list[tuple[list[int], bool]]]:
+    """What a model makes of all cases: its scores by name (loss: nats a response token; None where nothing was
+    expected), and its greedy answers of at most limit tokens, each with whether it ended by itself. Sums and counts
+    over all cases are each divided once. bar(iterable, total=...) shows how far it is. Raises CheckpointError
     when the loss is no finite number."""
     if model.transformer.wte.weight.device.type == "cpu":
         for_decoding(model, FewRows)
@@ -84,5 +74,6 @@ def evaluate(model: GPT, cases: Sequence[Case], limit: int, bar: Callable[..., I
         perplexity = math.exp(min(loss, 700.0))
         exact = sum((case.expected, True) == answer for case, answer in zip(cases, answers)) / len(cases)
     n_tokens = sum(len(tokens) for tokens, _ in answers)
-    return Scores(loss, perplexity, sum(ended for _, ended in answers) / len(cases), n_tokens / len(cases),
-                  repetition([tokens for tokens, _ in answers]), exact), answers
+    return {"loss": loss, "perplexity": perplexity, "ended": sum(ended for _, ended in answers) / len(cases),
+            "tokens": n_tokens / len(cases), "repeated": repetition([tokens for tokens, _ in answers]),
+            "exact": exact}, answers

@@ -23,11 +23,9 @@ class Settings(NamedTuple):
         return min(self.max_new_tokens, context_length // 4)
 
 
-def _seed(text: str) -> float | None:
+def seed(text: str) -> float | None:
     return None if text == "none" else number(int, 0, 2**63 - 1)(text)
 
-
-_seed.__name__ = "int"  # argparse names the type in "invalid int value"
 
 # name -> (type with its range, range and meaning)
 TABLE: dict[str, tuple[Any, str]] = {
@@ -36,16 +34,15 @@ TABLE: dict[str, tuple[Any, str]] = {
     "top_k": (number(int, 0), "sample among this many; at least 0, which means all"),
     "top_p": (number(float, 0, 1, above=True), "the likeliest that sum to this; above 0, at most 1"),
     "repetition_penalty": (number(float, 1, 10), "against repeating the last 64 tokens; 1 (off) to 10"),
-    "seed": (_seed, "same seed, same answer; at least 0, or none (drawn)"),
+    "seed": (seed, "same seed, same answer; at least 0, or none (drawn)"),
 }
 
 
-def add_flags(parser: Parser) -> None:
-    """A flag for each setting; its value is an attribute of the same name."""
-    for name, (kind, meaning) in TABLE.items():
-        default = Settings._field_defaults[name]
-        parser.add_argument(f"--{name}", type=kind, default=default,
-                            help=meaning + f" (default: {'none' if default is None else default})")
+def add_flags(parser: Parser, *names: str) -> None:
+    """A flag for each of these settings, or for all; its value is an attribute of the same name."""
+    for name in names or TABLE:
+        kind, meaning = TABLE[name]
+        parser.add_argument(f"--{name}", type=kind, default=Settings._field_defaults[name], help=meaning)
 
 
 def changed(settings: Settings, name: str, text: str) -> Settings:

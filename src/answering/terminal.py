@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from answering.answer import Answer, Question
 from answering.batch import WIDTH
@@ -53,12 +53,11 @@ class Chat:
         self.input = ""  # for the next question
         self.last: Answer | None = None
         self.turns: list[Answer] = []  # those with a text
-        self.left_out = 0  # of the turns, because they no longer fit
 
-    def answer_one(self, question: Question) -> int:
+    def answer_one(self, instruction: str, input: str) -> int:
         """The exit code. Raises UserError when the question does not fit."""
         with self.signals:
-            self._write_answer(Answer(self.model, *question, self.settings))
+            self._write_answer(Answer(self.model, instruction, input, self.settings))
             return 130 * self.signals.interrupted
 
     def answer_all(self, input: str, as_objects: bool) -> int:
@@ -67,7 +66,7 @@ class Chat:
         n_lines = n_failed = 0
         together = as_objects and not isinstance(self.model.output, OneRowInt8)  # which is for one row
         with self.signals:
-            lines = questions_of(lambda: self.signals.wait(sys.stdin.buffer.readline, -1), input, as_objects,
+            lines = questions_of(lambda: self.signals.wait(map(sys.stdin.buffer.readline, (-1,))), input, as_objects,
                                  lambda question: Answer(self.model, *question, self.settings))
             while not self.signals.interrupted and (batch := list(islice(lines, WIDTH if together else 1))):
                 if together:
@@ -136,7 +135,7 @@ class Chat:
             case "/save":
                 self._save(rest.strip())
             case "/clear":
-                self.turns, self.left_out, self.last, self.input = [], 0, None, ""
+                self.turns, self.last, self.input = [], None, ""
                 self.say("forgotten")
             case "/help":
                 self.say(HELP)
@@ -148,10 +147,8 @@ class Chat:
     def _ask(self, question: Question) -> None:
         """Answer, and remember it."""
         answer = self.last = Answer(self.model, *question, self.settings, self.turns if self.remembers else ())
-        left_out = len(self.turns) - answer.n_turns if self.remembers else 0
-        if left_out > self.left_out:
-            self._note(f"the context is full: the oldest {left_out} of {len(self.turns)} turns are left out")
-        self.left_out = left_out
+        if self.remembers and (left_out := len(self.turns) - answer.n_turns):
+            self.say(f"the context is full: the oldest {left_out} of {len(self.turns)} turns are left out", dim=True)
         self._write_answer(answer)
         if answer.text.strip():
             self.turns.append(answer)
@@ -190,17 +187,13 @@ class Chat:
         """What the last word of a line may be."""
         return TABLE if line.startswith("/set ") else COMMANDS if line.startswith("/") and " " not in line else ()
 
-    def say(self, text: str) -> None:
-        """A line for the user that is no answer."""
-        write(f"{text}\n", self._stream())
-
-    def _stream(self) -> TextIO:
-        return sys.stdout if self.at_terminal and sys.stdout.isatty() else sys.stderr
-
-    def _note(self, text: str) -> None:
-        """A line by the way: dim where the terminal can."""
-        is_plain = not self._stream().isatty() or os.environ.get("NO_COLOR") or self.signals.is_dumb
-        self.say(f"({text})" if is_plain else f"\x1b[2m({text})\x1b[0m")
+    def say(self, text: str, dim: bool = False) -> None:
+        """A line for the user that is no answer; one by the way is in brackets, and dim where the terminal can."""
+        stream = sys.stdout if self.at_terminal and sys.stdout.isatty() else sys.stderr
+        if dim:
+            is_plain = not stream.isatty() or os.environ.get("NO_COLOR") or self.signals.is_dumb
+            text = f"({text})" if is_plain else f"\x1b[2m({text})\x1b[0m"
+        write(f"{text}\n", stream)
 
     def _write_answer(self, answer: Answer) -> None:
         """Make the answer and write it: streamed text, or one line of JSON. Ctrl-C ends it."""
@@ -215,7 +208,7 @@ class Chat:
             notes = {"length": f"cut at {answer.tokens} tokens: {setting}", "context": "the context is full",
                      "interrupt": "stopped"}
             if answer.stopped in notes:
-                self._note(notes[answer.stopped])
+                self.say(notes[answer.stopped], dim=True)
 
     def _write_error(self, text: str, question: Question) -> None:
         if self.as_json:

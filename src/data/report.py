@@ -29,8 +29,7 @@ class Report:
 
     def show(self, manifest: dict[str, Any], notes: list[str]) -> None:
         responses, totals = np.array(self.responses), np.array(self.totals)
-        for note in notes:
-            print(printable_line(note))
+        print(*map(printable_line, notes), sep="\n")
         print(f"examples   {counts(len(totals), manifest['dropped'])}")
         for split in SPLITS:
             print(f"{split:<11}{manifest[split + '_examples']:,} examples, {manifest[split + '_tokens']:,} tokens")

@@ -135,8 +135,7 @@ def _json_rows(first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[
     starts = first.lstrip()[:1] + second.lstrip()[:1]
     goes_on = starts != "{{" and starts.startswith(("{", "[")) and isinstance(parse_json(first.strip()), BadRow)
     if not goes_on and (second or not first):
-        yield from ((f"line {number}", parse_json(line.rstrip()))
-                    for number, line in enumerate(lines, 1) if line.strip())
+        yield from ((f"line {at}", parse_json(line.rstrip())) for at, line in enumerate(lines, 1) if line.strip())
         return
     value = parse_json("".join(lines).rstrip())
     if isinstance(value, BadRow):
@@ -246,8 +245,7 @@ def _hub_rows(name: str, subset: str | None = None, split: str | None = None, **
         try:
             rows = datasets.load_dataset(name, subset, split=split or "train", **how)
         except ValueError as error:
-            choice = re.search(r"(configs|Available|one of|splits):? \[(.*?)\]", str(error))
-            if not choice:
+            if not (choice := re.search(r"(configs|Available|one of|splits):? \[(.*?)\]", str(error))):
                 raise
             flag = "--subset" if choice[1] in ("configs", "Available") else "--split"
             raise UserError(f"{name}: choose with {flag}, one of {choice[2]}") from error

@@ -184,19 +184,15 @@ class Shapes:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
         questions and answers without the other are left out, and so is what no trained answer comes after."""
         turns, orphans = list[Turn](), list[Turn]()  # the second: answers without a question
-        waiting = [("system", system)]  # what the next answer answers
-        is_empty = False  # the answer, until now
+        waiting = [("system", system)]  # what the next answer answers, and answers that are empty
         for speaker, text, is_trained in self._messages(messages, where):
             users = [said for who, said in waiting if who == "user"]
-            if speaker != "assistant":
-                if speaker == "user" and users and is_empty:
-                    waiting = [each for each in waiting if each[0] != "user"]
-                    self.changes["empty answers left out with their questions"] += 1
-                is_empty &= speaker != "user"
-                if speaker == "user" or text != system:  # datasets may say it in both places
+            if speaker == "user" and ("assistant", "") in waiting:
+                waiting = [each for each in waiting if each[0] == "system"]
+                self.changes["empty answers left out with their questions"] += bool(users)
+            if speaker != "assistant" or not text:
+                if (speaker, text) != ("system", system):  # datasets may say it in both places
                     waiting.append((speaker, text))
-            elif not text:
-                is_empty = True
             elif any(users):
                 turns.append(Turn(join_texts(*(said for _, said in waiting)), "", text, is_trained))
                 waiting = []
@@ -226,16 +222,14 @@ class Shapes:
             role = fields.get("role") or fields.get("from")
             if role and (len(fields) == 1 or fields.keys() & {*TEXTS, *CALLS}):  # else its text has another name
                 if (speaker := SPEAKERS.get(_plain(role))) is None:
-                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and "
-                                 "system; leave that message out")
+                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system; leave it out")
                 self.names["messages" if fields.get("role") else "ShareGPT"] = None
                 # as OpenAI and axolotl say that an answer is context only
                 is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
                 self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
-                texts = [said for said in map(fields.get, TEXTS) if said not in (None, "")]
-                text = self._content(texts[0] if texts else None, where)
+                text = next((said for said in map(fields.get, TEXTS) if said not in (None, "")), None)
                 input = fields.get("input") if speaker == "user" else None  # as the chat template takes it
-                yield speaker, with_input(text, self._content(input, where)), is_trained
+                yield speaker, with_input(self._content(text, where), self._content(input, where)), is_trained
             elif (columns := self._columns(item)).keys() >= NEEDED:
                 self.names["questions and answers in turn"] = None
                 instruction, input, output, system = self._texts(item, columns, f"{where}: ")
@@ -246,15 +240,13 @@ class Shapes:
 
     def _content(self, content: Any, where: str) -> str:
         """The text of a message, which may come in parts."""
-        if not isinstance(content, list):
-            return self._text(content, where)
-        texts = []
-        for part in content:
-            text = part.get("text") if isinstance(part, dict) else part
-            if not isinstance(text, str):
-                raise BadRow(f"{where} has a part that is no text: {_shown(part)}")
-            texts.append(text)
-        return self._text("\n".join(texts), where)
+        if isinstance(content, list):
+            texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+            for part, text in zip(content, texts):
+                if not isinstance(text, str):
+                    raise BadRow(f"{where} has a part that is no text: {_shown(part)}")
+            content = "\n".join(texts)
+        return self._text(content, where)
 
     def notes(self, turns: float) -> list[str]:
         """What was recognised, and what was changed. turns is their number in an example, on average."""

@@ -73,8 +73,7 @@ class DataWriter:
         self.waiting: defaultdict[str, dict[str, array[int]]] = defaultdict(
             lambda: {kind: array(code) for kind, code in KINDS.items()})  # split -> its next shard
         for path in _foreign_files(folder):
-            raise UserError(f"{path}: not of a preparation by this program; it is left as it is, choose another "
-                            "--output_dir")
+            raise UserError(f"{path}: not of a preparation by this program, so it stays; choose another --output_dir")
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
 
@@ -84,10 +83,9 @@ class DataWriter:
 
     def add(self, split: str, document: Document) -> None:
         """Raises UserError when the disk does not take a shard that is full."""
-        waiting = self.waiting[split]
-        if waiting["starts"] and len(waiting["tokens"]) + len(document.tokens) > SHARD_TOKENS:
+        if split in self.waiting and len(self.waiting[split]["tokens"]) + len(document.tokens) > SHARD_TOKENS:
             self._write_shard(split)
-            waiting = self.waiting[split]
+        waiting = self.waiting[split]
         waiting["starts"].append(len(waiting["tokens"]))
         waiting["tokens"].frombytes(document.tokens.tobytes())
         waiting["loss_mask"].frombytes(document.loss_mask.tobytes())
@@ -99,13 +97,11 @@ class DataWriter:
         entries, self.shards[full] = self.shards[full], []
         sides = iter(in_val)
         for entry in entries:
-            tokens, mask, starts = _open_shard(self.folder, full, entry).values()
+            tokens, mask, starts = open_shard(self.folder, full, entry).values()
             for document in zip(np.split(tokens, starts[1:]), np.split(mask, starts[1:])):
                 self.add("val" if next(sides) else "train", Document(*document))
 
     def _write_shard(self, split: str) -> None:
-        if split not in self.waiting:
-            return
         waiting = self.waiting.pop(split)
         files = {kind: io.BytesIO() for kind in KINDS}
         for kind, values in waiting.items():
@@ -123,7 +119,7 @@ class DataWriter:
     def finish(self, about: Mapping[str, Any], multi_turn: bool = False) -> dict[str, Any]:
         """Write what waits and the manifest (about says where the data come from, multi_turn whether chat is to
         remember the turns before), and remove every shard that it does not name. Returns the manifest."""
-        for split in SPLITS:
+        for split in list(self.waiting):
             self._write_shard(split)
         counts = {f"{split}_{key}": sum(shard[key] for shard in shards)
                   for split, shards in self.shards.items() for key in ("examples", "tokens", "response_tokens")}
@@ -161,10 +157,8 @@ def open_prepared(folder: Path) -> Prepared:
     with errors_at(path, Exception, advice=_AGAIN):  # a forged manifest can fail anywhere
         data = _regular(path).read_bytes()
         manifest: dict[str, Any] = json.loads(data)
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {manifest['format_version']!r:.40}, this version reads {FORMAT_VERSION}")
-        if manifest["template"] != TEMPLATE:
-            raise ValueError(f"prepared with template {manifest['template']!r:.40}, this version knows {TEMPLATE!r}")
+        if (made := (manifest["format_version"], manifest["template"])) != (FORMAT_VERSION, TEMPLATE):
+            raise ValueError(f"format and template are {made!r:.60}, this version reads {(FORMAT_VERSION, TEMPLATE)}")
         if data != manifest_bytes(manifest):
             raise ValueError("changed or damaged (its checksum does not fit)")
         if not all(shards and all(_SHARD_NAME.fullmatch(shard["name"]) for shard in shards)
@@ -173,21 +167,14 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, manifest)
 
 
-def open_shards(prepared: Prepared, split: str) -> list[dict[str, np.ndarray]]:
-    """The arrays of a split's shards, by kind, memory-mapped. Raises UserError when one is missing, or is not that of
-    the manifest: by its SHA-256, type and size."""
-    return [_open_shard(prepared.folder, split, shard) for shard in prepared.manifest["shards"][split]]
-
-
-def _open_shard(folder: Path, split: str, shard: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def open_shard(folder: Path, split: str, shard: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a shard, by kind, memory-mapped. Raises UserError when one is missing, or is not that of the
+    manifest: by its SHA-256, type and size."""
     arrays: dict[str, np.ndarray] = {}
     for kind, code in KINDS.items():
-        path, digest = shard_file(folder, split, shard, kind), hashlib.sha256()
+        path = shard_file(folder, split, shard, kind)
         with errors_at(path, Exception, advice=_AGAIN):  # a forged one fails anywhere in numpy's reader
-            with _regular(path).open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            if digest.hexdigest() != shard["sha256"][kind]:
+            if hashlib.sha256(_regular(path).read_bytes()).hexdigest() != shard["sha256"][kind]:
                 raise ValueError("damaged or changed (its SHA-256 is not the manifest's)")
             arrays[kind] = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it never unpickles nor unzips
             size = shard["examples" if kind == "starts" else "tokens"]

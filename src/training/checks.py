@@ -13,7 +13,7 @@ from dataloader_instruct import ExampleStream, InstructData
 from instruct_format import VOCAB_SIZE
 from model import GPT
 from training.memory import most_tokens
-from training.precision import cpu_has_bf16, name_of, product_type, type_name
+from training.precision import name_of
 from training.processes import Processes
 from weights import checkpoint
 from weights.durable import free_bytes
@@ -27,14 +27,15 @@ def facts(options: Namespace, processes: Processes, model: GPT, data: Mapping[st
     """What the run is, by name. origin says where the weights come from."""
     tokens = int(data["train"].lengths.sum())
     longer = ", ".join(f"{split.left_out:,} {name}" for name, split in data.items() if split.left_out)
-    precision, device = product_type(options.precision, processes.device), processes.device
-    is_slower = device.type == "cpu" and precision is torch.float32 and cpu_has_bf16()
+    device = processes.device
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    is_slower = device.type == "cpu" and options.precision == "fp32" and has_bf16
     return {
         "model": f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {model.config.n_layer} "
                  f"layers of {model.config.n_head} heads, width {model.config.n_embd}, context_length "
                  f"{options.context_length}, {origin}",
         "device": f"{name_of(device)}, {processes.world_size} process" + "es" * (processes.world_size > 1)
-                  + f", products in {type_name(precision)}"
+                  + f", products in {options.precision}"
                   + "; --precision bf16 may take half the time on this CPU" * is_slower,
         "data": f"{len(data['train']):,} train and {len(data['val']):,} val examples, {tokens:,} train tokens"
                 + f"; left out, longer than context_length: {longer}" * bool(longer),

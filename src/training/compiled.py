@@ -20,9 +20,7 @@ class Compiled:
 
         def transform(tokens: Tensor, positions: Tensor, starts: Tensor, longest: int) -> Tensor:
             documents = Documents((), positions, starts, longest)
-            hidden = model.transformer(tokens, positions, attend_packed(documents), None)
-            assert isinstance(hidden, Tensor)
-            return hidden
+            return model.transformer(tokens, positions, attend_packed(documents), None)
 
         # the backward pass too, while its failure can be caught
         functorch.force_non_lazy_backward_lowering = True
@@ -39,10 +37,8 @@ class Compiled:
                 hidden = self._transform(tokens, documents.positions, documents.starts, documents.longest)
                 self._graphs.add(torch.is_grad_enabled())
                 return hidden.index_select(0, rows)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
-                if torch.is_grad_enabled() in self._graphs:
+                if isinstance(error, torch.OutOfMemoryError) or torch.is_grad_enabled() in self._graphs:
                     raise
                 self._go_without(str(getattr(error, "inner_exception", error)))
         return self._model(tokens, documents, rows)  # type: ignore[no-any-return]

@@ -10,13 +10,11 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dataloader_instruct import ExampleStream, InstructData, Position
 from errors import UserError, errors_at
@@ -24,20 +22,18 @@ from instruct_format import VOCAB_SIZE
 from model import GPT
 from training.checks import doubt_about_weights, doubts, existing, facts
 from training.ending import Signals
-from training.inputs import check_sizes, find_state, model_of, open_data, split_data
-from training.memory import fit, most_tokens
+from training.inputs import check_sizes, find_state, model_of, open_data, restore, split_data
+from training.memory import fit, most_tokens, needed_bytes
 from training.options import parse_options, resumed_options, with_steps
 from training.precision import name_of
 from training.processes import Processes, join, less_memory
 from training.progress import columns, duration, say
-from training.restore import restore
 from training.run import Run
 from training.step import Learner
 from weights.checkpoint import size_of
 from weights.durable import LOCK, lock_folder
 
 _NEEDS = "not checked, as it needs what failed above"
-CPU_TOKENS = 512  # tried on a CPU, where a whole micro-batch takes minutes; memory and time grow with the tokens
 
 
 class Table:
@@ -53,10 +49,6 @@ class Table:
     def add(self, status: str, name: str, text: str) -> None:
         if self.is_ok(name):
             self.rows[name] = (status, text)
-
-    def add_all(self, status: str, texts: Mapping[str, str]) -> None:
-        for name, text in texts.items():
-            self.add(status, name, text)
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
@@ -102,11 +94,10 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
         path, state = find_state(options, folder)
         options = resumed_options(argv, state["options"], folder, path) if state else options
         table.add("ok", "start", f"goes on from {path} at step {state['step']}" if state else "a new run")
-    if table.is_ok("start"):
-        with table.check("model"), table.processes.failures_explained("the model does not fit"):
-            model, origin = model_of(options, state, path)
-    if options.resume and not table.is_ok("start"):  # which would have said where its data are
+    if options.resume and not table.is_ok("start"):  # which would have said what its model and its data are
         return table.add("warning", "the rest", _NEEDS)
+    with table.check("model"), table.processes.failures_explained("the model does not fit"):
+        model, origin = model_of(options, state, path)
     if not table.is_ok("model"):
         model = None  # here too, if another process refuses it
     if model:
@@ -128,8 +119,9 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
     if not table.is_ok("device"):
         return None
     devices = table.processes.gather(name_of(table.processes.device))
-    table.add_all("ok", facts(options, table.processes, model, data, stream, origin))
-    table.add_all("warning", doubts(options, model, data, stream, devices))
+    doubtful = doubts(options, model, data, stream, devices)
+    for name, text in {**facts(options, table.processes, model, data, stream, origin), **doubtful}.items():
+        table.add("warning" if name in doubtful else "ok", name, text)
     with table.check("memory"), table.processes.failures_explained(less_memory(options)):
         learner = _costs(options, model, data["train"], stream, table)
     if state and table.rows["memory"][0] == "ok":  # it takes as much again
@@ -142,38 +134,28 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     """The first loss, the memory and the time of the run, from a micro-batch on this device. Returns what computes it.
     """
     device, most = table.processes.device, most_tokens(options)
-    is_cuda, weights = device.type == "cuda", size_of(model.state_dict())
-    # a micro-batch of the first step; on a CPU as many of the first examples as fit, at least one
-    examples, _ = stream.step(Position())
-    fits = np.cumsum(data.lengths[examples]) <= CPU_TOKENS
-    first = data.plan(examples, most, 1).micro_batches[0] if is_cuda else examples[:max(1, int(fits.sum()))]
-    batch = data.micro_batch(first).to(device)
+    is_cuda = device.type == "cuda"
     learner = Learner(model.to(device), options, table.processes,
                       lambda text: table.add("warning", "compile", text.removeprefix("warning: ")))
-    kept = dict[int, int]()  # for the backward pass: bytes by their place in memory
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = learner.add_gradients(batch, 0.0).item() / max(1, len(batch.targets))
-    for parameter in learner.computing.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    # a micro-batch of the first step; on a CPU, where it may take minutes, two of its examples
+    examples, _ = stream.step(Position())
+    batch = data.micro_batch(data.plan(examples, most, 1).micro_batches[0] if is_cuda else examples[:2]).to(device)
+    loss = learner.add_gradients(batch, 0.0).item() / max(1, len(batch.targets))
     begin = time.perf_counter()  # the first time also started everything up
     learner.add_gradients(batch, 0.0).item()
     seconds = time.perf_counter() - begin
     # what that says of the run
     doubt = "" if options.from_scratch else doubt_about_weights(loss)
     table.add("warning" if doubt else "ok", "first loss", doubt or f"{loss:.2f} nats a response token")
-    needed = 4 * weights + sum(kept.values()) * most // len(batch.tokens)  # weights, gradients, two moments
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on a CPU they share the memory
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # of a container; "max" where it has no limit
-        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if is_cuda:
-        needed = torch.cuda.max_memory_allocated(device) + 2 * weights
+        needed = torch.cuda.max_memory_allocated(device) + 2 * size_of(model.state_dict())  # and the two moments
         there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:  # the processes share it
+        needed = needed_bytes(model, most, model.transformer.recompute, learner.product_type.itemsize)
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with suppress(OSError, ValueError):  # of a container; "max" where it has no limit
+            there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     more = f": {less_memory(options)}" * (needed > there)
     table.add("warning" if more else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of {most:,}"
               f" tokens, {there / 1e9:.1f} GB are there{more}")

@@ -21,11 +21,6 @@ def block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED_SIGNALS)
 
 
-def is_restart() -> bool:
-    """Whether this run began before and goes on by itself, here or on another host."""
-    return os.path.exists(os.environ.get("INSTRUCT_BEGUN", ""))
-
-
 def mark_begun() -> None:
     """The run has begun, or goes on: from now on a start of the launcher goes on from the newest checkpoint, whatever
     it was started with. The launcher sees when that was last."""

@@ -1,6 +1,6 @@
 """The gradients of a step: summed over its micro-batches and over the ranks, in the type of the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from weakref import ref
 
 import torch
@@ -16,18 +16,17 @@ class Gradients:
     """What the backward passes find goes here, not to .grad, where finish() puts the whole step's.
 
     A rank's sum of a parameter goes to the other ranks as soon as is_last is set and a backward pass has added to it,
-    while the rest of that pass is computed. copies are (a parameter of the model, the one in its place in the passes).
+    while the rest of that pass is computed. copies: a parameter of the model -> the one in its place in the passes.
     """
 
-    def __init__(self, model: GPT, copies: Iterable[tuple[nn.Parameter, nn.Parameter]], world_size: int) -> None:
+    def __init__(self, model: GPT, copies: Mapping[nn.Parameter, nn.Parameter], world_size: int) -> None:
         self.is_last = False  # whether this is the last micro-batch of the step
         self._world_size = world_size
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._found: list[tuple[nn.Parameter, Tensor]] = []  # by this pass, and not added yet
         self._to_send, self._complete = list[nn.Parameter](), set[nn.Parameter]()
         self._sent = list[dist.Work]()
-        copy_of = dict(copies)
-        self._stands_for: dict[Tensor, nn.Parameter] = {copy_of.get(each, each): each for each in model.parameters()}
+        self._stands_for: dict[Tensor, nn.Parameter] = {copies.get(each, each): each for each in model.parameters()}
         here = ref(self)  # a parameter has its hooks where Python's collector does not look
 
         def collect(computed: Tensor) -> None:
@@ -57,7 +56,7 @@ class Gradients:
         for work in self._sent:
             work.wait()
         self._sent.clear()
-        gradients = list(self._sums.values())
+        gradients = [self[parameter] for parameter in self._stands_for.values()]
         if scale != 1:
             torch._foreach_mul_(gradients, 1 / scale)
         for parameter, gradient in self._sums.items():

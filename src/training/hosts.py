@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -63,9 +64,7 @@ class Leader:
         self.here, self.arrived = set[str](), 0.0  # the hosts, and since when just these are here
 
     def _saved(self) -> float:
-        with suppress(OSError):
-            return self.latest.stat().st_mtime
-        return 0.0
+        return self.latest.stat().st_mtime if self.latest.exists() else 0.0
 
     def decide(self, reports: Mapping[str, Report]) -> Plan:
         """The plan, from the reports of all hosts that are here, by key; the first host comes first."""
@@ -112,8 +111,7 @@ class Leader:
     def _again(self, news: str, died: bool) -> None:
         """Start once more from the newest checkpoint, unless that would only repeat what happened."""
         saved = self._saved()
-        self.restarts = self.restarts + 1 if saved == self.saved else 1
-        self.saved = saved
+        self.restarts, self.saved = self.restarts + 1 if saved == self.saved else 1, saved
         if self.restarts > (self.most_restarts if saved or not died else 0):
             self.end(f"{news}; no new checkpoint was saved before that, so another start would only repeat it: see "
                      "above why, and run the command again", DiedError.exit_code)
@@ -177,8 +175,6 @@ class Hosts:
             time.sleep(0.5)
 
     def _connect(self, host: str, port: int) -> Any:
-        from datetime import timedelta
-
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         if not self._store:

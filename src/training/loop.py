@@ -47,7 +47,7 @@ def train(run: Run) -> int:
     _wait_for_saves(run)
     reason = "finished" if at_end else f"stopped, as {in_vain} evaluations gained nothing (--patience 0 goes on)"
     if run.progress:
-        run.progress.end_bar()
+        run.progress.bar.close()  # what is said from now on stands below it
         reason = f"stopped by {'Ctrl-C' if stop == SIGINT else Signals(stop).name}" if stop else reason
         say(summary(run, reason, time.perf_counter() - begin, run.step - first_step))
     return 128 + stop if stop else 0

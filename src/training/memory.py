@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 
 from model import GPT
-from training.precision import product_type, type_name
+from training.precision import TYPES, product_type
 from training.processes import Processes
 
 # Bytes for each token, layer and unit of width until the backward pass, as counted by PyTorch's allocator, for products
@@ -38,7 +38,8 @@ def fit(options: Namespace, model: GPT, processes: Processes) -> tuple[Namespace
     asked = {name: getattr(options, name) for name in ("precision", "mini_batch_size")}
     options = Namespace(**vars(options), asked=asked)
     with processes.together():
-        options.precision = type_name(product_type(options.precision, processes.device))
+        found = product_type(options.precision, processes.device)
+        options.precision = next(name for name, dtype in TYPES.items() if dtype is found)
     if "fp16" in processes.gather(options.precision):
         options.precision = "fp16"
     least = "blocks" if options.gradient_checkpointing == "on" else "gelu"

@@ -73,15 +73,13 @@ def _parse(argv: list[str] | None, run: Mapping[str, Any]) -> Namespace:
         for name, (_, kind, default, meaning) in table.items():
             if name != "from_scratch":  # which excludes the one before
                 one = group.add_mutually_exclusive_group()
-            one.add_argument(f"--{name}", type=kind, default=str(run[name]) if name in run else default,
-                             help=meaning + f" (default: {default})" * (default != ""),
-                             nargs="?" if default == "off" else None, const="on" if default == "off" else None)
+            how: dict[str, Any] = {"nargs": "?", "const": "on"} if default == "off" else {}
+            one.add_argument(f"--{name}", type=kind, default=str(run.get(name, default)), help=meaning, **how)
             if name == "max_steps":
                 one.add_argument("--epochs", type=number(float, 0, 10**6, above=True), help="instead of "
                                  "--max_steps: as many steps as go through the data this often; 3 is usual")
     group = parser.add_argument_group("this process")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                       help="where to compute (default: auto)")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     group.add_argument("--resume", metavar="PATH|latest|auto",
                        help="go on from this checkpoint, or from the newest valid one of --checkpoint_dir; auto starts "
                             "a new run when there is none")

@@ -18,7 +18,7 @@ from training.onednn import is_faster, multiply_with_onednn
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate")
 _UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal")
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_named(name: str) -> str:
@@ -62,12 +62,7 @@ def product_type(name: str, device: torch.device) -> torch.dtype:
         raise UserError(f"--precision fp16 is for GPUs, this is {device.type}; take bf16 or fp32")
     if name == "bf16" and device.type == "cuda" and not is_new:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} does not have it; take fp16 or fp32")
-    return _TYPES[name]
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """fp32, bf16 or fp16."""
-    return next(name for name, known in _TYPES.items() if known is dtype)
+    return TYPES[name]
 
 
 def name_of(device: torch.device) -> str:
@@ -104,33 +99,25 @@ def waits_for_disk(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def cpu_has_bf16() -> bool:
-    """Whether products in bf16 are faster than in fp32 on this CPU."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 class Products:
     """The model that computes, with its products in this type. In fp32 it is the model itself; else its layers multiply
     copies of their weights, which are made once a step.
 
     Everything else is the model's own in any type: norms, embeddings, and the sum that flows from layer to layer, in
-    fp32. copies holds (a parameter of the model, its copy); output is the copy of the output matrix, None in fp32.
+    fp32. copies: a parameter of the model -> its copy; output is the copy of the output matrix, None in fp32.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         self.model = model
-        self.copies: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self.output: Tensor | None = None
         if is_faster(model.transformer.wte.weight, dtype):
             multiply_with_onednn(model)
         if dtype is torch.float32:
             return
-        memo = {id(parameter): parameter for parameter in model.parameters()}
-        for module in model.modules():
-            if isinstance(module, Linear):
-                for parameter in module.parameters():
-                    memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
-                    self.copies.append((parameter, memo[id(parameter)]))
+        self.copies = {parameter: nn.Parameter(parameter.detach().to(dtype)) for module in model.modules()
+                       if isinstance(module, Linear) for parameter in module.parameters()}
+        memo = {id(each): self.copies.get(each, each) for each in model.parameters()}
         self.model = deepcopy(model, memo)  # which takes from memo what is in there
         self.output = padded(model.transformer.wte.weight, dtype)
 
@@ -138,5 +125,5 @@ class Products:
     def refresh(self) -> None:
         """Copy the weights as they are now."""
         if self.output is not None:
-            torch._foreach_copy_([copy for _, copy in self.copies], [parameter for parameter, _ in self.copies])
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
             copy_again(self.model.transformer.wte.weight, self.output)

@@ -134,10 +134,6 @@ class Progress:
             say(f"warning: {doubt}")
         self._show_figures()
 
-    def end_bar(self) -> None:
-        """What is said from now on stands below the bar."""
-        self.bar.close()
-
     def close(self) -> None:
         self.bar.close()
         self.log.close()

@@ -26,10 +26,10 @@ class Sample(NamedTuple):
 
 def sample_answers(model: GPT, data: InstructData, is_stopped: Callable[[], bool]) -> list[Sample]:
     """The model's answers to the first prompts whose expected answer is short enough to be reached (then to others).
-    None when it is stopped before all are there. Of several turns the last one is answered, as in an evaluation."""
+    None of them when it is stopped before all are there. Of several turns the last one is answered, as in an
+    evaluation."""
     documents, context_length = map(data.example, range(min(CANDIDATES, len(data)))), model.config.context_length
     cases = [Case(tokens.tolist(), trained_spans(loss_mask)) for tokens, loss_mask in documents]
-    cases = [case for case in cases if len(case.prompt) < context_length]  # so there is room for an answer
     cases = sorted(cases, key=lambda case: len(case.expected) >= TOKENS // 2)[:PROMPTS]
     answers, decode = dict[int, list[int]](), tokenizer().decode
     with suppress(CheckpointError):  # scores that are not finite: the step says so, and what to do

@@ -9,14 +9,13 @@ from pathlib import Path
 from dataloader_instruct import ExampleStream
 from training.checks import doubts, facts
 from training.ending import Signals, mark_begun
-from training.inputs import check_sizes, find_state, model_of, open_data, split_data
+from training.inputs import check_sizes, find_best, find_state, model_of, open_data, restore, split_data
 from training.log import RunLog
 from training.memory import fit
 from training.options import parse_options, resumed_options, with_steps
 from training.precision import name_of, waits_for_disk
 from training.processes import Processes, comparable, digest, join, less_memory
 from training.progress import Progress, columns, say
-from training.restore import find_best, restore
 from training.run import Run
 from training.step import Learner
 from training.threads import Saver
@@ -58,11 +57,11 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
             checkpoint.remove_temporaries(folder)
             path, state = find_state(options, folder)
     processes.check_shared(folder)
-    found, step = processes.gather([str(path), state and state["step"]])[0]
+    found = processes.gather(state and str(path))[0]
     # what may be refused, on one rank alone too
     with processes.together():
-        if not processes.is_main:
-            path, state = Path(found), checkpoint.load_run(Path(found)) if step is not None else None
+        if found and not processes.is_main:
+            path, state = Path(found), checkpoint.load_run(Path(found))
         if state:
             options = resumed_options(argv, state["options"], folder, path)
         prepared = open_data(options, state)
@@ -71,12 +70,10 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
         data = split_data(prepared, options, model.config.vocab_size)
         stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
         options = with_steps(options, stream.steps_in, state, path)
-        started_with: dict[str, object] = {}
-        if processes.world_size > 1:
-            weights = digest([model.state_dict(), state and [state["step"], state["optimizer"]]])
-            started_with = {**comparable(options), "the data": prepared.manifest["fingerprint"][:12],
-                            "the weights": weights}
-    processes.compare(started_with)
+    if processes.world_size > 1:
+        weights = digest([model.state_dict(), state and [state["step"], state["optimizer"]]])
+        processes.compare({**comparable(options), "the data": prepared.manifest["fingerprint"][:12],
+                           "the weights": weights})
     # the run, where it begins or where the checkpoint left it
     options, model.transformer.recompute = fit(options, model, processes)
     devices = processes.gather(name_of(processes.device))

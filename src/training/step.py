@@ -9,7 +9,9 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,6 @@ from training.gradients import Gradients
 from training.memory import most_tokens
 from training.precision import Products, product_type
 from training.processes import Processes
-from training.threads import ahead
 
 HIGHEST_SCALE = 2.0**16  # of the loss in fp16, whose small gradients would be 0 without it
 SCALE_STEPS = 1000  # a scale that was lowered is doubled at multiples of this
@@ -72,8 +73,10 @@ class Learner:
     def batches(self, data: InstructData, plan: Plan) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a plan, on its device. The next is put together while one is computed."""
         mine = plan.micro_batches[self.processes.rank::self.processes.world_size]
-        for batch in ahead(lambda examples: data.micro_batch(examples, self.n_tokens), mine):
-            yield batch.to(self.processes.device)
+        with ThreadPoolExecutor(1) as thread:
+            made = (thread.submit(data.micro_batch, examples, self.n_tokens) for examples in [*mine, []])
+            for batch, _ in pairwise(made):  # one ahead; the last, which has no examples, is not taken
+                yield batch.result().to(self.processes.device)
 
     def add_gradients(self, batch: MicroBatch, scale: float) -> Tensor:
         """Add the gradients of scale * the summed cross entropy at a micro-batch's response positions to those of the

@@ -1,26 +1,11 @@
-"""What is done while a step is computed: the next micro-batch is put together, and on a GPU a checkpoint is written."""
+"""What is done while a GPU computes steps: a checkpoint is written."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
-
-
-def ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
-    """make of each item, one ahead of what is taken."""
-    with ThreadPoolExecutor(1) as thread:
-        coming: Future[Made] | None = None
-        for item in items:
-            before, coming = coming, thread.submit(make, item)
-            if before:
-                yield before.result()
-        if coming:
-            yield coming.result()
 
 
 class Saver:
@@ -41,12 +26,10 @@ class Saver:
         this state is written all the same."""
         if not self._thread:
             return write(state)
-        before, self._writing = self._writing, None
-        if before:
-            before.exception()  # waits, so that there is never more than one copy
-        self._writing = self._thread.submit(write, copied(state))
-        if before:
-            before.result()
+        try:
+            self.wait()  # so that there is never more than one copy
+        finally:
+            self._writing = self._thread.submit(write, copied(state))
 
     def wait(self) -> None:
         """Wait until all is written. Raises what a write raised."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from errors import CheckpointError, UserError, errors_at
 from model import GPT, GPTConfig
@@ -75,9 +76,7 @@ def save(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -> None:
 
 def size_of(state: object) -> int:
     """The bytes of the tensors in nested dictionaries. A checkpoint has a few hundred more for each tensor."""
-    if isinstance(state, Mapping):
-        return sum(map(size_of, state.values()))
-    return state.nbytes if isinstance(state, Tensor) else 0
+    return sum(each.nbytes for each in tree_leaves(state) if isinstance(each, Tensor))
 
 
 def load(path: Path) -> dict[str, Any]:
