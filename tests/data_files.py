@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 Row = dict[str, Any]
@@ -46,4 +47,11 @@ def table(rows: list[Row], separator: str = ",", first: str = "", header: tuple[
 def parquet(*rows: Any, names: list[str] | None = None) -> bytes:
     buffer, columns = io.BytesIO(), pyarrow.Table.from_pylist(list(rows))
     pyarrow.parquet.write_table(columns.rename_columns(names or columns.column_names), buffer)
+    return buffer.getvalue()
+
+
+def arrow(open_writer: Callable[..., pyarrow.RecordBatchFileWriter], *rows: Any) -> bytes:
+    buffer, columns = io.BytesIO(), pyarrow.Table.from_pylist(list(rows))
+    with open_writer(buffer, columns.schema) as writer:
+        writer.write_table(columns)
     return buffer.getvalue()

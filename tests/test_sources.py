@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow.ipc
 import pytest
 
 import cli
@@ -23,7 +24,7 @@ import prepare_instruct_dataset
 from conftest import SRC, run_command, run_script, write_jsonl
 from data.rows import open_sources
 from data.shards import MANIFEST
-from data_files import HARD_ROWS, lines, listed, parquet, row, table
+from data_files import HARD_ROWS, arrow, lines, listed, parquet, row, table
 from errors import UserError
 from helpers import expected_of, prepare, texts_of
 from instruct_format import prompt_text
@@ -40,6 +41,14 @@ TEXTS: dict[str, tuple[str, str | bytes]] = {
                                          for name in HARD_ROWS[0]})),
     "by numbers": ("a.json", json.dumps({str(n): row for n, row in enumerate(HARD_ROWS)})),
     "lists by columns": ("a.json", json.dumps({name: [row[name] for row in HARD_ROWS] for name in HARD_ROWS[0]})),
+    "by names": ("a.json", json.dumps({f"row{n}": row for n, row in enumerate(HARD_ROWS)})),
+    "pandas, split": ("a.json", json.dumps({"columns": [*HARD_ROWS[0]], "index": [*range(len(HARD_ROWS))],
+                                            "data": [[*row.values()] for row in HARD_ROWS]})),
+    "objects over many lines": ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in HARD_ROWS)),
+    "objects in one line": ("a.jsonl", " ".join(map(json.dumps, HARD_ROWS))),
+    "lists one after another": ("a.json", json.dumps(HARD_ROWS[:3], indent=1) + json.dumps(HARD_ROWS[3:])),
+    "Arrow": ("a.arrow", arrow(pyarrow.ipc.new_stream, *HARD_ROWS)),
+    "Feather": ("a.feather", arrow(pyarrow.ipc.new_file, *HARD_ROWS)),
     "under any name": ("a.json", json.dumps({"about": {"by": "me"}, "faq": HARD_ROWS})),
     "lines of joined files": ("a.jsonl", LINES.replace('\n{', '\n\ufeff{')),
     "tables of joined files": ("a.csv", table(HARD_ROWS[:7]) + "\ufeff" + table(HARD_ROWS[7:])),
@@ -92,6 +101,7 @@ def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     ("a.csv", "instruction,output,a|b|c|d\n q,a|b,c\n", [(" q", "a|b", "c")]),
     ("a.txt", "sep=|\ninstruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
     ("a.csv", "instruction,output,,\nQ,A,,\n\n", [("Q", "A", "")]),
+    ("a.csv", "instruction,output,input\nQ,A\nQ,A,,,\n", [("Q", "A", "")] * 2),
 ])
 def test_blanks_of_tables(tmp_path, name, text, rows):
     """A blank before a quote is none of the field; other blanks are."""
@@ -115,6 +125,14 @@ def test_standard_input_and_pipes_are_read_by_their_content(tmp_path, monkeypatc
     prepare(tmp_path / "pipe", tmp_path / "out", "--val_fraction", 0.3)
     writer.join()
     assert sorted(sum(texts_of(tmp_path / "out").values(), [])) == expected
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path):
+    for number in range(2):
+        part = arrow(pyarrow.ipc.new_stream, *ROWS[number * 6:number * 6 + 6])
+        (tmp_path / f"data-0000{number}-of-00002.arrow").write_bytes(part)
+        (tmp_path / f"cache-{number}.arrow").write_bytes(part)  # of a map
+    assert [row for source in open_sources([str(tmp_path)], {}) for _, row in source.rows] == ROWS
 
 
 def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, monkeypatch):
@@ -276,7 +294,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
                                 "line 1: two columns 'output'; give each"),
     "two columns of one name, Parquet": ("a.parquet", parquet(row(), names=["instruction", "output", "output"]),
                                          "two columns 'output'; give each"),
-    "many objects over many lines": ("a.json", json.dumps(row(), indent=1).encode() * 2, NO_JSON + "line 5 column 2$"),
+    "many objects over many lines, one cut": ("a.json", json.dumps(row(), indent=1).encode() * 2 + b"{",
+                                              NO_JSON + "line 9 column 3$"),
     "list not closed": ("a.json", LISTED.rstrip()[:-1], NO_JSON + r"line 13 column \d+$"),
     "UTF-16 list without mark": ("a.json", LISTED.decode().encode("utf-16-le"),
                                  "line 1: not UTF-8: byte 0x00 in column 2" + NO_TEXT),
@@ -296,6 +315,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a million blanks": ("a.json", listed(row(), row(output=BLANKS)), r"row 2: column 'output' has 100,000 blanks"),
     "lone surrogate": ("a.jsonl", lines(row(), row(output="a\ud800b")), r"line 2: column 'output' .*surrogate"),
     "too many fields": ("a.csv", TABLE + b"a,b,c,d\n", r"line 14: expected 3 columns .* found 4"),
+    "no field for the answer": ("a.csv", TABLE + b"a,b\n", r"line 14: expected 3 columns .* found 2"),
+    "Arrow cut": ("a.arrow", arrow(pyarrow.ipc.new_stream, *ROWS)[:300], "not a readable Arrow file"),
     "quote not closed": ("a.csv", TABLE + b'a,,"b\n' + b"c,,d\n" * 9, "line 14: unexpected end .*quote is not clos"),
     "closed by the next": ("a.csv", csv_of('a,,"two', 'lines"', 'b,,"c', 'd,,"e"'), "line 4: .*quote is not closed"),
     "lines that end with CR": ("a.csv", TABLE.replace(b"\n", b"\r"), r"line 1: .*, or a line ends with CR alone$"),
@@ -319,7 +340,7 @@ def prepare_beside(data: Path, *flags: object) -> dict[str, Any]:
 
 # Where --skip_bad is offered: never for the first row, which the others may be like, an encoding, or a broken file
 SINGLE_ROWS = ("not JSON, line", "row is a list", "nested deeply, line", "a million blanks", "lone surrogate",
-               "too many fields")
+               "too many fields", "no field for the answer")
 BROKEN = ("list not closed", "0xff in a line", "quote not closed", "no column, table", "Parquet not UTF-8")  # no help
 
 

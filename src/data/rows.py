@@ -4,6 +4,7 @@ Nothing in here knows what a row means. The readers are our own because `dataset
 text null into nothing, takes lines that are not UTF-8, and loses the numbers of lines.
 """
 
+import ast
 import codecs
 import csv
 import glob
@@ -16,7 +17,8 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice, tee
+from contextlib import suppress
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +36,15 @@ KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # each also 
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test",
                **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")}
 QUESTIONS = ("instruction", "prompt", "question", "query", "inputs", "problem", "human", "user", "message_1", "input")
-TALKS = ("messages", "conversations", "conversation")
+TALKS = ("messages", "conversations", "conversation", "contents")
 ANSWERS = ("output", "response", "completion", "solution", "answer", "targets", "target", "assistant", "message_2")
 _JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
                          parse_constant=lambda name: None if name == "NaN" else Number(name))
+_VALUE = re.compile(r"[^ \t\r\n]")  # where a value begins
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")  # in the first bytes of archives, and of UTF-16 without its mark
+# in the first bytes of archives, and of UTF-16 without its mark
+_CONTROL = re.compile(rb".{0,15}?[\1-\x08\x0e-\x1f]|.{0,511}?\0", re.DOTALL)
+_ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # how a file and a stream of Arrow begin
 _LFS = b"version https://git-lfs"
 _NO_TEXT = ("save it as UTF-8, or convert it: iconv -f WINDOWS-1252 (or UTF-16LE, or what it is) -t UTF-8 OLD > NEW. "
             "An archive other than .gz has to be unpacked, a document saved as CSV, a file that is cut copied again")
@@ -68,7 +73,8 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
     found: dict[str, str] = {}
     for name in names:
         is_pattern = glob.has_magic(name) and not os.path.exists(name)
-        matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True))) if is_pattern else [name]
+        matches = sorted(filter(os.path.isfile, glob.glob(name, recursive=True))) if is_pattern else sorted(
+            glob.glob(f"{glob.escape(name)}/data-*.arrow")) or [name]  # a folder of save_to_disk
         if not matches:
             raise UserError(f"{name}: no file matches")
         found |= {os.path.realpath(match): match for match in matches}
@@ -103,9 +109,9 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
             file = io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
         if file.peek(len(_LFS)).startswith(_LFS):
             raise BadRow("a pointer of git LFS, not the file itself; run git lfs pull in its folder")
-        if kind == ".parquet" or file.peek(4).startswith(b"PAR1"):
-            yield from _numbered(_parquet_rows(
-                place, io.BytesIO(file.read()) if zipped or not os.path.isfile(name) else name))
+        if kind == ".parquet" or file.peek(6).startswith((b"PAR1", *_ARROW)):
+            begin, is_pipe = file.peek(6)[:6], zipped or not os.path.isfile(name)
+            yield from _numbered(_arrow_rows(place, io.BytesIO(file.read()) if is_pipe else name, begin))
             return
         lines, ahead = tee(_lines(file))
         first, second, *_ = [*islice(filter(str.strip, ahead), 2), "", ""]  # that are not blank
@@ -121,8 +127,8 @@ def _lines(file: io.BufferedReader) -> Iterator[str]:
     try:
         for number, line in enumerate(lines, 1):
             if isinstance(line, bytes):
-                if number == 1 and (control := _CONTROL.search(line[:16])):
-                    raise UnicodeDecodeError("utf-8", line, *control.span(), "no text")
+                if number == 1 and (control := _CONTROL.match(line)):
+                    raise UnicodeDecodeError("utf-8", line, control.end() - 1, control.end(), "no text")
                 line = line.decode()
             yield line.lstrip("\ufeff")  # files may be joined
     except UnicodeDecodeError as error:
@@ -131,22 +137,29 @@ def _lines(file: io.BufferedReader) -> Iterator[str]:
 
 
 def _json_rows(first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """One object a line; or one value, read whole: a list, or an object alone or over many lines."""
+    """One object a line; or values that are read whole: a list, or objects over many lines or on one."""
     starts = first.lstrip()[:1] + second.lstrip()[:1]
     goes_on = starts != "{{" and starts.startswith(("{", "[")) and isinstance(parse_json(first.strip()), BadRow)
     if not goes_on and (second or not first):
         yield from ((f"line {at}", parse_json(line.rstrip())) for at, line in enumerate(lines, 1) if line.strip())
         return
-    value = parse_json("".join(lines).rstrip())
-    if isinstance(value, BadRow):
-        raise value
-    yield from _numbered(_listed(value))
+    values = parse_json("".join(lines).rstrip(), is_one=False)
+    if isinstance(values, BadRow):
+        raise values
+    yield from _numbered(chain.from_iterable(map(_listed, values)))
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text, or a BadRow. Numbers stay as they are written, NaN is null."""
+def parse_json(text: str, is_one: bool = True) -> Any:
+    """The value of a JSON text, or a list of all that stand in it one after another; or a BadRow. Numbers stay as they
+    are written, NaN is null."""
+    values, end = list[Any](), 0
     try:
-        return _JSON.decode(text)
+        if is_one:
+            return _JSON.decode(text)
+        while begin := _VALUE.search(text, end):
+            value, end = _JSON.raw_decode(text, begin.start())
+            values.append(value)
+        return values
     except RecursionError:
         return BadRow("nested too deeply")
     except json.JSONDecodeError as error:
@@ -154,9 +167,22 @@ def parse_json(text: str) -> Any:
         return BadRow(f"cannot be read as JSON: {error.msg}: {line}column {error.colno}")
 
 
+def parse_list(text: str) -> Any:
+    """The list that a text is, as JSON writes it, or Python, as pandas has it in CSV; or the text itself."""
+    if isinstance(value := parse_json(text), BadRow):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else text
+    return value if isinstance(value, list) else text.strip()
+
+
+def plain(name: object) -> str:
+    """The name of a column or role without what people add to it: blanks, capitals, the mark of a file's beginning."""
+    return str(name).replace("\ufeff", "").strip().lower()
+
+
 def split_of(name: str) -> str | None:
     """The split that a name such as Train, validation or test_sft means."""
-    return SPLIT_NAMES.get(name.strip().lower().split("_")[0])
+    return SPLIT_NAMES.get(plain(name).split("_")[0])
 
 
 def _listed(value: Any) -> list[Any]:
@@ -165,19 +191,21 @@ def _listed(value: Any) -> list[Any]:
     them may be for training."""
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
-    names, columns, kinds = {key.strip().lower() for key in value}, list(value.values()), {*map(type, value.values())}
-    if kinds == {dict} and all(map(str.isdigit, value)):
+    columns, kinds = list(value.values()), {*map(type, value.values())}
+    if kinds == {dict} and (all(map(str.isdigit, value)) or all(map(_is_pair, columns))):
         return columns
+    if isinstance(header := value.get("columns"), list) and isinstance(rows := value.get("data"), list) and all(
+            isinstance(row, list) and len(row) == len(header) for row in rows):
+        return [dict(zip(header, row)) for row in rows]
     if kinds == {dict} and columns[0] and all(map(str.isdigit, columns[0])) and all(
             column.keys() == columns[0].keys() for column in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
-    is_pair = bool(names & {*QUESTIONS} and names & {*ANSWERS})
-    if is_pair and kinds == {list} and len({*map(len, columns)}) == 1:
+    if (is_pair := _is_pair(value)) and kinds == {list} and len({*map(len, columns)}) == 1:
         return [dict(zip(value, row)) for row in zip(*columns)]
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
     is_row = is_pair or any(
         rows[0].keys() >= {"role", "content"} or rows[0].keys() >= {"from", "value"} or
-        key.strip().lower() in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
+        plain(key) in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
         return [value]
     if len(lists) > 1 and not all(map(split_of, lists)):
@@ -185,6 +213,11 @@ def _listed(value: Any) -> list[Any]:
                      "or under train and val")
     return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
             for key, rows in lists.items() for row in rows]
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    names = {*map(plain, row)}
+    return bool(names & {*QUESTIONS} and names & {*ANSWERS})
 
 
 def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
@@ -207,6 +240,11 @@ def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
                     header = fields
                     _refuse_twice(header, f"line {line}: ")
             elif (fields[1:] or "".join(fields).strip()) and fields != header:  # it comes again where files were joined
+                while len(fields) > len(header) and not fields[-1]:
+                    fields.pop()
+                absent = header[len(fields):]  # spreadsheets leave out empty fields at the end
+                if fields[1:] and {*map(plain, absent)}.isdisjoint(ANSWERS):
+                    fields += [""] * len(absent)
                 yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
                     f"expected {len(header)} columns as in the first line, found {len(fields)}")
             line = reader.line_num + 1
@@ -222,13 +260,22 @@ def _refuse_twice(names: list[str], where: str = "") -> None:
             raise BadRow(f"{where}two columns {name!r:.60}; give each a name of its own")
 
 
-def _parquet_rows(place: str, file: Any) -> Iterator[Any]:
+def _arrow_rows(place: str, file: Any, begin: bytes) -> Iterator[Any]:
+    """Of Parquet, and of what datasets' save_to_disk and pandas' to_feather write."""
+    import pyarrow.ipc
     import pyarrow.parquet
 
-    with errors_at(f"{place}: not a readable Parquet file", pyarrow.ArrowException, OverflowError, ValueError):
-        table = pyarrow.parquet.ParquetFile(file)
-        _refuse_twice(table.schema_arrow.names)
-        for batch in table.iter_batches(1000):
+    kind = "Arrow" if begin.startswith(_ARROW) else "Parquet"
+    with errors_at(f"{place}: not a readable {kind} file", pyarrow.ArrowException, OverflowError, ValueError):
+        if kind == "Parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            names, batches = table.schema_arrow.names, table.iter_batches(1000)
+        else:
+            open_it = pyarrow.ipc.open_file if begin == _ARROW[0] else pyarrow.ipc.open_stream
+            table = open_it(pyarrow.memory_map(file) if isinstance(file, str) else file).read_all()
+            names, batches = table.column_names, table.to_batches(1000)
+        _refuse_twice(names)
+        for batch in batches:
             yield from batch.to_pylist()
 
 

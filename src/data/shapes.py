@@ -12,7 +12,7 @@ from itertools import chain, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, BadSplit, Number, Source, parse_json, split_of
+from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, BadSplit, Number, Source, parse_list, plain, split_of
 from instruct_format import join_texts, tidy, with_input
 
 # The names of a column of each meaning, the likelier first, in any case
@@ -31,8 +31,9 @@ KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpa
                "instruction/context/response": "Dolly", "question/response/system_prompt": "OpenOrca"}
 SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
             **dict.fromkeys(("system", "developer"), "system"),
-            **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant")}
-TEXTS = ("content", "value", "text", "parts")  # of a message
+            **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant")}
+ROLES = ("role", "from", "speaker", "sender")  # who says a message
+TEXTS = ("content", "value", "text", "parts", "message")  # what it says
 CALLS = ("tool_calls", "function_call")  # which may stand in its place
 UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 _WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
@@ -92,12 +93,16 @@ class Shapes:
         """Raises BadRow where there is no meaning in the row, or no text where one must be."""
         if isinstance(row, BadRow):
             raise row
+        if _is_talk(row):
+            row = {"messages": row}
         if not isinstance(row, dict):
             raise BadRow(f"expected an object with columns such as instruction and output, found {_shown(row)}")
         columns = self.known.get(tuple(row))
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
+        if columns.keys() >= NEEDED and any(_is_talk(row[columns[meaning]]) for meaning in NEEDED):
+            row, columns = self._joined(row, columns)
         turns = self._conversation(row, columns) if "messages" in columns else ()
         if "messages" not in columns or columns.keys() >= NEEDED and Example(turns).fault:
             return Example((self._pair(row, columns),), split)
@@ -106,9 +111,9 @@ class Shapes:
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The column of each meaning: as the user says, else by their names."""
-        free = {_plain(name): name for name in reversed(list(row))}
-        self.not_found = [name for name in self.not_found if _plain(name) not in free]
-        found: dict[str, str | None] = {meaning: (name if name in row else free.get(_plain(name))) if name else None
+        free = {plain(name): name for name in reversed(list(row))}
+        self.not_found = [name for name in self.not_found if plain(name) not in free]
+        found: dict[str, str | None] = {meaning: (name if name in row else free.get(plain(name))) if name else None
                                         for meaning, name in self.columns.items()}
         if "instruction" in found or "output" in found:
             found.setdefault("messages")
@@ -117,6 +122,8 @@ class Shapes:
                                             and free[name] not in found.values()), None))
         if None in (found["instruction"], found["output"]) and "messages" not in self.columns:
             found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free), None)
+        if found["messages"] and "system" not in self.columns:
+            found["system"] = found["system"] or free.get("system") or free.get("systeminstruction")
         return {meaning: name for meaning, name in found.items() if name is not None}
 
     def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> Turn:
@@ -127,7 +134,7 @@ class Shapes:
         instruction, input, output, system = self._texts(row, columns)
         used = [columns[meaning] for meaning in PAIR if meaning in columns]
         self.used |= dict.fromkeys(used)
-        shape = "/".join(map(_plain, used))
+        shape = "/".join(map(plain, used))
         self.names[KNOWN_PAIRS.get(shape, shape)] = None
         return Turn(join_texts(system if instruction or input else "", instruction), input, output)
 
@@ -146,7 +153,8 @@ class Shapes:
             self.changes["numbers and booleans became text"] += 1
             value = str(value).lower() if isinstance(value, bool) else str(value)
         if not isinstance(value, str):
-            raise BadRow(f"{where} must be text, found {_shown(value)}; make it one text")
+            raise BadRow(f"{where} must be text, found {_shown(value)}; make it one text, or take "
+                         "others: --columns instruction=NAME output=NAME, or messages=NAME")
         if not value.isascii() and _SURROGATE.search(value):
             raise BadRow(f"{where} has half of a surrogate pair, which is not text")
         if len(value) > LONGEST_BLANK and _BLANK.search(value):
@@ -167,17 +175,29 @@ class Shapes:
         self.used[column] = None
         return split
 
+    def _joined(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """One conversation of a question and an answer that are lists of messages, or one of them; and its columns."""
+        messages: list[Any] = []
+        for meaning, role in (("instruction", "user"), ("output", "assistant")):
+            self.used[columns[meaning]] = None
+            value = row[columns[meaning]]
+            messages += value if _is_talk(value) else [{"role": role, "content": value}]
+        others = {meaning: name for meaning, name in columns.items() if meaning in ("system", "split")}
+        return {**row, columns["instruction"]: messages}, {**others, "messages": columns["instruction"]}
+
     def _conversation(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
         """The turns of a list of messages; none where there is no such list, but a question with its answer."""
         value, where = row[columns["messages"]], f"column {columns['messages']!r}"
-        if isinstance(value, str) and isinstance(parsed := parse_json(value), list):
-            value = parsed
+        if isinstance(value, str):
+            value = parse_list(value)
         if columns.keys() >= NEEDED and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
             return ()
         if not isinstance(value, list) and value not in (None, ""):
-            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}; the columns are {_names(row)}; "
-                         f"{_WHICH}")
-        system = self._text(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
+            is_list = isinstance(value, str) and value.startswith("[")
+            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}; " + (
+                "write it as JSON, or save the data as .jsonl or .parquet" if is_list
+                else f"the columns are {_names(row)}; {_WHICH}"))
+        system = self._content(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
         return self._turns(value or [], where, system)
 
     def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
@@ -210,6 +230,8 @@ class Shapes:
 
     def _messages(self, items: list[Any], column: str) -> Iterator[tuple[str, str, bool]]:
         """(user, assistant or system; its text; whether it may be trained) of every message."""
+        if all(isinstance(item, list) and len(item) == 2 for item in items):  # pairs, as Gradio has them
+            items = [*chain.from_iterable(items)]
         for number, item in enumerate(items, 1):
             where = f"{column}: message {number}"
             if isinstance(item, str):
@@ -218,14 +240,15 @@ class Shapes:
                 continue
             if not isinstance(item, dict):
                 raise BadRow(f"{where} must be an object with role and content, found {_shown(item)}")
-            fields = {_plain(name): value for name, value in reversed(item.items())}
-            role = fields.get("role") or fields.get("from")
+            fields = {plain(name): value for name, value in reversed(item.items())}
+            role = next(filter(None, map(fields.get, ROLES)), None)
             if role and (len(fields) == 1 or fields.keys() & {*TEXTS, *CALLS}):  # else its text has another name
-                if (speaker := SPEAKERS.get(_plain(role))) is None:
-                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system; leave it out")
-                self.names["messages" if fields.get("role") else "ShareGPT"] = None
+                if (speaker := SPEAKERS.get(plain(role))) is None:
+                    raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system; rename it, or "
+                                 "leave it out if it is neither")
+                self.names["ShareGPT" if fields.get("from") else "messages"] = None
                 # as OpenAI and axolotl say that an answer is context only
-                is_trained = {_plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
+                is_trained = {plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
                 self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
                 text = next((said for said in map(fields.get, TEXTS) if said not in (None, "")), None)
                 input = fields.get("input") if speaker == "user" else None  # as the chat template takes it
@@ -240,6 +263,8 @@ class Shapes:
 
     def _content(self, content: Any, where: str) -> str:
         """The text of a message, which may come in parts."""
+        if isinstance(content, dict):
+            content = content.get("parts", content)
         if isinstance(content, list):
             texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
             for part, text in zip(content, texts):
@@ -262,8 +287,10 @@ def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name!r:.60}" for name in islice(row, 20)) + ", ..." * (len(row) > 20) or "none"
 
 
-def _plain(name: object) -> str:
-    return str(name).strip().lower()
+def _is_talk(value: Any) -> bool:
+    """Whether it is a list of messages with roles."""
+    return isinstance(value, list) and isinstance(first := next(iter(value), None), dict) and bool(
+        {*map(plain, first)} & {*ROLES})
 
 
 def _shown(value: object) -> str:
