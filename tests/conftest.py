@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -18,6 +21,13 @@ TIMEOUT = 120  # seconds; only so that a hanging script fails instead of stoppin
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of models this small only wait for each other
+
+# On a machine with a GPU, packages that show and log a run may be missing: this writer makes its folder, and no more.
+if not find_spec("tqdm"):
+    sys.modules["tqdm"] = MagicMock(__spec__=ModuleSpec("tqdm", None))  # which torch._dynamo asks for
+if not find_spec("tensorboard"):
+    sys.modules["torch.utils.tensorboard"] = MagicMock(
+        SummaryWriter=lambda folder, **_: Path(folder).mkdir(parents=True, exist_ok=True) or MagicMock())
 
 
 def pytest_configure() -> None:

@@ -82,6 +82,8 @@ class Pair:
         self.flags, self.more = here.flags("--checkpoint_freq", 2, *flags), [str(flag) for flag in more]
         self.how: dict[str, Any] = {"processes": processes, "nnodes": nnodes, "fault": fault}
         self.both = [self.start(number) for number in hosts]
+        if fault:  # of the sixth step
+            self.both[0].shows("step 5/")
 
     def start(self, number: int) -> Launched:
         return Launched(self.net, number, self.here, self.folder, self.flags + self.more * number, **self.how)
@@ -131,7 +133,6 @@ def waiting_is_told(net: Cable, here: Lab, number: int, what: str) -> list[str]:
 def ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
     """Ctrl-C on one host ends both, saved; the same command with --resume auto goes on."""
     pair = Pair(net, here, "--resume", "auto", "--checkpoint_freq", 100, phase="step", at=6, seconds=2)
-    pair.both[0].shows("step 5/")
     pair.both[number].process.send_signal(signal.SIGINT)
     wrong = [*pair.exits(130), "not saved" * (newest(pair.folder) < 5), pair.orphans()]
     again = Pair(net, here, "--resume", "auto", "--checkpoint_freq", 100, folder=pair.folder)
@@ -141,7 +142,6 @@ def ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
 def second_ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
     """A second Ctrl-C on one host, in a step that takes a minute."""
     pair = Pair(net, here, phase="step", at=6, seconds=60)
-    pair.both[0].shows("step 5/")
     for _ in range(2):
         time.sleep(1.2)
         pair.both[number].process.send_signal(signal.SIGINT)
@@ -153,7 +153,6 @@ def second_ctrl_c(net: Cable, here: Lab, number: int) -> list[str]:
 def a_process_is_killed(net: Cable, here: Lab) -> list[str]:
     """kill -9 of a trainer of the second host: both say so, and the run goes on to the same bits."""
     pair = Pair(net, here, phase="step", at=6, seconds=2)
-    pair.both[0].shows("step 5/")
     os.kill(pair.both[1].ranks()[0], signal.SIGKILL)
     said = "hostD: process 1 was killed (SIGKILL), often because memory ran out"
     return [*pair.exits(0), pair.differs(), *("not said" * (said not in each.output()) for each in pair.both)]
@@ -162,7 +161,6 @@ def a_process_is_killed(net: Cable, here: Lab) -> list[str]:
 def a_host_joins(net: Cable, here: Lab) -> list[str]:
     """--nnodes=1:2: one host begins, another joins, and the run goes on with both."""
     pair = Pair(net, here, nnodes="1:2", hosts=(0,), phase="step", at=6, seconds=15)
-    pair.both[0].shows("step 5/")
     pair.both.append(pair.start(1))
     wrong, said = pair.exits(0), pair.both[0].output()
     return [*wrong, "not said" * ("hostD joins" not in said), "not resumed" * ("resumed from" not in said),
@@ -172,7 +170,6 @@ def a_host_joins(net: Cable, here: Lab) -> list[str]:
 def a_host_comes_back(net: Cable, here: Lab, number: int) -> list[str]:
     """--nnodes=1:2: a host dies, all its processes at once, and comes back with the same command."""
     pair = Pair(net, here, nnodes="1:2", phase="step", at=6, seconds=15)
-    pair.both[0].shows("step 5/")
     pair.both[number].kill()
     time.sleep(2)
     pair.both[number] = pair.start(number)
@@ -184,7 +181,6 @@ def a_host_comes_back(net: Cable, here: Lab, number: int) -> list[str]:
 def the_first_host_is_gone(net: Cable, here: Lab) -> list[str]:
     """It does not come back: the other ends with one line that names it, within two minutes."""
     pair = Pair(net, here, phase="step", at=6, seconds=2)
-    pair.both[0].shows("step 5/")
     pair.both[0].kill()
     begin = time.monotonic()
     wrong, seconds = pair.both[1].exits(1), time.monotonic() - begin
@@ -196,7 +192,6 @@ def the_first_host_is_gone(net: Cable, here: Lab) -> list[str]:
 def a_dead_link(net: Cable, here: Lab) -> list[str]:
     """The cable is pulled in a step: both say who is gone; once it is back the run goes on to the same bits."""
     pair = Pair(net, here, phase="step", at=6, seconds=2)
-    pair.both[0].shows("step 5/")
     net.pull(1)
     begin, wrong = time.monotonic(), []
     for each, said in zip(pair.both, ("hostD is gone", "waiting for 10.77.0.1:29500, where the hosts meet")):

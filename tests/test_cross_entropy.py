@@ -126,12 +126,6 @@ def test_very_large_scores_do_not_overflow(dtype, of_loss, of_gradients):
     assert max(map(relative, gradients, gradients0)) < of_gradients
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SMALL_TYPES])
-def test_no_rows_cost_nothing(dtype):
-    loss, of_hidden, gradient = computed(*case(0, torch.float32), dtype)
-    assert loss.item() == 0 and of_hidden.shape == (0, WIDTH) and not gradient.any()
-
-
 def test_the_first_exponential_of_a_process_is_of_one_number():
     """So that no two threads make MKL's first call, which chooses its kernel, together (issue 188792 of PyTorch)."""
     program = """

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-import bare  # noqa: F401  # before what shows and logs
 import chat
 from conftest import ROOT
 from dataloader_instruct import InstructData

@@ -32,6 +32,17 @@ def test_every_example_comes_once_an_epoch_in_steps_of_bounded_size(lengths, tot
         assert sorted(seen[epoch * len(lengths):(epoch + 1) * len(lengths)]) == list(range(len(lengths)))
 
 
+@pytest.mark.parametrize("lengths, total", [([10] * 20, 1000), ([10] * 20, 101), (list(range(1, 60)), 256), ([7], 50)])
+def test_epochs_are_the_fewest_steps_that_go_through_the_data_so_often(lengths, total):
+    stream, steps, position = stream_of(lengths, total), 0, Position()
+    while position.epoch < 1 and position.index < len(lengths):
+        _, position = stream.step(position)
+        steps += 1
+    epochs = position.epoch + position.index / len(lengths)
+    assert stream.steps_in(epochs) == steps and stream.steps_in(epochs * 1.01) == steps + 1
+    assert stream.steps_in(1e-9) == 1
+
+
 def test_a_step_far_away_is_found_without_replay(monkeypatch):
     """Two integers are the whole state: a step of epoch 36 needs that epoch's permutation and no other. Each epoch and
     seed has its own."""

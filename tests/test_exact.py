@@ -10,16 +10,7 @@ from conftest import ROOT, SRC
 from dataloader_instruct import ExampleStream, InstructData, Position
 from helpers import open_data, random_examples, real_examples, run_ranks, write_data
 from model import GPTConfig
-from models import (
-    gradients_of,
-    learner_of,
-    options_of,
-    reference_loss_sum,
-    relative,
-    small_model,
-    transformers_model,
-    transposed,
-)
+from models import learner_of, options_of, reference_loss_sum, relative, small_model, transformers_model, transposed
 from training.step import evaluate, learning_rate, train_step
 
 
@@ -115,38 +106,30 @@ def twenty_steps(tmp_path_factory) -> dict:
     return found
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("float64", 1e-12)])
-def test_a_step_does_not_depend_on_how_it_is_split(twenty_steps, dtype, tolerance):
-    """The same examples, gradients and losses for 1 to 4 processes and mini_batch_size 8, 2 and 1."""
+@pytest.mark.parametrize("dtype, of_gradients, of_losses, of_norms", [
+    ("float32", 1e-6, 1e-5, 1e-4), ("float64", 1e-12, 1e-11, 1e-10), ("bf16", 0.006, 1e-4, None)])
+def test_a_step_does_not_depend_on_how_it_is_split(twenty_steps, dtype, of_gradients, of_losses, of_norms):
+    """The same examples, gradients and losses for 1 to 4 processes and mini_batch_size 8, 2 and 1. In bf16, in which a
+    micro-batch leaves its gradients, 0.002 of their length and 1.3e-5 of the losses were measured; the first loss is
+    summed in fp32."""
     expected = twenty_steps[1, 8, dtype]
     for found in (found for (_, _, kind), found in twenty_steps.items() if kind == dtype):
-        assert [entry[2] for entry in found["results"]] == [entry[2] for entry in expected["results"]]
+        (losses, norms, examples), (losses0, norms0, examples0) = (zip(*each["results"]) for each in (found, expected))
+        assert examples == examples0 and losses[0] == pytest.approx(losses0[0], rel=min(of_losses, 1e-5))
+        # Over many steps rounding differences grow with the weights' paths; the losses stay together.
+        assert (*losses, found["val_loss"]) == pytest.approx((*losses0, expected["val_loss"]), rel=of_losses)
+        assert of_norms is None or norms == pytest.approx(norms0, rel=of_norms)
         pairs = [(found["gradients"][name], gradient) for name, gradient in expected["gradients"].items()]
         if dtype == "float64":
-            assert all(relative(gradient, other) < tolerance for gradient, other in pairs)
+            assert all(relative(*pair) < of_gradients for pair in pairs)
         # In float32 one bias' small gradient, a sum over thousands of tokens, may round by 1.1e-6 of itself, so there
         # the bound is on the gradient as one vector.
-        assert relative(*(torch.cat([g.flatten() for g in side]) for side in zip(*pairs))) < tolerance
-        # Over many steps rounding differences grow with the weights' paths; the losses stay together.
-        for (loss, norm, _), (loss0, norm0, _) in zip(found["results"], expected["results"]):
-            assert loss == pytest.approx(loss0, rel=tolerance * 10)
-            assert norm == pytest.approx(norm0, rel=tolerance * 100)
-        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=tolerance * 10)
+        assert relative(*(torch.cat([g.flatten() for g in side]) for side in zip(*pairs))) < of_gradients
 
 
-def test_a_step_in_bf16_is_split_as_freely(twenty_steps):
-    """The first loss within 1e-5, as it is summed in fp32; its gradients, which a micro-batch leaves in bf16, within
-    0.006 of their length (0.002 measured); so the losses of five steps within 1e-4 (1.3e-5 measured)."""
-    expected = twenty_steps[1, 8, "bf16"]
-    one = torch.cat([gradient.flatten() for gradient in expected["gradients"].values()])
-    for found in (found for (_, _, kind), found in twenty_steps.items() if kind == "bf16"):
-        (losses, _, examples), (losses0, _, examples0) = (zip(*each["results"]) for each in (found, expected))
-        assert examples == examples0 and losses[0] == pytest.approx(losses0[0], rel=1e-5)
-        assert (*losses, found["val_loss"]) == pytest.approx((*losses0, expected["val_loss"]), rel=1e-4)
-        assert relative(torch.cat([found["gradients"][name].flatten() for name in expected["gradients"]]), one) < 0.006
-
-
-def test_a_micro_batch_without_response_tokens_contributes_nothing(data_dir):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_micro_batch_without_response_tokens_contributes_nothing(monkeypatch, data_dir, dtype):
+    monkeypatch.setattr("training.step.product_type", lambda *_: dtype)
     learner, batch = learner_of(), open_data(data_dir)["train"].micro_batch([])
     assert len(batch.targets) == 0 and len(batch.tokens) == 1
     assert learner.add_gradients(batch, 1.0).item() == 0.0
@@ -177,4 +160,5 @@ def test_the_gradient_norm_of_a_large_matrix_is_exact(tmp_path):
     with torch.no_grad():
         learner.model.transformer.h[0].mlp.c_proj.weight[:, :64] *= 1000  # which scales rows of the gradient of c_fc
     result = train_step(learner, data, data.plan(range(4), 4096, 1), 1e-3)
-    assert result.gradient_norm == pytest.approx(float(gradients_of(learner).double().norm()), rel=2e-6)
+    exact = torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()]).double().norm()
+    assert result.gradient_norm == pytest.approx(float(exact), rel=2e-6)

@@ -12,17 +12,17 @@ from weakref import ref
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SRC, run_command
 from errors import UserError
 from helpers import open_data, train, trajectory, write_data
-from model import GPT, Documents, GPTConfig
-from models import learner_of, options_of, same_state, small_model
+from model import GPT, GPTConfig
+from models import gradients_of, learner_of, options_of, same_state, small_model
 from training import setup
 from training.memory import fit, needed_bytes
-from training.onednn import multiply_with_onednn
 from training.processes import Processes
 from training.step import train_step
 from training.threads import Saver
@@ -49,26 +49,20 @@ def fitted(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float, *flags:
     return found.mini_batch_size, recompute
 
 
-@pytest.mark.parametrize("name, gigabytes, flags, expected", [
-    ("124M", 16, (), (37, "gelu")), ("124M", 80, (), (64, "nothing")),
-    ("124M", 24, ("--precision", "fp32"), (37, "gelu")), ("124M", 24, ("--gradient_checkpointing",), (64, "blocks")),
-    ("355M", 24, (), (17, "gelu")), ("774M", 80, (), (37, "gelu")), ("1558M", 24, (), (1, "gelu"))])
-def test_the_largest_micro_batch_that_fits(monkeypatch, name, gigabytes, flags, expected):
-    """At most a step's 64, at least 1. One example more would not fit."""
-    size, recompute = fitted(monkeypatch, name, gigabytes, "--mini_batch_size", 0, *flags)
+@pytest.mark.parametrize("name, gigabytes, asked, flags, expected", [
+    ("124M", 16, 0, (), (37, "gelu")), ("124M", 80, 0, (), (64, "nothing")), ("355M", 24, 0, (), (17, "gelu")),
+    ("124M", 24, 0, ("--precision", "fp32"), (37, "gelu")), ("774M", 80, 0, (), (37, "gelu")),
+    ("124M", 24, 0, ("--gradient_checkpointing",), (64, "blocks")), ("1558M", 24, 0, (), (1, "gelu")),
+    ("124M", 16, 8, (), (8, "nothing")), ("355M", 16, 8, (), (8, "gelu")), ("1558M", 80, 8, (), (8, "nothing")),
+    ("1558M", 80, 8, ("--gradient_checkpointing",), (8, "blocks"))])
+def test_the_largest_micro_batch_that_fits(monkeypatch, name, gigabytes, asked, flags, expected):
+    """At most a step's 64, at least 1; one example more would not fit. One that was asked for stays as it is."""
+    size, recompute = fitted(monkeypatch, name, gigabytes, "--mini_batch_size", asked, *flags)
     assert (size, recompute) == expected
     width, room = 4 if "fp32" in flags else 2, 0.9 * gigabytes * 1e9
     least = "blocks" if "--gradient_checkpointing" in flags else "gelu"
-    assert size in (1, 64) or needed_bytes(model_named(name), (size + 1) * 1024, least, width) > room
-    assert size == 1 or needed_bytes(model_named(name), size * 1024, recompute, width) <= room
-
-
-@pytest.mark.parametrize("name, gigabytes, flags, expected", [
-    ("124M", 16, (), "nothing"), ("355M", 16, (), "gelu"), ("1558M", 80, (), "nothing"),
-    ("1558M", 80, ("--gradient_checkpointing",), "blocks")])
-def test_what_is_computed_again_where_memory_is_short(monkeypatch, name, gigabytes, flags, expected):
-    """mini_batch_size stays as it was asked for."""
-    assert fitted(monkeypatch, name, gigabytes, "--mini_batch_size", 8, *flags) == (8, expected)
+    assert asked or size in (1, 64) or needed_bytes(model_named(name), (size + 1) * 1024, least, width) > room
+    assert asked or size == 1 or needed_bytes(model_named(name), size * 1024, recompute, width) <= room
 
 
 class Gelus(TorchDispatchMode):
@@ -85,18 +79,23 @@ class Gelus(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("recompute", ["nothing", "gelu", "blocks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_computed_again_is_not_kept(recompute, dtype, with_onednn):
-    model, again = small_model().to(dtype), recompute != "nothing"
-    if with_onednn:
-        multiply_with_onednn(model)
-    model.transformer.recompute = recompute
-    with Gelus() as gelus:
-        hidden = model(torch.arange(14), Documents.of([9, 5]))
-        assert [result.expired() for result in gelus.results] == [again, again]
-        hidden.sum().backward()
-    assert len(gelus.results) == 2 + 2 * again
+@pytest.mark.usefixtures("with_onednn")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_computed_again_is_not_kept(inputs, precision):
+    """And changes no bit of loss and gradients. --gradient_checkpointing keeps less of everything else too."""
+    batch, kept, found = open_data(inputs[0])["train"].micro_batch(range(8)), [], []
+    for recompute, is_again in (("nothing", False), ("gelu", True), ("blocks", True)):
+        model, sizes = small_model(), list[int]()
+        model.transformer.recompute = recompute
+        learner = learner_of(model, "--precision", precision)
+        with Gelus() as gelus:
+            hidden = learner.hidden_of(batch.tokens, batch.documents, batch.rows)
+            assert [result.expired() for result in gelus.results] == [is_again, is_again] and hidden.requires_grad
+        with Gelus() as gelus, saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            found.append([learner.add_gradients(batch, 1.0), gradients_of(learner)])
+        assert len(gelus.results) == 2 + 2 * is_again
+        kept.append(sum(sizes))
+    assert kept[2] < 0.8 * kept[1] and same_state(found, [found[0]] * 3)
 
 
 def test_processes_share_a_step_and_the_smallest_gpu_decides(monkeypatch):
@@ -107,10 +106,11 @@ def test_processes_share_a_step_and_the_smallest_gpu_decides(monkeypatch):
     assert fitted(monkeypatch, "124M", 80, "--mini_batch_size", 0, world_size=4) == (5, "nothing")
 
 
-def test_a_cpu_takes_the_usual_micro_batch():
-    options = options_of("--mini_batch_size", 0, "--context_length", 1024)
+@pytest.mark.parametrize("flags, expected", [((), "gelu"), (("--gradient_checkpointing",), "blocks")])
+def test_a_cpu_takes_the_usual_micro_batch(flags, expected):
+    options = options_of("--mini_batch_size", 0, "--context_length", 1024, *flags)
     found, recompute = fit(options, model_named("124M"), Processes(0, 1, torch.device("cpu")))
-    assert (found.mini_batch_size, found.precision, recompute) == (8, "fp32", "gelu")
+    assert (found.mini_batch_size, found.precision, recompute) == (8, "fp32", expected)
 
 
 @pytest.mark.parametrize("others, agreed", [(["bf16", "bf16"], "bf16"), (["bf16", "fp16"], "fp16")])
@@ -132,9 +132,6 @@ def test_a_learner_that_is_not_used_any_more_leaves_nothing(tmp_path, precision)
     del learner
     gc.collect()
     assert [each() for each in left] == [None] * len(left)
-
-
-# Saves
 
 
 def changing_state() -> dict[str, Any]:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,7 +17,7 @@ from conftest import SRC
 from errors import CheckpointError, DivergedError, UserError
 from helpers import open_data, random_examples, resume, resume_flags, run_ranks, to, train, trajectory, write_data
 from models import learner_of, same_state
-from training import loop
+from training import launch, loop
 from training import step as training_step
 from training.ending import Signals
 from training.options import FIXED, FREE, ON_RESUME, TRAJECTORY, parse_options
@@ -199,13 +198,9 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
     """Exit 2, or 3 for a file that is no state of a run; a run is never overwritten."""
     cases = [
         ((), "a run is here already; --resume latest", whole),
-        (("--resume", tmp_path / "absent.pt"), "no such file", tmp_path),
         (("--resume", "latest"), "no checkpoint to resume from", tmp_path / "empty"),
         (("--resume", whole / "best_model.pt"), "weights only", tmp_path),
         (("--resume", inputs[1]), "weights only", tmp_path),
-        (("--pretrained_model", tmp_path / "absent.pt"), "no pre-trained model", tmp_path),
-        (("--data_dir", tmp_path / "absent"), "no prepared data there", tmp_path),
-        (("--total_batch_size", 63), "counts tokens, not examples", tmp_path),
         (("--context_length", 2048), "above the model's 1024", tmp_path),
         (("--resume", whole / FINAL, "--max_steps", 22, "--override"), "nothing to do: .* is at step 24", whole),
         (("--resume", whole / "step_000023.pt"), "a run is here already", tmp_path / "other"),
@@ -244,43 +239,15 @@ def test_a_restart_and_auto_go_on_where_a_run_is_and_begin_where_none_is(inputs,
         assert ("resumed from" in capsys.readouterr().out) == is_there
 
 
-def test_two_runs_do_not_share_a_folder(inputs, tmp_path):
-    """The second is refused naming the holder; once the holder is dead the folder is free."""
-    process = start(tmp_path, *resume_flags(*inputs), "--max_steps", 100000)
-    while not process.stdout.readline().startswith("step 2/"):
-        assert process.poll() is None
-    with pytest.raises(UserError, match=f"another run is writing there .process {process.pid} on "):
-        resume(tmp_path, "latest")
-    process.kill()
-    process.communicate()
-    assert resume(tmp_path, "latest", "--max_steps", 24, "--override") == 0
-
-
-@pytest.mark.parametrize("bad_steps, ends", [((3,), False), ((3, 4, 6, 7), False), ((5, 6, 7), True)])
-def test_what_is_not_finite_never_reaches_the_weights(inputs, tmp_path, monkeypatch, capsys, bad_steps, ends):
-    """A NaN in the loss of one micro-batch: the step is skipped and reported, nothing is saved before the next good
-    one, three in a row end with exit 4."""
-    loss_of, steps_of, steps = training_step.Learner.add_gradients, training_step.Learner.gradients_of, []
-
-    def add_gradients(*arguments):
-        return loss_of(*arguments) * (float("nan") if len(steps) in bad_steps else 1)
-
-    def gradients_of(*arguments):
-        steps.append("one more")
-        return steps_of(*arguments)
-
-    monkeypatch.setattr(training_step.Learner, "add_gradients", add_gradients)
-    monkeypatch.setattr(training_step.Learner, "gradients_of", gradients_of)
-    told = r"3 steps in a row, up to step 7; the last good checkpoint is .*step_000004.pt"
-    with pytest.raises(DivergedError, match=told) if ends else nullcontext():
-        assert train(inputs, tmp_path, "--max_steps", 9) == 0
-    out = capsys.readouterr().out
-    assert [f"step {step} skipped: loss nan" in out for step in range(1, 10)] == [s in bad_steps for s in range(1, 10)]
-    assert "train examples [" in out
-    good = [step for step in range(1, 5 if ends else 10) if step not in bad_steps]
-    assert [checkpoint.step_of(path) for path in reversed(checkpoint.step_files(tmp_path))] == good
-    for path in tmp_path.glob("*.pt"):
-        assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.load(path)["model"].values())
+@pytest.mark.parametrize("main, processes", [(train_instruct.main, []), (launch.main, ["2"])])
+def test_two_runs_do_not_share_a_folder(inputs, tmp_path, monkeypatch, main, processes):
+    """The second is refused naming the holder, by the launcher before it starts a process."""
+    monkeypatch.setattr(sys, "argv", ["", *processes, *to(tmp_path, "--resume", "latest")])
+    monkeypatch.setattr(launch, "block_signals", lambda: None)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    holder = f"another run is writing there .process {os.getpid()} on "
+    with open_run([*resume_flags(*inputs), *to(tmp_path)]), pytest.raises(UserError, match=holder):
+        main()
 
 
 def test_a_val_loss_that_is_no_number_ends_a_run_that_was_not_skipped(inputs, tmp_path):
@@ -329,25 +296,17 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for_once(inputs, tmp_path, 
     assert [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "val/loss" in line] == [0, 4]
 
 
-@pytest.mark.parametrize("back", [True, False])
-def test_latest_is_the_file_that_a_run_was_resumed_from(inputs, whole, tmp_path, back):
-    """So a restart of the processes, before anything new is saved, does not go on from a later one."""
-    folder = shutil.copytree(whole, tmp_path / "run")
-    path = checkpoint.step_files(folder)[-1 if back else 0]
-    (folder / "latest.pt").unlink()  # shutil copies a hard link as a file of its own
-    os.link(checkpoint.step_files(folder)[0], folder / "latest.pt")
-    with open_run(to(folder, "--resume", path)):
-        assert (folder / "latest.pt").samefile(path)
-    assert not list(folder.glob("*.tmp"))
-
-
 def test_a_run_that_goes_back_leaves_the_other_branch_and_keeps_the_best_of_both(inputs, whole, tmp_path, capsys):
     """Whatever of the new branch is lost. Nothing is removed; the other branch's files get other names, and others when
-    the run goes back once more."""
+    the run goes back once more. latest.pt is what a run was resumed from, if it could start."""
     folder = shutil.copytree(whole, tmp_path / "run")
     best, newest = checkpoint.load(folder / "best_model.pt"), (folder / FINAL).read_bytes()
     checkpoint.save(folder / "best_model.pt", {**best, "val_losses": [[4, 9.0], [20, 0.01]]})  # beyond step 7
     best = (folder / "best_model.pt").read_bytes()
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(UserError, match="a file"):
+        resume(folder, folder / "step_000001.pt", "--tensorboard_dir", tmp_path / "a file")
+    assert checkpoint.load(folder / "latest.pt")["step"] == 24
     for again in (1, 2):
         assert resume(folder, folder / "step_000007.pt", "--max_steps", 9, "--learning_rate", 1e-9, "--min_lr", 0,
                       "--override") == 0
@@ -360,18 +319,11 @@ def test_a_run_that_goes_back_leaves_the_other_branch_and_keeps_the_best_of_both
     for lost in ("latest.pt", "step_000009.pt", "step_000008.pt"):
         os.truncate(folder / lost, 1000)
     assert checkpoint.newest_valid(folder, print)[0].name == "step_000007.pt"
-    with open_run(to(folder, "--resume", folder / "step_000008.abandoned1.pt")):  # and forward again
-        assert checkpoint.step_files(folder) == [] and checkpoint.load(folder / "latest.pt")["step"] == 8
-
-
-def test_a_run_that_cannot_start_leaves_latest_as_it_was(inputs, whole, tmp_path):
-    folder = shutil.copytree(whole, tmp_path / "run")
-    before = checkpoint.load(folder / "latest.pt")["step"]
-    oldest = checkpoint.step_files(folder)[-1]
-    (tmp_path / "a file").write_text("")
-    with pytest.raises(UserError, match="a file"):
-        resume(folder, oldest, "--tensorboard_dir", tmp_path / "a file")
-    assert checkpoint.load(folder / "latest.pt")["step"] == before > checkpoint.load(oldest)["step"]
+    source = folder / "step_000008.abandoned1.pt"
+    for _ in range(2):  # and forward again, then from the file that latest.pt is already
+        with open_run(to(folder, "--resume", source)):
+            assert checkpoint.step_files(folder) == [] and (folder / "latest.pt").samefile(source)
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_reader_who_leaves_ends_no_run(inputs, tmp_path):
