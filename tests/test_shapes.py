@@ -100,6 +100,7 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "messages as question and answer": ({"prompt": [SYSTEM, USER], "completion": [BOT]}, BRIEF, "messages"),
     "messages as a question": ({"input": [USER, BOT, MORE], "output": "Yes.", "system_prompt": ""}, TWO, "messages"),
     "messages as an answer": ({"prompt": "Q", "output": [{"role": "assistant", "content": "A"}]}, QA, "messages"),
+    "all messages as an answer": ({"prompt": "Name the plural.", "output": [SYSTEM, USER, BOT]}, BRIEF, "messages"),
     "pairs": ({"conversation": [["Q", "A"], ["R", "B"]]}, QARB, "texts in turn"),
     "a mark before a name": ({"\ufeffinstruction": "Q", "output": "A"}, QA, "Alpaca"),
     "Cohere": (chat({"role": "User", "message": "Q"}, {"role": "Chatbot", "message": "A"}), QA, "messages"),

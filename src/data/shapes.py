@@ -176,27 +176,29 @@ class Shapes:
         return split
 
     def _joined(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-        """One conversation of a question and an answer that are lists of messages, or one of them; and its columns."""
+        """The conversation of a question and an answer of which one is a list of messages, or both; and its columns."""
         messages: list[Any] = []
         for meaning, role in (("instruction", "user"), ("output", "assistant")):
             self.used[columns[meaning]] = None
             value = row[columns[meaning]]
             messages += value if _is_talk(value) else [{"role": role, "content": value}]
+        roles = [plain(said) for name, said in value[0].items() if plain(name) in ROLES] if _is_talk(value) else []
+        if roles and SPEAKERS.get(roles[0]) != "assistant":  # the answer holds the question too
+            messages = value
         others = {meaning: name for meaning, name in columns.items() if meaning in ("system", "split")}
         return {**row, columns["instruction"]: messages}, {**others, "messages": columns["instruction"]}
 
     def _conversation(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Turn, ...]:
         """The turns of a list of messages; none where there is no such list, but a question with its answer."""
         value, where = row[columns["messages"]], f"column {columns['messages']!r}"
-        if isinstance(value, str):
-            value = parse_list(value)
+        value = parse_list(value) if isinstance(value, str) else value
         if columns.keys() >= NEEDED and not (isinstance(value, list) and value and type(value[0]) in (dict, str)):
             return ()
         if not isinstance(value, list) and value not in (None, ""):
-            is_list = isinstance(value, str) and value.startswith("[")
-            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}; " + (
-                "write it as JSON, or save the data as .jsonl or .parquet" if is_list
-                else f"the columns are {_names(row)}; {_WHICH}"))
+            advice = f"the columns are {_names(row)}; {_WHICH}"
+            if str(value).startswith("["):
+                advice = "write it as JSON, or save the data as .jsonl or .parquet"
+            raise BadRow(f"{where} must be a list of messages, found {_shown(value)}; {advice}")
         system = self._content(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
         return self._turns(value or [], where, system)
 
