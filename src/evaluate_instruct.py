@@ -134,8 +134,9 @@ def _prompts(path: Path, context_length: int) -> Iterator[list[int]]:
 
 def _dataset(dataset: str) -> list[tuple[Any, Any]]:
     """Tokens and loss mask of each row."""
-    from data.rows import BadRow, open_sources
+    from data.rows import open_sources
     from data.shapes import Shapes
+    from data.values import BadRow
     from instruct_format import encode_conversation
 
     documents = []

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from cli import Parser, number, printable_line, run, usable_cpus
 from data.report import Report, counts
-from data.rows import KINDS, BadRow, BadSplit, open_sources
-from data.shapes import NAMES, Example, Shapes
+from data.rows import KINDS, open_sources
+from data.shapes import Example, Shapes
 from data.shards import MANIFEST, SPLITS, DataWriter, Document
+from data.values import NAMES, BadRow, BadSplit
 from errors import UserError, errors_at
 from instruct_format import encode_conversation
 from weights.durable import lock_folder

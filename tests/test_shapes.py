@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from conftest import write_jsonl
-from data.rows import BadRow, Number, Source
+from data.rows import Source
 from data.shapes import Example, Shapes, Turn
+from data.values import BadRow, Number
 from data_files import Row
 from errors import UserError
 from helpers import open_data, prepare
@@ -91,6 +92,8 @@ SHAPES: dict[str, tuple[Row, Turns, str]] = {
     "messages as JSON text": ({"messages": json.dumps([USER, BOT])}, PLAIN, "messages"),
     "messages as Python writes them": ({"messages": str([USER, BOT])}, PLAIN, "messages"),
     "a system text beside": (chat(USER, BOT, system="Be brief."), BRIEF, "messages"),
+    "a system that is no text": (chat(USER, BOT, system={"os": "linux"}), PLAIN, "messages"),
+    "texts beside a pair": (PAIR | {"contents": ["x", "y"]}, PC, "prompt/completion"),
     "Bedrock": (chat(USER, {**BOT, "content": [{"text": "leaves"}]}, system=[{"text": "Be brief."}]), BRIEF,
                 "messages"),
     "Gemini's own": ({"systemInstruction": {"parts": [{"text": "S"}]}, "contents": [
@@ -144,6 +147,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a text": ({"dialogue": "A: Hi", "summary": "x"}, "column 'dialogue' must be a list of messages, found 'A: Hi'; "
                "the columns are 'dialogue', 'summary'; " + WHICH),
     "NumPy's writing": ({"messages": "[{'role': 'user'}\n {'role': 'bot'}]"}, "must be a list of messages, found \"["),
+    **{f"Python's {text:.20}": ({"messages": f"[{{'content': {text}}}]"}, "; write it as JSON, or save the data as .js")
+       for text in ("{[]: 1}", "{[]}", "0x" + "f" * 5000, "b''", "1j", "x" * 9, "(" * 99)},
     "code": ({"messages": "[print('x')]"}, "; write it as JSON, or save the data as .jsonl or .parquet"),
     "numbers": (chat(1, 2), "message 1 must be an object with role and content, found 1"),
     "a surrogate": (chat({**USER, "content": "\ud800"}, BOT), "message 1 has half of a surrogate pair"),
@@ -163,6 +168,7 @@ def test_what_has_no_meaning_is_refused(name):
     ({"instruction": "query", "output": "answer"}, {"prompt": "x", "query": "Q", "output": "y", "answer": "A"}, QA),
     ({"instruction": "prompt", "output": "completion"}, chat(USER, BOT, **PAIR), PC),
     ({"messages": "chosen"}, DPO, PLAIN),
+    ({"messages": "chosen"}, {**DPO, "prompt": [MORE], "completion": [YES]}, PLAIN),
     ({"messages": "log"}, {"log": [USER, BOT], "instruction": "I", "output": "O"}, PLAIN),
     ({"input": ""}, {"instruction": "Q", "input": "in", "": "7", "output": "A"}, QA),
     ({"input": "hint", "system": "system"}, {"instruction": "I", "hint": "h", "output": "O", "system": "S"},

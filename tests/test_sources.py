@@ -101,7 +101,7 @@ def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     ("a.csv", "instruction,output,a|b|c|d\n q,a|b,c\n", [(" q", "a|b", "c")]),
     ("a.txt", "sep=|\ninstruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
     ("a.csv", "instruction,output,,\nQ,A,,\n\n", [("Q", "A", "")]),
-    ("a.csv", "instruction,output,input\nQ,A\nQ,A,,,\n", [("Q", "A", "")] * 2),
+    ("a.csv", "instruction,output\nQ,A,,,\nQ,A\n", [("Q", "A")] * 2),
 ])
 def test_blanks_of_tables(tmp_path, name, text, rows):
     """A blank before a quote is none of the field; other blanks are."""
@@ -379,6 +379,7 @@ PIECES = (b"", b'"', b"{", b"[", b"]", b",", b"\n", b"\r", b"\0", b"\\ud800", b"
 ORIGINALS = {
     "json": json.dumps(HARD_ROWS, indent=1, ensure_ascii=False).encode(), "jsonl": lines(*HARD_ROWS),
     "csv": table(HARD_ROWS).encode(), "parquet": parquet(*HARD_ROWS),
+    "arrow": arrow(pyarrow.ipc.new_stream, *HARD_ROWS), "feather": arrow(pyarrow.ipc.new_file, *HARD_ROWS),
 }
 
 

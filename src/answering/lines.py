@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from data.rows import parse_json
+from data.values import parse_json
 
 try:
     import readline

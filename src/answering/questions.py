@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from answering.answer import Answer, Question
 from answering.batch import finished
-from data.rows import BadRow, parse_json
+from data.values import BadRow, parse_json
 from errors import UserError
 from instruct_format import END_OF_TEXT
 

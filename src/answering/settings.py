@@ -34,7 +34,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "top_k": (number(int, 0), "sample among this many; at least 0, which means all"),
     "top_p": (number(float, 0, 1, above=True), "the likeliest that sum to this; above 0, at most 1"),
     "repetition_penalty": (number(float, 1, 10), "against repeating the last 64 tokens; 1 (off) to 10"),
-    "seed": (seed, "same seed, same answer; at least 0, or none (drawn)"),
+    "seed": (seed, "same seed, same answer; at least 0, or none (default: drawn)"),
 }
 
 

@@ -4,43 +4,26 @@ Nothing in here knows what a row means. The readers are our own because `dataset
 text null into nothing, takes lines that are not UTF-8, and loses the numbers of lines.
 """
 
-import ast
 import codecs
 import csv
 import glob
 import gzip
 import io
-import json
 import os
 import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.values import TALKS, BadRow, is_pair, is_talk, parse_json, plain, split_of
 from errors import UserError, errors_at
 
-
-class Number(str):
-    """A number as the JSON text writes it."""
-
-    __repr__ = str.__str__
-
-
 STDIN = "-"
-KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # each also as .gz
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test",
-               **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")}
-QUESTIONS = ("instruction", "prompt", "question", "query", "inputs", "problem", "human", "user", "message_1", "input")
-TALKS = ("messages", "conversations", "conversation", "contents")
-ANSWERS = ("output", "response", "completion", "solution", "answer", "targets", "target", "assistant", "message_2")
-_JSON = json.JSONDecoder(parse_int=Number, parse_float=Number,
-                         parse_constant=lambda name: None if name == "NaN" else Number(name))
-_VALUE = re.compile(r"[^ \t\r\n]")  # where a value begins
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")  # each also as .gz
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # in the first bytes of archives, and of UTF-16 without its mark
 _CONTROL = re.compile(rb".{0,15}?[\1-\x08\x0e-\x1f]|.{0,511}?\0", re.DOTALL)
@@ -48,18 +31,6 @@ _ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # how a file and a stream of Arrow be
 _LFS = b"version https://git-lfs"
 _NO_TEXT = ("save it as UTF-8, or convert it: iconv -f WINDOWS-1252 (or UTF-16LE, or what it is) -t UTF-8 OLD > NEW. "
             "An archive other than .gz has to be unpacked, a document saved as CSV, a file that is cut copied again")
-
-
-class BadRow(Exception):
-    """Yielded, one row that cannot be used: it can be skipped. Raised in here, a file whose structure is broken."""
-
-    advice = " (--skip_bad drops such rows)"
-
-
-class BadSplit(BadRow):
-    """Dropping such rows could drop a whole split."""
-
-    advice = "; --columns split= ignores that column"
 
 
 class Source(NamedTuple):
@@ -139,50 +110,16 @@ def _lines(file: io.BufferedReader) -> Iterator[str]:
 def _json_rows(first: str, second: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """One object a line; or values that are read whole: a list, or objects over many lines or on one."""
     starts = first.lstrip()[:1] + second.lstrip()[:1]
-    goes_on = starts != "{{" and starts.startswith(("{", "[")) and isinstance(parse_json(first.strip()), BadRow)
+    is_cut = starts == "{{" and not first.rstrip().endswith(("[", "{"))  # an object on a line of its own, not whole
+    goes_on = starts.startswith(("{", "[")) and not is_cut and isinstance(parse_json(first.strip()), BadRow)
     if not goes_on and (second or not first):
         yield from ((f"line {at}", parse_json(line.rstrip())) for at, line in enumerate(lines, 1) if line.strip())
         return
     values = parse_json("".join(lines).rstrip(), is_one=False)
     if isinstance(values, BadRow):
         raise values
-    yield from _numbered(chain.from_iterable(map(_listed, values)))
-
-
-def parse_json(text: str, is_one: bool = True) -> Any:
-    """The value of a JSON text, or a list of all that stand in it one after another; or a BadRow. Numbers stay as they
-    are written, NaN is null."""
-    values, end = list[Any](), 0
-    try:
-        if is_one:
-            return _JSON.decode(text)
-        while begin := _VALUE.search(text, end):
-            value, end = _JSON.raw_decode(text, begin.start())
-            values.append(value)
-        return values
-    except RecursionError:
-        return BadRow("nested too deeply")
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " * ("\n" in text)
-        return BadRow(f"cannot be read as JSON: {error.msg}: {line}column {error.colno}")
-
-
-def parse_list(text: str) -> Any:
-    """The list that a text is, as JSON writes it, or Python, as pandas has it in CSV; or the text itself."""
-    if isinstance(value := parse_json(text), BadRow):
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else text
-    return value if isinstance(value, list) else text.strip()
-
-
-def plain(name: object) -> str:
-    """The name of a column or role without what people add to it: blanks, capitals, the mark of a file's beginning."""
-    return str(name).replace("\ufeff", "").strip().lower()
-
-
-def split_of(name: str) -> str | None:
-    """The split that a name such as Train, validation or test_sft means."""
-    return SPLIT_NAMES.get(plain(name).split("_")[0])
+    is_rows = len(values) > 1 and {*map(type, values)} == {dict}
+    yield from _numbered(values if is_rows else chain.from_iterable(map(_listed, values)))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -192,18 +129,20 @@ def _listed(value: Any) -> list[Any]:
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
     columns, kinds = list(value.values()), {*map(type, value.values())}
-    if kinds == {dict} and (all(map(str.isdigit, value)) or all(map(_is_pair, columns))):
+    if kinds == {dict} and (all(map(str.isdigit, value)) or all(map(is_pair, columns))):
         return columns
-    if isinstance(header := value.get("columns"), list) and isinstance(rows := value.get("data"), list) and all(
-            isinstance(row, list) and len(row) == len(header) for row in rows):
-        return [dict(zip(header, row)) for row in rows]
     if kinds == {dict} and columns[0] and all(map(str.isdigit, columns[0])) and all(
             column.keys() == columns[0].keys() for column in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
-    if (is_pair := _is_pair(value)) and kinds == {list} and len({*map(len, columns)}) == 1:
+    if is_pair(value) and kinds == {list} and len({*map(len, columns)}) == 1 and not any(map(is_talk, columns)):
         return [dict(zip(value, row)) for row in zip(*columns)]
+    header, rows = value.get("columns"), value.get("data")
+    if not is_pair(value) and isinstance(header, list) and {*map(type, header)} == {str} and isinstance(
+            rows, list) and all(isinstance(row, list) and len(row) == len(header) for row in rows):
+        _refuse_twice(header)
+        return [dict(zip(header, row)) for row in rows]
     lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
-    is_row = is_pair or any(
+    is_row = is_pair(value) or any(
         rows[0].keys() >= {"role", "content"} or rows[0].keys() >= {"from", "value"} or
         plain(key) in TALKS and rows[0].keys().isdisjoint(TALKS) for key, rows in lists.items())
     if is_row or not lists:
@@ -213,11 +152,6 @@ def _listed(value: Any) -> list[Any]:
                      "or under train and val")
     return [{"split": key, **row} if split_of(key) and isinstance(row, dict) else row
             for key, rows in lists.items() for row in rows]
-
-
-def _is_pair(row: Mapping[str, Any]) -> bool:
-    names = {*map(plain, row)}
-    return bool(names & {*QUESTIONS} and names & {*ANSWERS})
 
 
 def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
@@ -242,9 +176,6 @@ def _csv_rows(first: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
             elif (fields[1:] or "".join(fields).strip()) and fields != header:  # it comes again where files were joined
                 while len(fields) > len(header) and not fields[-1]:
                     fields.pop()
-                absent = header[len(fields):]  # spreadsheets leave out empty fields at the end
-                if fields[1:] and {*map(plain, absent)}.isdisjoint(ANSWERS):
-                    fields += [""] * len(absent)
                 yield f"line {line}", dict(zip(header, fields)) if len(fields) == len(header) else BadRow(
                     f"expected {len(header)} columns as in the first line, found {len(fields)}")
             line = reader.line_num + 1
@@ -271,12 +202,18 @@ def _arrow_rows(place: str, file: Any, begin: bytes) -> Iterator[Any]:
             table = pyarrow.parquet.ParquetFile(file)
             names, batches = table.schema_arrow.names, table.iter_batches(1000)
         else:
-            open_it = pyarrow.ipc.open_file if begin == _ARROW[0] else pyarrow.ipc.open_stream
-            table = open_it(pyarrow.memory_map(file) if isinstance(file, str) else file).read_all()
-            names, batches = table.column_names, table.to_batches(1000)
+            source = pyarrow.memory_map(file) if isinstance(file, str) else file
+            if begin == _ARROW[0]:
+                table = pyarrow.ipc.open_file(source)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            else:
+                table = batches = pyarrow.ipc.open_stream(source)
+            names = table.schema.names
         _refuse_twice(names)
         for batch in batches:
-            yield from batch.to_pylist()
+            batch.validate(full=True)  # else a damaged one ends the process
+            for begins in range(0, batch.num_rows, 1000):
+                yield from batch.slice(begins, 1000).to_pylist()
 
 
 def _hub_rows(name: str, subset: str | None = None, split: str | None = None, **how: Any) -> Iterator[Any]:

@@ -12,19 +12,11 @@ from itertools import chain, islice
 from numbers import Number as AnyNumber
 from typing import Any, NamedTuple
 
-from data.rows import ANSWERS, QUESTIONS, TALKS, BadRow, BadSplit, Number, Source, parse_list, plain, split_of
+from data.rows import Source
+from data.values import MESSAGES_TOO, NAMES, ROLES, BadRow, BadSplit, Number, is_talk, parse_list, plain, split_of
 from instruct_format import join_texts, tidy, with_input
 
-# The names of a column of each meaning, the likelier first, in any case
-NAMES = {
-    "messages": TALKS,
-    "instruction": QUESTIONS,
-    "output": ANSWERS,
-    "input": ("input", "context"),
-    "system": ("system_prompt",),
-    "split": ("split",),
-}
-MESSAGES_TOO = ("dialogue", "dialog", "chat", "turns", "data")  # in a row without question and answer
+SYSTEMS = ("system", "systeminstruction", "system_instruction")  # beside messages
 PAIR = ("instruction", "input", "output", "system")  # the meanings that make a question and its answer
 NEEDED = {"instruction", "output"}
 KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpaca",
@@ -32,8 +24,7 @@ KNOWN_PAIRS = {"instruction/output": "Alpaca", "instruction/input/output": "Alpa
 SPEAKERS = {**dict.fromkeys(("user", "human", "prompter"), "user"),
             **dict.fromkeys(("system", "developer"), "system"),
             **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant")}
-ROLES = ("role", "from", "speaker", "sender")  # who says a message
-TEXTS = ("content", "value", "text", "parts", "message")  # what it says
+TEXTS = ("content", "value", "text", "parts", "message")  # what a message says
 CALLS = ("tool_calls", "function_call")  # which may stand in its place
 UNTRAINED = ("0", "0.0", "false")  # values of an answer's weight
 _WHICH = ("say which it is: --columns instruction=NAME output=NAME, or messages=NAME. The first line of a table, and "
@@ -93,7 +84,7 @@ class Shapes:
         """Raises BadRow where there is no meaning in the row, or no text where one must be."""
         if isinstance(row, BadRow):
             raise row
-        if _is_talk(row):
+        if is_talk(row):
             row = {"messages": row}
         if not isinstance(row, dict):
             raise BadRow(f"expected an object with columns such as instruction and output, found {_shown(row)}")
@@ -101,7 +92,8 @@ class Shapes:
         if columns is None:
             columns = self.known[tuple(row)] = self._columns(row)
         split = self._split(row[columns["split"]], columns["split"]) if "split" in columns else None
-        if columns.keys() >= NEEDED and any(_is_talk(row[columns[meaning]]) for meaning in NEEDED):
+        if columns.keys() >= NEEDED and any(is_talk(row[columns[meaning]]) for meaning in NEEDED) and not (
+                self.columns.get("messages") or "input" in columns and row[columns["input"]]):
             row, columns = self._joined(row, columns)
         turns = self._conversation(row, columns) if "messages" in columns else ()
         if "messages" not in columns or columns.keys() >= NEEDED and Example(turns).fault:
@@ -121,9 +113,11 @@ class Shapes:
             found.setdefault(meaning, next((free[name] for name in names if name in free
                                             and free[name] not in found.values()), None))
         if None in (found["instruction"], found["output"]) and "messages" not in self.columns:
-            found["messages"] = found["messages"] or next((free[name] for name in MESSAGES_TOO if name in free), None)
+            others = (name for name in MESSAGES_TOO if name in free)
+            found["messages"] = found["messages"] or next(
+                (free[name] for name in others if name != "contents" or is_talk(row[free[name]])), None)  # as Gemini's
         if found["messages"] and "system" not in self.columns:
-            found["system"] = found["system"] or free.get("system") or free.get("systeminstruction")
+            found["system"] = found["system"] or next((free[name] for name in SYSTEMS if name in free), None)
         return {meaning: name for meaning, name in found.items() if name is not None}
 
     def _pair(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> Turn:
@@ -181,8 +175,8 @@ class Shapes:
         for meaning, role in (("instruction", "user"), ("output", "assistant")):
             self.used[columns[meaning]] = None
             value = row[columns[meaning]]
-            messages += value if _is_talk(value) else [{"role": role, "content": value}]
-        roles = [plain(said) for name, said in value[0].items() if plain(name) in ROLES] if _is_talk(value) else []
+            messages += value if is_talk(value) else [{"role": role, "content": value}]
+        roles = [plain(said) for name, said in value[0].items() if plain(name) in ROLES] if is_talk(value) else []
         if roles and SPEAKERS.get(roles[0]) != "assistant":  # the answer holds the question too
             messages = value
         others = {meaning: name for meaning, name in columns.items() if meaning in ("system", "split")}
@@ -199,8 +193,14 @@ class Shapes:
             if str(value).startswith("["):
                 advice = "write it as JSON, or save the data as .jsonl or .parquet"
             raise BadRow(f"{where} must be a list of messages, found {_shown(value)}; {advice}")
-        system = self._content(row[columns["system"]], f"column {columns['system']!r}") if "system" in columns else ""
-        return self._turns(value or [], where, system)
+        return self._turns(value or [], where, self._system(row, columns.get("system")))
+
+    def _system(self, row: Mapping[str, Any], column: str | None) -> str:
+        """The system text beside messages. What is no text where only its name says so is about something else."""
+        value = row[column] if column else None
+        is_text = isinstance(value, (str, list)) or isinstance(value, dict) and "parts" in value
+        is_other = not is_text and plain(column) in SYSTEMS and "system" not in self.columns
+        return "" if is_other else self._content(value, f"column {column!r}")
 
     def _turns(self, messages: list[Any], where: str, system: str) -> tuple[Turn, ...]:
         """Questions with their answers, a system text in front. What one side says in several messages is one text;
@@ -248,7 +248,7 @@ class Shapes:
                 if (speaker := SPEAKERS.get(plain(role))) is None:
                     raise BadRow(f"{where}: role {_shown(role)} is none of user, assistant and system; rename it, or "
                                  "leave it out if it is neither")
-                self.names["ShareGPT" if fields.get("from") else "messages"] = None
+                self.names["ShareGPT" if fields.get("from") and not fields.get("role") else "messages"] = None
                 # as OpenAI and axolotl say that an answer is context only
                 is_trained = {plain(fields.get(name)) for name in ("weight", "train")}.isdisjoint(UNTRAINED)
                 self.changes["answers of weight 0 are context only"] += speaker == "assistant" and not is_trained
@@ -287,12 +287,6 @@ class Shapes:
 def _names(row: Mapping[str, Any]) -> str:
     """The names of a row's columns, for an error: at most 20 of them."""
     return ", ".join(f"{name!r:.60}" for name in islice(row, 20)) + ", ..." * (len(row) > 20) or "none"
-
-
-def _is_talk(value: Any) -> bool:
-    """Whether it is a list of messages with roles."""
-    return isinstance(value, list) and isinstance(first := next(iter(value), None), dict) and bool(
-        {*map(plain, first)} & {*ROLES})
 
 
 def _shown(value: object) -> str:

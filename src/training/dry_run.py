@@ -1,7 +1,7 @@
 """--dry_run: everything before the first step is tried and shown as a table, and nothing is written.
 
 The checks are those of an ordinary start (inputs.py, checks.py), which stops at the first that fails; here all are
-made, and one that needs work: a micro-batch forward and backward, for the first loss, the memory and the time.
+made, and one that needs work: a micro-batch forward and backward, for the first loss, the time and a GPU's memory.
 """
 
 import os
@@ -88,7 +88,7 @@ def _look(argv: list[str] | None, options: Namespace, table: Table) -> None:
             with errors_at(f"{each}: cannot write there"), tempfile.TemporaryFile(dir=existing(each)):
                 pass
         if table.processes.is_main and (folder / LOCK).exists():
-            with lock_folder(folder):
+            with lock_folder(folder, is_named=False):
                 pass
     with table.check("start"), errors_at(folder):
         path, state = find_state(options, folder)

@@ -64,7 +64,9 @@ class Leader:
         self.here, self.arrived = set[str](), 0.0  # the hosts, and since when just these are here
 
     def _saved(self) -> float:
-        return self.latest.stat().st_mtime if self.latest.exists() else 0.0
+        with suppress(OSError):
+            return self.latest.stat().st_mtime
+        return 0.0
 
     def decide(self, reports: Mapping[str, Report]) -> Plan:
         """The plan, from the reports of all hosts that are here, by key; the first host comes first."""

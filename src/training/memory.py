@@ -1,4 +1,4 @@
-"""How much memory of a GPU a run needs, and the micro-batch that fits."""
+"""How much memory a run needs, and the micro-batch that fits a GPU."""
 
 from argparse import Namespace
 
@@ -12,7 +12,7 @@ from training.processes import Processes
 # of (two, four) bytes, by what is computed again there.
 _KEPT = {"nothing": (40, 68), "gelu": (32, 54), "blocks": (9, 12)}
 _ROOM = 0.9  # of what is free; the rest is for what the allocator cannot use
-_OTHER = 700 << 20  # the scores of the output layer, and what a GPU keeps for itself
+_OTHER = 700 << 20  # the scores of the output layer, and what a GPU, or PyTorch on a CPU, keeps for itself
 
 
 def most_tokens(options: Namespace) -> int:

@@ -80,13 +80,16 @@ class Processes:
 
     def check_shared(self, folder: Path) -> None:
         """Raise UserError on all ranks unless they see what rank 0 wrote into the folder, within some seconds."""
-        lock = folder / LOCK
-        expected = self.gather(lock.read_text() if self.is_main else "")[0]
+        def mark() -> str:
+            with suppress(OSError):
+                return (folder / LOCK).read_text()
+            return ""
+
+        expected = self.gather(mark())[0]
         with self.together():
             for _ in range(20):
-                with suppress(OSError):
-                    if lock.read_text() == expected:
-                        return
+                if mark() == expected:
+                    return
                 time.sleep(0.25)
             raise UserError(f"{folder}: not the folder of rank 0; all hosts have to share --checkpoint_dir")
 

@@ -89,9 +89,12 @@ def load(path: Path) -> dict[str, Any]:
 
 def verify(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The state with every field of this version. Raises CheckpointError when it is not a usable checkpoint of ours."""
-    if (state.get("format"), state.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise CheckpointError(f"{path}: not a checkpoint of this version of the project; --pretrained_model takes "
-                              "weights from elsewhere")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this project; --pretrained_model takes weights from "
+                              "elsewhere")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {state.get('format_version')}, this version reads "
+                              f"{FORMAT_VERSION}")
     state = {**_ABSENT_BEFORE, **state}
     fields = {**_FIELDS, **_RUN_FIELDS} if "optimizer" in state else _FIELDS
     wrong = [name for name, is_usable in fields.items() if name not in state or not is_usable(state[name])]
@@ -209,7 +212,8 @@ def _make_room(path: Path, say: Say) -> None:
         if os.path.lexists(each) and not is_ours(each):
             if not each.is_symlink() and not each.is_file():
                 raise UserError(f"{each}: not a file, so nothing is written there; move it away")
-            say(f"{each} was there: now {_set_aside(each).name}")
+            with errors_at(f"{each}: cannot rename it"):
+                say(f"{each} was there: now {_set_aside(each).name}")
 
 
 def abandon_others(source: Path, step: int, say: Say) -> None:

@@ -92,9 +92,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
-                warn: Say = say_nothing) -> Iterator[None]:
-    """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so. Raises
-    UserError naming the holder when another process holds it, and naming the lock when it is no lock of ours."""
+                warn: Say = say_nothing, is_named: bool = True) -> Iterator[None]:
+    """Hold the folder until the process ends, however it ends. Where the file system has no locks, warn says so.
+    is_named: whether the lock is to name this process. Raises UserError naming the holder when another process holds
+    it, and naming the lock when it cannot be used."""
     path = folder / LOCK
     with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,12 +112,15 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
             warn(f"warning: {path}: this file system has no locks ({error.strerror}); a second {what} in this folder "
                  "would not be noticed, so start none")
 
-    with file:
+    def name_holder(text: str) -> None:
         with suppress(OSError):  # a full disk takes no name; the lock is there all the same
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+            if is_named:
+                file.truncate(0)
+                file.write(text.encode())
+
+    with file:
+        name_holder(f"process {os.getpid()} on {platform.node()}\n")
         try:
             yield
         finally:
-            with suppress(OSError):
-                file.truncate(0)
+            name_holder("")

@@ -34,6 +34,7 @@ class _Inert(dict[str, Any]):
     """Stands in for a pickled class or function of another program: it has the fields and does nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+    __repr__ = object.__repr__  # of all that is in it, it could be endless
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
