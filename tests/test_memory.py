@@ -145,18 +145,19 @@ from pathlib import Path
 from processor import linear_by_onednn
 torch.set_num_threads(1)
 weight, memory = torch.ones(2048, 512), []
-for rows in range(64, 464):
+for rows in range(64, 544):
     linear_by_onednn(torch.ones(rows, 512), weight)
     memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-print(memory[-1] - memory[80])
+print(memory[-1] - memory[240])
 """
 
 
 def test_products_of_ever_new_sizes_leave_nothing():
-    """After the first 81 of 400 sizes oneDNN and PyTorch would keep 190 MiB more; of a 124M model's, gigabytes."""
+    """Of the second 240 sizes, when malloc has settled too, oneDNN and PyTorch would keep 140 MiB more; of a 124M
+    model's, gigabytes."""
     unset = ("-u", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "-u", "LRU_CACHE_CAPACITY")  # which this process has set
     done = run_command("env", *unset, sys.executable, "-c", MANY_SIZES, env={"PYTHONPATH": str(SRC)})
-    assert done.code == 0 and float(done.stdout) < 50, done
+    assert done.code == 0 and float(done.stdout) < 30, done
 
 
 def test_a_later_save_writes_the_state_as_it_was_when_it_was_asked_for():
