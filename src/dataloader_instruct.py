@@ -80,7 +80,8 @@ class InstructData:
         self.left_out = len(everything) - len(self)
         if not len(self):
             raise UserError(f"{prepared.folder}: no example of the {split} split fits a context_length of "
-                            f"{context_length}; the shortest has {everything.min()} tokens")
+                            f"{context_length}; the shortest has {everything.min()} tokens"
+                            + "; prepare with a larger --val_fraction" * (split == "val"))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -164,8 +164,8 @@ def tables_of(report: dict[str, Any], show: int) -> tuple[list[str], list[list[s
     if report["left_out"]:
         names.append(f"left out as longer than the context: {report['left_out']:,}")
     for case in _spread(report["answers"], show):
-        question = " ".join(re.sub("### (Instruction|Input|Response):\n", "| ", case["prompt"]).split())
-        answers.append([question.strip("| "), case["expected"] or "-",
+        question = re.sub("(<.endoftext.>)?### (Instruction|Input|Response):\n", " | ", case["prompt"])
+        answers.append([" ".join(question.split()).strip("| "), case["expected"] or "-",
                         *(answer["text"] + " [...]" * (not answer["ended"]) for answer in case["answers"])])
     return names, scores, answers
 

@@ -319,10 +319,12 @@ def test_a_run_that_goes_back_leaves_the_other_branch_and_keeps_the_best_of_both
     for lost in ("latest.pt", "step_000009.pt", "step_000008.pt"):
         os.truncate(folder / lost, 1000)
     assert checkpoint.newest_valid(folder, print)[0].name == "step_000007.pt"
-    source = folder / "step_000008.abandoned1.pt"
+    (folder / "link.pt").symlink_to("step_000008.abandoned1.pt")  # what it names is meant
+    source = folder / "link.pt"
     for _ in range(2):  # and forward again, then from the file that latest.pt is already
         with open_run(to(folder, "--resume", source)):
             assert checkpoint.step_files(folder) == [] and (folder / "latest.pt").samefile(source)
+            assert not (folder / "latest.pt").is_symlink()
     assert not list(folder.glob("*.tmp"))
 
 

@@ -71,7 +71,8 @@ class Table:
 
 def dry_run(argv: list[str] | None) -> int:
     """Look at everything that the run of this command line needs. Returns 0, or 2 if it could not start."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # there is nothing to save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save, and C++ may wait for another rank
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     options, table = parse_options(argv), Table()
     with table.check("device"):
         table.processes = join(options.device)

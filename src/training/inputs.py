@@ -55,6 +55,7 @@ def find_state(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any] |
         if path.is_dir():
             raise UserError(f"{path}: a folder; to go on from its newest checkpoint: --resume latest --checkpoint_dir "
                             + shlex.quote(str(path)))
+        path = path.resolve() if path.is_symlink() else path
         state = checkpoint.load_run(path)
     if state is None or not (folder.exists() and path.parent.samefile(folder)):
         checkpoint.require_no_run(folder)

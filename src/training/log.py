@@ -26,6 +26,9 @@ class RunLog:
     def __init__(self, folder: Path, step: int, evaluated: Collection[int], warn: Callable[[str], None]) -> None:
         self.folder, self.warn, path = folder, warn, folder / METRICS
         self.is_new, self.has_failed = not path.exists(), False
+        # what the disk refuses to TensorBoard's own thread reaches _write as well
+        threading.excepthook = lambda failure: (None if issubclass(failure.exc_type, OSError)
+                                                else threading.__excepthook__(failure))
         with errors_at(f"{folder}: cannot write there", advice="; choose another --tensorboard_dir"):
             # After a kill the log may hold steps that are now done again: both logs drop those.
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -34,9 +37,6 @@ class RunLog:
                 with durable_file(path) as file:
                     file.writelines(line + b"\n" for line in lines if _stays(line, step, evaluated))
             self.metrics = path.open("a", buffering=1)
-        # what the disk refuses to TensorBoard's own thread reaches _write as well
-        threading.excepthook = lambda failure: (None if issubclass(failure.exc_type, OSError)
-                                                else threading.__excepthook__(failure))
 
     def _write(self, write: Callable[..., object], *arguments: object) -> None:
         """Call a method of TensorBoard's writer, or of the file of metrics, unless one has failed."""
