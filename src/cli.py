@@ -38,11 +38,12 @@ def printable_line(text: object) -> str:
 
 
 class _Help(argparse.HelpFormatter):
-    """Says the default of each flag that has one."""
+    """Says the default of each flag that has one, unless its text does."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         has_default = action.nargs != 0 and action.default not in (None, "", [], argparse.SUPPRESS)
-        return f"{action.help}{' (default: %(default)s)' * has_default}"
+        is_said = "default: " in (action.help or "")
+        return f"{action.help}{' (default: %(default)s)' * (has_default and not is_said)}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -25,7 +25,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     importing.add_argument("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a local folder or file")
     importing.add_argument("--output", type=Path, default=Path("checkpoints/best_model.pt"), help="the file to write")
     importing.add_argument("--n_head", type=number(int, 1), default=0,
-                           help="attention heads, for weights that come without their configuration")
+                           help="attention heads, where the weights do not say it (default: what they say)")
     exporting = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder or a GGUF file")
     exporting.add_argument("source", metavar="checkpoint", help="a checkpoint, or what else import takes from here")
     exporting.add_argument("output", type=Path, help="the folder to write, or a file NAME.gguf")

@@ -22,6 +22,7 @@ def test_help_imports_nothing_heavy(script):
     assert code == 0 and stdout.startswith("usage: ") and stderr.count("\n") == stderr.count("import time:")
     heavy = {"torch", "datasets", "pyarrow"} | ({"numpy", "tiktoken"} if "prepare" not in script else set())
     assert "argparse" in imported and not imported & heavy
+    assert "say) (default" not in " ".join(stdout.split())  # a default is said once
 
 
 def test_training_does_not_import_the_compiler(tmp_path):

@@ -25,7 +25,7 @@ TABLE: dict[str, dict[str, tuple[str, Any, Any, str]]] = {
         "pretrained_model": (FIXED, _PATH, "checkpoints/best_model.pt", "the pre-trained GPT-2 to start from: a "
                              "file, or a Hugging Face folder"),
         "from_scratch": (FIXED, _SHAPE, "", "start from random weights instead: layers,heads,width such as 4,4,128"),
-        "n_head": (FIXED, _SIZE, 0, "its attention heads; only for weights that come without their configuration"),
+        "n_head": (FIXED, _SIZE, 0, "its attention heads, where the weights do not say it (default: what they say)"),
         "data_dir": (FREE, str, "data_instruct", "prepared data; a resumed run checks that they are the same"),
         "context_length": (FIXED, _SIZE, 0, "longest example, in tokens; 0 takes the model's own"),
     },
