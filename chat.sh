@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Chat: ./chat.sh [CHECKPOINT | demo] [flags of src/chat.py...], from any folder
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 unset CDPATH
 here=$PWD

@@ -2,23 +2,24 @@
 # Fine-tune:  ./start_instruct_training.sh [NPROC] [RESUME] [flags of src/train_instruct.py...]
 #             NPROC   processes, one a GPU (default 1; without a GPU they share the CPU)
 #             RESUME  a checkpoint file, latest, or auto: latest if a run is there, else a new one
-#             flags   python src/train_instruct.py --help lists them
+#             flags   --help lists them
 # Try it out: ./start_instruct_training.sh demo
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 unset CDPATH
 trap '' USR1  # which asks a run to save, must not end the launcher before it can pass it on
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 source src/environment.sh
 
-case "${1:-}" in
-    -h | --help)
-        sed -n '2,6s/^# //p' start_instruct_training.sh
-        exit 0 ;;
-    demo)
-        shift
-        source src/demo.sh "$@"
-        exit ;;
-esac
+if [[ "${1:-}" == demo ]]; then
+    shift
+    source src/demo.sh "$@"
+    exit
+fi
+if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then  # which needs nothing but Python
+    choose_environment requirements.txt
+    [ -n "$(lacks "$python")" ] || exec "$python" src/train_instruct.py --help
+fi
 
 use_environment
 nproc=1

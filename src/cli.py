@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
+        order = "words without -- come first; " * bool(self.usage and re.match("unrecognized arguments: [^-]", message))
+        raise UserError(f"{message} ({order}--help lists the flags)")
 
 
 def number(kind: Callable[[str], float], low: float, high: float = float("inf"), *,

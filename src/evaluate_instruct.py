@@ -97,7 +97,7 @@ def read_cases(options: Namespace, context_length: int) -> "tuple[list[Case], in
 
     if options.prompts:
         documents: list[Any] = [(tokens, []) for tokens in _prompts(options.prompts, context_length)]
-    elif options.dataset:
+    elif options.dataset is not None:
         documents = _dataset(options.dataset)
     else:
         data = InstructData(open_prepared(options.data_dir), "val", 1 << 30)
@@ -140,8 +140,9 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
     from instruct_format import encode_conversation
 
     documents = []
+    sources = open_sources([dataset], {})
     try:
-        for place, row in Shapes({"split": ""}).examples(open_sources([dataset], {})):
+        for place, row in Shapes({"split": ""}).examples(sources):
             if isinstance(row, BadRow):
                 raise UserError(f"{place}: {row}")
             if not row.fault:
@@ -161,8 +162,8 @@ def tables_of(report: dict[str, Any], show: int) -> tuple[list[str], list[list[s
         scores.append([f"{place}", *("-" if found[name] is None else form.format(found[name])
                                      for name, form in SCORES.items())])
         answers[0].append(f"{place}")
-    if report["left_out"]:
-        names.append(f"left out as longer than the context: {report['left_out']:,}")
+    left_out = f"; left out as longer than the context: {report['left_out']:,}" * bool(report["left_out"])
+    names.append(f"examples: {report['examples']:,}{left_out}")
     for case in _spread(report["answers"], show):
         question = re.sub("(<.endoftext.>)?### (Instruction|Input|Response):\n", " | ", case["prompt"])
         answers.append([" ".join(question.split()).strip("| "), case["expected"] or "-",

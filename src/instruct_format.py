@@ -19,7 +19,7 @@ from errors import UserError
 
 TEMPLATE = "instruction-input-response/1"  # travels in the data manifest and in every checkpoint
 TOKENIZER = "gpt2"
-END_OF_TEXT = 50256
+END, END_OF_TEXT = "<|endoftext|>", 50256
 VOCAB_SIZE = 50257
 _RANKS = Path(__file__).parent / "gpt2_ranks" / "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"  # see README.txt beside it
 _RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -34,7 +34,7 @@ def tokenizer() -> tiktoken.Encoding:
                         "restore them with: git checkout -- src/gpt2_ranks")
     ranks = {b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
     return tiktoken.Encoding(TOKENIZER, pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": END_OF_TEXT})
+                             special_tokens={END: END_OF_TEXT})
 
 
 def tidy(text: str) -> str:

@@ -209,6 +209,9 @@ def test_a_lock_that_cannot_be_used_is_named(tmp_path, make, reason):
     make(tmp_path / LOCK)
     with pytest.raises(UserError, match=rf"/{LOCK}: {reason}"):
         train((tmp_path, tmp_path), tmp_path)
+    (tmp_path / "disk").symlink_to("absent")
+    with pytest.raises(UserError, match="/disk: no folder, or a link to one that is not there; choose another --check"):
+        train((tmp_path, tmp_path), tmp_path / "disk")
 
 
 @pytest.mark.parametrize("module, name, refused, warns", [

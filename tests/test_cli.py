@@ -43,6 +43,7 @@ def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main, monkeypatch):
 
 @pytest.mark.parametrize("script, flags, message", [
     ("train_instruct.py", ["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
+    ("train_instruct.py", ["--dry_run", "latest"], "unrecognized arguments: latest (words without -- come first; "),
     ("train_instruct.py", ["--max_steps", "0"], "--max_steps: 0 is not at least 1"),
     ("train_instruct.py", ["--total_batch_size", str(10**12)], "000 is not at least 1 and at most 1073741824"),
     ("train_instruct.py", ["--epochs", "3", "--max_steps", "9"], "--max_steps: not allowed with argument --epochs"),
@@ -81,7 +82,9 @@ def test_the_launcher_trains_resumes_and_passes_on_exit_codes(project):
     for number, flags, message in [(2, inputs, "a run is here already"), (3, [2, run / "latest.pt"], "not a loadable")]:
         code, _, stderr = start(project, *flags)
         assert (code, stderr.count("\n")) == (number, 1) and f"{run}/latest.pt: {message}" in stderr
-    assert start(project, 0).code == start(project, 99999).code == 2 and start(project, "--help").code == 0
+    assert start(project, 0).code == start(project, 99999).code == 2
+    code, stdout, stderr = start(project, 2, "--help")
+    assert (code, stderr) == (0, "") and stdout.startswith("usage: ./start_instruct") and "\n  --eval_freq " in stdout
 
 
 def test_the_demo_data_hold_what_the_demo_promises():

@@ -112,12 +112,12 @@ def test_the_terminal_shows_scores_and_answers_side_by_side(said, capsys, tmp_pa
     said += ["yes", "yes", "yes and no", "yes", "yes!", "\x1b[2J|\n<b>", "no", "yes " * 20]
     flags = ["tuned.pt", "tuned.pt", "--dataset", "rows.jsonl", "--show", 2, "--max_new_tokens", 25]
     out = evaluation(capsys, *flags).splitlines()
-    assert out[:3] == ["1. tuned.pt (step 3)", "2. tuned.pt (step 3)", ""]
-    assert [line.split() for line in out[3:6]] == [
+    assert out[:4] == ["1. tuned.pt (step 3)", "2. tuned.pt (step 3)", "examples: 4", ""]
+    assert [line.split() for line in out[4:7]] == [
         ["loss", "perplexity", "ended", "tokens", "repeated", "exact"],
-        ["1", *out[4].split()[1:3], "100.0%", "1.5", "0.0%", "75.0%"],
-        ["2", *out[4].split()[1:3], "75.0%", *out[5].split()[4:6], "0.0%"]]
-    assert out[6:] == ["", "Question 0", "  expected  yes", "  1         yes", "  2         yes" + "!" * 24 + " [...]",
+        ["1", *out[5].split()[1:3], "100.0%", "1.5", "0.0%", "75.0%"],
+        ["2", *out[5].split()[1:3], "75.0%", *out[6].split()[4:6], "0.0%"]]
+    assert out[7:] == ["", "Question 0", "  expected  yes", "  1         yes", "  2         yes" + "!" * 24 + " [...]",
                        "", "Question 2", "  expected  yes", "  1         yes and no", "  2         no"]
     said += ["yes"] * 4 + ["yes", "\x1b[2J|\n<b>", "no", "no"]
     out = evaluation(capsys, *flags, "--markdown", "--show", 4)
@@ -126,7 +126,7 @@ def test_the_terminal_shows_scores_and_answers_side_by_side(said, capsys, tmp_pa
         file.writelines(f'{{"instruction": "{"long " * 99}", "output": "{n}"}}\n' for n in range(2))
     said += ["yes"] * 16
     assert json.loads(evaluation(capsys, *flags, "--json"))["left_out"] == 2
-    assert evaluation(capsys, *flags).splitlines()[2] == "left out as longer than the context: 2"
+    assert evaluation(capsys, *flags).splitlines()[2] == "examples: 4; left out as longer than the context: 2"
 
 
 def test_three_checkpoints_fit_80_columns_and_examples_are_spread_over_all(said, capsys, tiny_checkpoint, tmp_path):

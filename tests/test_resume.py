@@ -198,7 +198,8 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
     """Exit 2, or 3 for a file that is no state of a run; a run is never overwritten."""
     cases = [
         ((), "a run is here already; --resume latest", whole),
-        (("--resume", "latest"), "no checkpoint to resume from", tmp_path / "empty"),
+        (("--resume", "latest"), "no checkpoint to resume from .*with auto, a run starts$", tmp_path / "empty"),
+        (("--resume", "latest"), "no checkpoint to resume .* starts, in another --checkpoint_dir$", tmp_path / "best"),
         (("--resume", whole / "best_model.pt"), "weights only", tmp_path),
         (("--resume", inputs[1]), "weights only", tmp_path),
         (("--context_length", 2048), "above the model's 1024", tmp_path),
@@ -221,6 +222,7 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
     for flags, message, folder in cases:
         with pytest.raises(UserError, match=message):
             train(inputs, folder, *flags)
+    assert not (tmp_path / "empty").exists()
     assert (whole / "latest.pt").read_bytes() == before
     assert {path.read_text() for path in tmp_path.glob("*/*.pt")} == {"somebody's"}
     damaged = tmp_path / "damaged.pt"

@@ -254,12 +254,13 @@ def test_several_turns_reach_the_shards_and_the_report(tmp_path, capsys):
 
 def test_what_was_changed_is_counted_and_shapes_may_be_mixed():
     shapes = Shapes({})
-    rows = [{"instruction": 1, "output": ["O"]}, {"prompt": "P", "completion": True, "id": 0}, {"messages": [
-        USER, BOT, YES | {"weight": 0}]}]
+    rows = [{"instruction": 1, "output": ["O<|endoftext|>"]}, {"prompt": "P", "completion": True, "id": 0},
+            {"messages": [USER, BOT, YES | {"weight": 0}]}]
     found = list(shapes.examples([Source("a.json", iter([("row 1", rows[0]), ("row 2", 7)])),
                                   Source("b.json", iter([("row 1", "x"), ("row 2", rows[1]), ("row 3", rows[2])]))]))
     assert [getattr(row, "advice", None) for _, row in found] == [None, " (--skip_bad drops such rows)", "", None, None]
     assert shapes.notes(1.0) == [
         "shape: Alpaca and prompt/completion and messages; columns used: instruction, output, "
         "prompt, completion, messages; ignored: id", "2 numbers and booleans became text",
+        "1 texts contain <|endoftext|>, which is trained as text and ends nothing: remove it",
         "1 answers of weight 0 are context only"]

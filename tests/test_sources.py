@@ -133,6 +133,10 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path):
         (tmp_path / f"data-0000{number}-of-00002.arrow").write_bytes(part)
         (tmp_path / f"cache-{number}.arrow").write_bytes(part)  # of a map
     assert [row for source in open_sources([str(tmp_path)], {}) for _, row in source.rows] == ROWS
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data-00000-of-00002.arrow").rename(tmp_path / "data/train/data-00000-of-00001.arrow")
+    with pytest.raises(UserError, match="data: a folder; name one of its splits, such as .*data/train$"):
+        open_sources([str(tmp_path / "data")], {})
 
 
 def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, monkeypatch):
@@ -165,7 +169,8 @@ def test_several_files_and_patterns_are_read_in_order_and_each_once(tmp_path, mo
     (["a.jsonl", "--subset", "x"],
      "a.jsonl: --split, --subset, --revision and --streaming are for datasets of the hub"),
     (["-"], r"-: nothing to train on \(0 read, 0 kept"), (["-", "-"], r"-, -: nothing to train on \(0 read, 0 kept"),
-    (["a.jsonl", "--output_dir", "a.jsonl"], "a.jsonl: cannot write there: File exists; choose another --output_dir$"),
+    (["a.jsonl", "--output_dir", "a.jsonl"],
+     "a.jsonl: no folder, or a link to one that is not there; choose another --output_dir$"),
 ])
 def test_wrong_sources_of_data_are_refused(tmp_path, monkeypatch, names, told):
     write_jsonl(tmp_path / "a.jsonl", ROWS)

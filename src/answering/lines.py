@@ -173,18 +173,20 @@ class Lines:
         any those of the file, where lines that hold none are passed over. It is replaced whole, after other chats may
         have added to it."""
         entries: list[str] = []
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             self.keep_history &= self.path.is_file() or self.path.is_dir() or not self.path.exists()  # no /dev/null
             kept = self.path.read_bytes() if self.keep_history and self.path.exists() else b""
             lines = map(parse_json, kept.decode(errors="replace").splitlines())
             entries = [entry for entry in (*lines, *more) if type(entry) is str][-LONGEST_HISTORY:]
             if more and self.keep_history:
-                temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
                 with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                     file.writelines(f"{json.dumps(entry)}\n" for entry in entries)
                 temporary.replace(self.path)
         except OSError as error:
             self.keep_history = False
+            with suppress(OSError):
+                temporary.unlink()
             self.say(f"warning: {self.path}: the history is not kept: {error.strerror}")
         for entry in more or entries:
             with suppress(ValueError):  # the locale's encoding lacks its characters

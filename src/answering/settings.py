@@ -30,11 +30,11 @@ def seed(text: str) -> float | None:
 # name -> (type with its range, range and meaning)
 TABLE: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (number(int, 1), "longest answer; at least 1"),
-    "temperature": (number(float, 0), "at least 0, which takes the likeliest token every time"),
+    "temperature": (number(float, 0), "at least 0, which takes the likeliest every time"),
     "top_k": (number(int, 0), "sample among this many; at least 0, which means all"),
     "top_p": (number(float, 0, 1, above=True), "the likeliest that sum to this; above 0, at most 1"),
     "repetition_penalty": (number(float, 1, 10), "against repeating the last 64 tokens; 1 (off) to 10"),
-    "seed": (seed, "same seed, same answer; at least 0, or none (default: drawn)"),
+    "seed": (seed, "same seed, same answer; at least 0, or none: drawn"),
 }
 
 
@@ -51,4 +51,5 @@ def changed(settings: Settings, name: str, text: str) -> Settings:
     try:
         return settings._replace(**{name: kind(text)})
     except (ArgumentTypeError, ValueError):
-        raise UserError(f"{name} stays {getattr(settings, name)}: {text!r} is not possible ({meaning})") from None
+        before = str(getattr(settings, name)).lower()  # none, as it is typed
+        raise UserError(f"{name} stays {before}: {text!r} is not possible ({meaning})") from None

@@ -19,7 +19,7 @@ from answering.decode_weights import OneRowInt8
 from answering.lines import Lines, Signals
 from answering.questions import answer_together, questions_of, text_of
 from answering.settings import TABLE, Settings, changed
-from cli import printable, printable_line, write
+from cli import fill, printable, printable_line, write
 from errors import UserError, errors_at
 from instruct_format import with_input
 from model import GPT
@@ -27,7 +27,7 @@ from weights.safe_load import check_is_file
 
 COMMANDS = {
     "/input": "TEXT or @FILE: what the next question is about; alone: nothing",
-    "/set": "NAME VALUE: how answers are made; alone: shows that, and what the last one took",
+    "/set": "NAME VALUE: how answers are made; alone: shows it, and the last one's speed",
     "/regen": "answer the last question again",
     "/save": "FILE: the conversation, as JSON lines that can be prepared",
     "/clear": "forget the conversation",
@@ -180,7 +180,12 @@ class Chat:
                 ("user", with_input(*turn.question)), ("assistant", turn.text))]}]
         path = Path(os.path.expanduser(name))
         with errors_at(path, ValueError, advice="; choose another name"), path.open("x", encoding="ascii") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows)
+            try:
+                file.writelines(f"{json.dumps(row)}\n" for row in rows)
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
         self.say(f"saved {len(turns)} of {len(self.turns)} turns to {printable_line(path)}")
 
     def _complete(self, line: str) -> Iterable[str]:
@@ -190,6 +195,7 @@ class Chat:
     def say(self, text: str, dim: bool = False) -> None:
         """A line for the user that is no answer; one by the way is in brackets, and dim where the terminal can."""
         stream = sys.stdout if self.at_terminal and sys.stdout.isatty() else sys.stderr
+        text = "\n".join(map(fill, text.split("\n")))
         if dim:
             is_plain = not stream.isatty() or os.environ.get("NO_COLOR") or self.signals.is_dumb
             text = f"({text})" if is_plain else f"\x1b[2m({text})\x1b[0m"

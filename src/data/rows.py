@@ -55,7 +55,10 @@ def open_sources(names: Iterable[str], hub: Mapping[str, Any]) -> list[Source]:
 def _rows(name: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if name == STDIN or os.path.exists(name):
         if os.path.isdir(name):
-            raise UserError(f"{name}: a folder; name its files, or a pattern such as '{name}/train*.jsonl'")
+            parts = glob.glob(f"{glob.escape(name)}/*/data-*.arrow")  # save_to_disk of several splits
+            advice = ("name one of its splits, such as " + os.path.dirname(parts[0]) if parts else
+                      f"name its files, or a pattern such as '{name}/train*.jsonl'")
+            raise UserError(f"{name}: a folder; {advice}")
         if any(hub.values()):
             raise UserError(f"{name}: --split, --subset, --revision and --streaming are for datasets of the hub")
         return _file_rows(name)
@@ -87,8 +90,8 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
         lines, ahead = tee(_lines(file))
         first, second, *_ = [*islice(filter(str.strip, ahead), 2), "", ""]  # that are not blank
         del ahead  # else all that is read stays in memory
-        is_table = kind in (".csv", ".tsv") or kind not in KINDS and not first.lstrip().startswith(("{", "["))
-        yield from _csv_rows(first, lines) if is_table else _json_rows(first, second, lines)
+        is_json = kind in KINDS[:3] or first.lstrip().startswith(("{", "["))
+        yield from _json_rows(first, second, lines) if is_json else _csv_rows(first, lines)
 
 
 def _lines(file: io.BufferedReader) -> Iterator[str]:

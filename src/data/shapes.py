@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from data.rows import Source
 from data.values import MESSAGES_TOO, NAMES, ROLES, BadRow, BadSplit, Number, is_talk, parse_list, plain, split_of
-from instruct_format import join_texts, tidy, with_input
+from instruct_format import END, join_texts, tidy, with_input
 
 SYSTEMS = ("system", "systeminstruction", "system_instruction")  # beside messages
 PAIR = ("instruction", "input", "output", "system")  # the meanings that make a question and its answer
@@ -153,6 +153,7 @@ class Shapes:
             raise BadRow(f"{where} has half of a surrogate pair, which is not text")
         if len(value) > LONGEST_BLANK and _BLANK.search(value):
             raise BadRow(f"{where} has {LONGEST_BLANK:,} blanks in a row, too many for the tokenizer")
+        self.changes[f"texts contain {END}, which is trained as text and ends nothing: remove it"] += END in value
         return tidy(value)
 
     def _split(self, value: Any, column: str) -> str | None:

@@ -86,8 +86,8 @@ def doubt_about_weights(loss: float) -> str:
     """What a first loss says against weights that are no random ones, or nothing."""
     random = math.log(VOCAB_SIZE)
     return "" if loss < random - 1 else (
-        f"the loss before training is {loss:.2f}, that of random weights is {random:.2f}: --pretrained_model is not a "
-        "trained language model, or its tokenizer is not GPT-2's; name another file")
+        f"the first loss is {loss:.2f}, that of random weights is {random:.2f}: these weights are not those of a "
+        "trained language model, or its tokenizer is not GPT-2's; begin with others: --pretrained_model")
 
 
 def _disk(options: Namespace, model: GPT) -> tuple[str, bool]:

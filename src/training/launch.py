@@ -45,7 +45,7 @@ def main() -> int:
     least, most, endpoint, restarts = _machines(os.environ.get("TORCHRUN_FLAGS", ""))
     if endpoint:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of addresses that have no name
-    elif not options.dry_run:
+    elif not options.dry_run and folder.exists():
         with lock_folder(folder):
             pass  # refused before any process is started if a run goes on there
     with tempfile.TemporaryDirectory() as temporary:

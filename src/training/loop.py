@@ -45,7 +45,8 @@ def train(run: Run) -> int:
         _step(run)
 
     _wait_for_saves(run)
-    reason = "finished" if at_end else f"stopped, as {in_vain} evaluations gained nothing (--patience 0 goes on)"
+    reason = "finished" if at_end else (
+        f"stopped, as {in_vain} evaluation{'s' * (in_vain > 1)} gained nothing (--patience 0 goes on)")
     if run.progress:
         run.progress.bar.close()  # what is said from now on stands below it
         reason = f"stopped by {'Ctrl-C' if stop == SIGINT else Signals(stop).name}" if stop else reason
@@ -65,7 +66,7 @@ def _step(run: Run) -> None:
     run.skipped = 0 if result.is_finite else run.skipped + 1
     if run.skipped:
         say(f"step {run.step} skipped: loss {result.loss}, gradient norm {result.gradient_norm}; the weights did not "
-            f"move; train examples {examples}")
+            f"move; train examples {examples[:20]}" + f" and {len(examples) - 20} more" * (len(examples) > 20))
     if run.skipped >= MOST_SKIPPED:
         _wait_for_saves(run)
         raise diverged(run, f"loss or gradients were not finite for {run.skipped} steps in a row")

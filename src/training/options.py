@@ -67,7 +67,9 @@ ON_RESUME = {name: option[0] for group in TABLE.values() for name, option in gro
 
 def _parse(argv: list[str] | None, run: Mapping[str, Any]) -> Namespace:
     """The options, their defaults replaced by those of a run: as text, so that they are checked as flags are."""
-    parser = Parser("Fine-tune a GPT-2 on prepared instruction data.")
+    parser = Parser("Fine-tune a GPT-2 on prepared instruction data. NPROC: processes, one a GPU (default 1; without a "
+                    "GPU they share the CPU). RESUME: a checkpoint file, latest, or auto: latest if a run is there, "
+                    "else a new one.", usage="./start_instruct_training.sh [demo | [NPROC] [RESUME]] [flags...]")
     for title, table in TABLE.items():
         group = parser.add_argument_group(title)
         for name, (_, kind, default, meaning) in table.items():

@@ -53,6 +53,8 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
     # rank 0 alone looks for a checkpoint, in a folder that all hosts have to share
     with processes.together():
         if processes.is_main:
+            if not folder.exists():  # it is not made for what is refused
+                find_state(options, folder)
             stack.enter_context(lock_folder(folder, warn=say))
             checkpoint.remove_temporaries(folder)
             path, state = find_state(options, folder)

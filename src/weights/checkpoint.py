@@ -242,7 +242,7 @@ def newest_valid(folder: Path, say: Say) -> tuple[Path, dict[str, Any]]:
     candidates = [path for path in (folder / LATEST, *step_files(folder)) if path.exists()]
     if not candidates:
         raise UserError(f"{folder}: no checkpoint to resume from (no {LATEST}, no step_NNNNNN.pt); without --resume, "
-                        "or with --resume auto, a run starts")
+                        "or with auto, a run starts" + ", in another --checkpoint_dir" * (folder / BEST).exists())
     for path in candidates:
         with suppress(CheckpointError):
             return path, load_run(path)

@@ -66,8 +66,9 @@ def durable_file(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
             reason = reason.__context__
         if not isinstance(reason, OSError):
             raise
-        raise UserError(f"{path}: cannot write it: {reason.strerror or reason} ({needed:,} bytes are needed, "
-                        f"{free_bytes(path.parent):,} are free)") from error
+        room = f" ({needed:,} bytes are needed, {free_bytes(path.parent):,} are free)"
+        raise UserError(f"{path}: cannot write it: {reason.strerror or reason}"
+                        + room * (reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))) from error
 
 
 def free_bytes(folder: Path) -> float:
@@ -98,6 +99,8 @@ def lock_folder(folder: Path, what: str = "run", flag: str = "--checkpoint_dir",
     it, and naming the lock when it cannot be used."""
     path = folder / LOCK
     with errors_at(f"{folder}: cannot write there", advice=f"; choose another {flag}"):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{folder}: no folder, or a link to one that is not there; choose another {flag}")
         folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()
                                       or not _HOLDER.fullmatch(path.read_text(errors="replace"))):

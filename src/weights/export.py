@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from errors import UserError, errors_at
-from instruct_format import END_OF_TEXT, VOCAB_SIZE, tokenizer
+from instruct_format import END, END_OF_TEXT, VOCAB_SIZE, tokenizer
 from weights.checkpoint import size_of
 from weights.durable import durable_file
 from weights.pretrained import ABOUT, FINE_TUNED
 
-END = "<|endoftext|>"
 _SPECIAL_IDS = {name: END_OF_TEXT for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 _KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}  # as the files name them
 # What instruct_format and data.shapes make of a conversation, once more, in Jinja.
