@@ -14,10 +14,6 @@ from typing import Any, NoReturn, TextIO
 
 from errors import UserError
 
-if sys.platform == "win32":  # before anything imports what Windows does not have
-    print("error: this needs Linux; on Windows use WSL2: wsl --install, then the same in its shell", file=sys.stderr)
-    sys.exit(2)
-
 # Control characters other than tab and newline, marks that reorder text on a terminal, and characters that hide in it.
 # The joiners U+200C and U+200D stay: emoji and several scripts need them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
@@ -146,6 +142,23 @@ def _refuse(error: UserError) -> int:
     return error.exit_code
 
 
+def _explain(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What ends a script while it is still importing: a package that is not there, or Ctrl-C."""
+    if isinstance(error, ModuleNotFoundError):
+        os._exit(_refuse(_lacking(error)))
+    if isinstance(error, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _lacking(error: ModuleNotFoundError) -> UserError:
+    return UserError(f"{sys.executable} has no package {error.name}; use the Python of an environment with the "
+                     "requirements (source .venv/bin/activate), or: pip install -r requirements.txt")
+
+
+sys.excepthook = _explain
+
+
 def _mend_streams() -> None:
     """Streams that were closed before the start are empty. Bytes that are no text are replaced, and characters that an
     encoding lacks are escapes."""
@@ -170,6 +183,8 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
         code = left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
         code = 130
+    except ModuleNotFoundError as error:
+        code = _refuse(_lacking(error))
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:  # of print
             code = _end_of_output(error)

@@ -1,7 +1,13 @@
 """The errors users see: one line each, saying what, where, and what to do next. Each kind has its exit code."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+if sys.platform == "win32" or sys.version_info < (3, 10):  # before anything imports what these do not have
+    print("error: this needs Python 3.10 and Linux; on Windows use WSL2: wsl --install, then the same in its shell",
+          file=sys.stderr)
+    sys.exit(2)
 
 
 class UserError(Exception):

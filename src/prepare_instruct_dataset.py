@@ -18,10 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cli import Parser, number, printable_line, run, usable_cpus  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, number, printable_line, run, usable_cpus
 from data.report import Report, counts
 from data.rows import KINDS, open_sources
 from data.shapes import Example, Shapes
@@ -191,8 +193,11 @@ def main(argv: list[str] | None = None) -> int:
                                                     lambda text: print(printable_line(text), file=sys.stderr)):
         manifest, notes = prepare(options, report)
     report.show(manifest, notes)
-    print("\n" + printable_line(f"wrote {options.output_dir}/{MANIFEST}; next: ./start_instruct_training.sh --data_dir "
-                                f"{shlex.quote(str(options.output_dir))}"))
+    launcher, folder = "./start_instruct_training.sh", options.output_dir
+    if not Path(launcher).exists():  # it goes to its own folder
+        launcher, folder = str(Path(__file__).resolve().parent.parent / launcher), folder.resolve()
+    command = f"{shlex.quote(launcher)} --data_dir {shlex.quote(str(folder))}"
+    print("\n" + printable_line(f"wrote {folder}/{MANIFEST}; next: {command}"))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Which Python the launchers use, what they install where, and machines that they cannot run on."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -124,10 +125,14 @@ def test_another_system_is_told_what_works(project, system, code, said):
     assert outcome.code == code and outcome.stderr.startswith(said) and outcome.stderr.count("\n") == 1
 
 
-def test_python_on_windows_is_one_line():
-    found = run_command(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(SRC)!r}]; sys.platform = 'win32'; "
-                        "import cli")
-    assert found.refusal().startswith("error: this needs Linux; on Windows use WSL2")
+def test_a_python_that_cannot_serve_is_one_line(tmp_path):
+    for change in ("platform = 'win32'", "version_info = (3, 9, 1)"):
+        code = f"import sys; sys.path[:0] = [{str(SRC)!r}]; sys.{change}; import cli"
+        said = run_command(sys.executable, "-c", code).refusal()
+        assert said.startswith("error: this needs Python 3.10 and Linux; on Windows use WSL2")
+    for script in ("prepare_instruct_dataset.py", "train_instruct.py"):  # without packages
+        said = run_command(sys.executable, "-S", SRC / script, cwd=tmp_path).refusal()
+        assert re.match(r"error: \S+ has no package \w+; use the Python of an environment with the requirements", said)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])

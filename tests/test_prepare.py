@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import run_script, write_jsonl
+from conftest import ROOT, run_script, write_jsonl
 from data.report import histogram, marked_sample
-from data.shards import KINDS, MANIFEST, SPLITS, Document, shard_file
+from data.shards import KINDS, MANIFEST, SPLITS, Document, open_prepared, shard_file
 from data_files import HARD_ROWS, LOOKALIKES, Row, row
 from errors import UserError
 from helpers import expected_of, files_of, prepare, texts_of
@@ -40,9 +40,13 @@ def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(tmp_path):
     code, stdout, stderr = run_script("prepare_instruct_dataset.py", *flags, "--output_dir", "my out", cwd=tmp_path)
     assert (code, stderr) == (0, "")
     assert "examples   71 read, 71 kept; dropped: 0 empty output, 0 exact repeat" in stdout
+    out = tmp_path / "my out"
     assert stdout.endswith(
-        "\n\nwrote my out/dataset_info.json; next: ./start_instruct_training.sh --data_dir 'my out'\n")
-    (train, val), expected = texts_of(tmp_path / "my out").values(), expected_of(rows)
+        f"\n\nwrote {out}/dataset_info.json; next: {ROOT}/start_instruct_training.sh --data_dir '{out}'\n")
+    for part in (out / "train", out / "dataset_info.json"):
+        with pytest.raises(UserError, match="a part of prepared data; name the whole folder: --data_dir .*/my out$"):
+            open_prepared(part)
+    (train, val), expected = texts_of(out).values(), expected_of(rows)
     assert [train, val] == [[text for text in expected if text in split] for split in (train, val)]
     assert sorted(train + val) == sorted(expected)
 

@@ -35,7 +35,8 @@ TEXTS: dict[str, tuple[str, str | bytes]] = {
     "lines": ("a.jsonl", LINES), "ndjson": ("a.ndjson", LINES), "lines in .json": ("A.JSON", LINES),
     "lines in .txt": ("a.txt", LINES), "list": ("a.json", listed(*HARD_ROWS).decode()),
     "list in a line": ("a.jsonl", json.dumps(HARD_ROWS)), "pretty list in .jsonl": ("a.jsonl", "\n\n" + PRETTY),
-    "list without suffix": ("a", PRETTY), "data": ("a.json", json.dumps({"version": "1", "data": HARD_ROWS}, indent=1)),
+    "list without suffix": ("a", PRETTY), "list in .csv": ("a.csv", PRETTY), "lines in .tsv": ("a.tsv", LINES),
+    "data": ("a.json", json.dumps({"version": "1", "data": HARD_ROWS}, indent=1)),
     "data in one line": ("a.jsonl", json.dumps({"Data": HARD_ROWS})),
     "by columns": ("a.json", json.dumps({name: {str(n): row[name] for n, row in enumerate(HARD_ROWS)}
                                          for name in HARD_ROWS[0]})),
