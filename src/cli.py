@@ -9,7 +9,9 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from errors import UserError
@@ -71,8 +73,12 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
 
 
 def usable_cpus() -> int:
-    """How many this process may use: a job may leave it few of the computer's. A container's quota is not seen."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use: a job or a container may leave it few of the computer's."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max" where there is no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cpus = min(cpus, max(1, quota // period))
+    return cpus
 
 
 def matching(pattern: str, expected: str) -> Callable[[str], str]:

@@ -36,9 +36,12 @@ def test_training_does_not_import_the_compiler(tmp_path):
 
 
 def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
-    said = run_main(prepare_instruct_dataset.main, "--help").stdout
-    assert "tokenizers work at once (default: 1)" in " ".join(said.split())
+    for cpus, quota, count in [({3}, "max 100000", 1), ({*range(9)}, "350000 100000\n", 3), ({1, 2}, "5 100", 1),
+                               ({*range(9)}, "", 9)]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: cpus)
+        monkeypatch.setattr(Path, "read_text", lambda _, quota=quota: quota)  # of a container's group
+        said = run_main(prepare_instruct_dataset.main, "--help").stdout
+        assert f"tokenizers work at once (default: {count})" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("script, flags, message", [
