@@ -50,7 +50,7 @@ def find_checkpoint(path: Path | None) -> Path:
     for candidate in [*names, *(PROJECT / name for name in names)]:
         if candidate.exists():
             return candidate
-    raise UserError(f"{path}: no such checkpoint" if path else
+    raise UserError(f"{path}: no such checkpoint; a question goes after --prompt" if path else
                     f"no checkpoint in {CHECKPOINT_DIR}: fine-tune first (./start_instruct_training.sh), or try the "
                     "demo (./start_instruct_training.sh demo, then ./chat.sh demo)")
 

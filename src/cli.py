@@ -10,6 +10,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -51,8 +52,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        order = "words without -- come first; " * bool(self.usage and re.match("unrecognized arguments: [^-]", message))
-        raise UserError(f"{message} ({order}--help lists the flags)")
+        more, unknown = "", re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown and unknown[1].startswith("-"):
+            more = "".join(f"did you mean {name}? " for name in get_close_matches(
+                unknown[1].partition("=")[0], self._option_string_actions, 1))
+        elif unknown and self.usage:
+            more = "words without -- come first; "
+        raise UserError(f"{message} ({more}--help lists the flags)")
 
 
 def number(kind: Callable[[str], float], low: float, high: float = float("inf"), *,
@@ -115,7 +121,7 @@ def _end_of_output(error: OSError) -> int:
     return UserError.exit_code
 
 
-_COMMAND = re.compile(r"(?:^|\s)(?:\./\w+\.sh|python src/)")
+_COMMAND = re.compile(r"(?:^|\s)(?:\./\w+\.sh|\S*python src/)")
 
 
 def fill(text: str, indent: int = 2) -> str:

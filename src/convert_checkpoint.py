@@ -72,6 +72,8 @@ def is_gguf(output: Path) -> bool:
 
 def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
     """Raise UserError where something is that may not be replaced, and for a name that means something else."""
+    if not is_import and output.suffix.lower() in (".pt", ".pth", ".bin", ".safetensors"):
+        raise UserError(f"{output}: export writes a folder, or a file whose name ends in {GGUF}; name one of these")
     for path in (output, output.with_suffix(".Modelfile")) if is_gguf(output) else (output,):
         if path.exists():
             from weights.export import check_folder
@@ -82,20 +84,19 @@ def check_output(output: Path, is_import: bool, is_forced: bool) -> None:
                 raise UserError(f"{path}: exists; --force replaces it, another output leaves it")
     if is_import and output.suffix != ".pt":
         raise UserError(f"{output}: import writes a checkpoint; name it {output.with_suffix('.pt')}")
-    if not is_import and output.suffix.lower() in (".pt", ".pth", ".bin", ".safetensors"):
-        raise UserError(f"{output}: export writes a folder, or a file whose name ends in {GGUF}; name one of these")
 
 
 def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     path = fetch(source)
     from weights.checkpoint import model_of, save
-    from weights.pretrained import open_any
+    from weights.pretrained import open_any, without_rows
 
     state = open_any(path, n_head)
-    model = model_of(state, path)
+    model, left_out = model_of(state, path), without_rows(state.pop("left_out", 0))
     save(output, state, say)
     sizes, count = model.config, sum(parameter.numel() for parameter in model.parameters())
-    say(f"wrote {output}: {count:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.n_embd}")
+    say(f"wrote {output}: {count:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.n_embd}"
+        + left_out)
 
 
 def export_weights(source: Path, output: Path, dtype: str) -> None:

@@ -80,6 +80,7 @@ fill_environment() {  # FILES...: after choose_environment; makes .venv and inst
     "$python" -m pip --version > /dev/null 2>&1 || fail ".venv has no pip; to fill it: $(fill_command "$python" \
         "$@"); or move it away, if another Python made it"
     [ -z "$why" ] || echo "note: $why; using .venv" >&2
+    echo "installing $* into .venv, which may take minutes" >&2
     "$python" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") || fail "pip could not" \
         "install $*"
 }

@@ -2,12 +2,20 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 if sys.platform == "win32" or sys.version_info < (3, 10):  # before anything imports what these do not have
     print("error: this needs Python 3.10 and Linux; on Windows use WSL2: wsl --install, then the same in its shell",
           file=sys.stderr)
     sys.exit(2)
+
+
+def python() -> str:
+    """How to call this Python from here: by its path where that lies below, as .venv does; else by its name."""
+    with suppress(OSError, ValueError):
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    return "python"
 
 
 class UserError(Exception):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from answering.settings import add_flags
 from cli import Parser, number, printable, printable_line, run
-from errors import CheckpointError, UserError, errors_at
+from errors import CheckpointError, UserError, errors_at, python
 
 if TYPE_CHECKING:
     from answering.scores import Case
@@ -29,8 +29,9 @@ SCORES = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "ended": "{:.1%}", "tokens"
 
 def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser("Compare checkpoints: loss, perplexity, and what their greedy answers are like.",
-                    epilog="ended: share of the answers that end by themselves; tokens: their mean length; repeated: "
-                           "share of repeated 4-grams; exact: share of the answers that are the expected one")
+                    epilog="loss: of the tokens of the expected answers; perplexity: e to the loss; ended: share of "
+                           "the answers that end by themselves; tokens: their mean length; repeated: share of repeated "
+                           "4-grams; exact: share of the answers that are the expected one")
     parser.add_argument("checkpoints", metavar="CHECKPOINT", type=Path, nargs="*",
                         help="checkpoints, or pre-trained models (files or folders); default: "
                              + " and ".join(map(str, DEFAULT)) + ", as far as they are there")
@@ -148,7 +149,7 @@ def _dataset(dataset: str) -> list[tuple[Any, Any]]:
             if not row.fault:
                 documents.append(encode_conversation(row.turns))
     except UserError as error:
-        raise UserError(f"{error}; if it needs --columns, --split or --skip_bad, prepare it first: python "
+        raise UserError(f"{error}; if it needs --columns, --split or --skip_bad, prepare it first: {python()} "
                         "src/prepare_instruct_dataset.py --output_dir FOLDER, and then --data_dir FOLDER") from error
     return documents
 

@@ -136,9 +136,10 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
         run.wait_for(Trainer.stopped)
         os.kill(run.ranks()[number % 2], signal.SIGKILL)
         wrong, starts = run.exits(1), len(run.lines("model "))
-        said = run.output().count("no new checkpoint was saved before that")
+        said = [line for line in run.output().splitlines() if "rror: " in line]
+        is_right = len(said) == 1 and "no new checkpoint was saved before that" in said[0]
         result.check(f"rank {number % 2}", wrong, f"{starts} starts" * (starts != 1),
-                     f"said {said} times" * (said != 1), run.orphans())
+                     f"said {said}" * (not is_right), run.orphans())
 
 
 @measurement("kill -9 before a start has begun")

@@ -375,6 +375,6 @@ def test_the_launcher_finds_files_where_the_user_stands(tmp_path, project, tiny_
                                        (project, "chat.sh", "--checkpoint", "latest.pt")):
         found = launch(folder, script, *arguments, "--prompt", "Hi", "--max_new_tokens", 1, cwd=tmp_path)
         assert found.code == 0, found.stderr
-    for name, message in (("absent.pt", "absent.pt: no such checkpoint"),
+    for name, message in (("absent.pt", "absent.pt: no such checkpoint; a question goes after --prompt"),
                           ("demo", "no demo yet; run ./start_instruct_training.sh demo first")):
         assert launch(project, "chat.sh", name, cwd=tmp_path).refusal() == f"error: {message}\n"

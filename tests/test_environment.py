@@ -9,7 +9,7 @@ import torch
 
 import conftest
 from conftest import SRC, Outcome, run_command
-from errors import UserError
+from errors import UserError, python
 from training.precision import device_named
 
 NEEDED = "torch, tiktoken"
@@ -125,11 +125,16 @@ def test_another_system_is_told_what_works(project, system, code, said):
     assert outcome.code == code and outcome.stderr.startswith(said) and outcome.stderr.count("\n") == 1
 
 
-def test_a_python_that_cannot_serve_is_one_line(tmp_path):
+def test_a_python_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
     for change in ("platform = 'win32'", "version_info = (3, 9, 1)"):
         code = f"import sys; sys.path[:0] = [{str(SRC)!r}]; sys.{change}; import cli"
         said = run_command(sys.executable, "-c", code).refusal()
         assert said.startswith("error: this needs Python 3.10 and Linux; on Windows use WSL2")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python3"))
+    for folder, name in ((tmp_path, ".venv/bin/python3"), (SRC, "python")):  # in what is to be run next
+        monkeypatch.chdir(folder)
+        assert python() == name
+    monkeypatch.undo()
     for script in ("prepare_instruct_dataset.py", "train_instruct.py"):  # without packages
         said = run_command(sys.executable, "-S", SRC / script, cwd=tmp_path).refusal()
         assert re.match(r"error: \S+ has no package \w+; use the Python of an environment with the requirements", said)

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import stat
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from answering.settings import Settings
 from conftest import run_script
 from data.shapes import Shapes
 from errors import CheckpointError, UserError
+from helpers import files_of
 from instruct_format import END_OF_TEXT, TEMPLATE, encode_conversation, encode_example, encode_prompt, tidy, tokenizer
 from model import Documents, GPTConfig
 from models import same_state, small_model, write_checkpoint
@@ -246,6 +249,8 @@ def test_an_export_comes_back_as_it_was(folders, checkpoints, hf, tmp_path):
         assert all((again / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
     hf[1].save_pretrained(tmp_path / "saved")
     assert open_any(tmp_path / "saved")["template"] == TEMPLATE
+    with pytest.raises(UserError, match="saved: not a folder that was exported here"):  # it may be trained further
+        export(checkpoints[False], tmp_path / "saved", "--force")
 
 
 def test_an_output_that_exists_is_not_replaced(folders, tmp_path, capsys):
@@ -323,6 +328,9 @@ def test_an_export_without_a_template_leaves_none_of_an_older_one(checkpoints, t
         assert capsys.readouterr().out == f"wrote {path}\nwrote {folder}\n"
         assert path.read_bytes().startswith(b"GGUF") and path.with_suffix(".Modelfile").exists() == is_tuned
         assert all((folder / name).exists() == is_tuned for name in ("Modelfile", "chat_template.jinja"))
+    (tmp_path / "B.Modelfile").write_text("FROM ./B.GGUF\nPARAMETER temperature 0\n")  # the user's own
+    export(pretrained, tmp_path / "B.GGUF", "--force")
+    assert (tmp_path / "B.Modelfile").read_text() == "FROM ./B.GGUF\nPARAMETER temperature 0\n"
     assert open_any(folder)["template"] is None
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None
 
@@ -381,6 +389,12 @@ def test_an_export_that_fails_leaves_nothing_that_looks_complete(checkpoints, fo
     """With --force over an older export too, and files of others there stay."""
     folder = export(checkpoints[True], tmp_path / "out")
     (folder / "notes.txt").write_text("mine")
+    before = files_of(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"out: cannot write there: [\d,]+ bytes are needed, 10 are free$"):
+        export(checkpoints[False], folder, "--force")
+    monkeypatch.undo()
+    assert files_of(folder) == before
     real = Path.replace
 
     def replace(self: Path, target: Path) -> Path:

@@ -86,6 +86,8 @@ OWN: dict[str, Callable[[Weights], Any]] = {  # what torch.save gets: as the pro
         "state_dict": {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}},
     "a config in a config": lambda weights: {"model": weights, "config": {"lr": 1e-4, "model": {"n_head": 4}}},
     "heads of two models": lambda weights: {"model": weights, "config": {"num_heads": 4}, "teacher": {"n_head": 8}},
+    "sizes under model": lambda weights: {"model": {"n_head": 4}, "state_dict": weights},
+    "DeepSpeed": lambda weights: {"module": prefixed("module.", weights), "args": {"num_heads": 4}, "ds_version": "1"},
     "no transformer": lambda weights: {"model": {name.removeprefix("transformer."): tensor for name, tensor in
                                                  with_output(weights).items()}, "config": {"n_head": 4}},
     "one of two tied": lambda weights: {"model": {name.replace("transformer.wte", "lm_head"): tensor for name, tensor in
@@ -107,6 +109,7 @@ def test_files_of_other_trainers_load_as_they_are(tmp_path, weights, program, is
     assert not any(tensor.requires_grad for tensor in state["model"].values())
     assert state["model"][EMBEDDING].untyped_storage().nbytes() == 50257 * 32 * 4  # what a checkpoint of it has
     assert (state["template"], state["multi_turn"], state["data_source"]) == (None, False, "")
+    assert state["left_out"] == 47 * (program != "a padded output")
 
 
 @pytest.mark.parametrize("module, name, prefix", [
@@ -217,14 +220,16 @@ def test_16_bit_weights_become_fp32(tmp_path, reference):
         assert torch.equal(found, reference.state_dict()["transformer.h.1.mlp.c_fc.weight"].t().to(dtype).float())
 
 
-def test_heads_are_never_guessed(tmp_path, weights):
+def test_heads_are_never_guessed(tmp_path, weights, capsys):
     path, ours = tmp_path / "a b.pt", write_pretrained(tmp_path / "ours.pt", small_model())
     torch.save(with_output(weights), path)
-    advice = rf"say it: python src/convert_checkpoint.py import '{path}' --n_head N --output NEW.pt; then name NEW.pt$"
+    advice = rf"say it: \S*python src/convert_checkpoint.py import '{path}' --n_head N --output NEW.pt; then name NEW."
     with pytest.raises(UserError, match=rf"how many heads its 2 layers of width 32 have.*; {advice}") as caught:
         open_any(path)
     assert caught.value.exit_code == 2
     assert convert_checkpoint.main(["import", str(path), "--n_head", "4", "--output", f"{tmp_path}/new.pt"]) == 0
+    said = "2 layers of 4 heads, width 32, without the 47 rows after GPT-2's tokens, padding or added tokens\n"
+    assert capsys.readouterr().out.endswith(said)
     state = load(tmp_path / "new.pt")
     assert GPTConfig(**state["model_config"]) == CUT and same_state(state["model"], cut(weights))
     assert convert_checkpoint.main(["import", f"{tmp_path}/new.pt", "--output", f"{tmp_path}/again.pt"]) == 0
@@ -233,7 +238,10 @@ def test_heads_are_never_guessed(tmp_path, weights):
         open_any(path, n_head=5)
     (tmp_path / "config.json").write_text('{"n_head": 2}')
     assert open_any(path)["model_config"]["n_head"] == 2
-    for named in (path, ours):
+    nested = tmp_path / "nested" / "a.pt"
+    nested.parent.mkdir()
+    torch.save({"model": with_output(weights), "args": {"num_heads": 2}}, nested)
+    for named in (path, ours, nested):
         with pytest.raises(CheckpointError, match="2.*4"):
             open_any(named, n_head=4)
 
@@ -242,7 +250,11 @@ def test_published_sizes_have_the_published_heads(tmp_path):
     config = GPTConfig(context_length=1, vocab_size=1)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    assert config_of({}, {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, tmp_path) == config
+    weights = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    assert config_of({}, weights, tmp_path, others=[{"n_head": 12}, {"n_head": 6}]) == config == config_of(
+        {}, weights, tmp_path)
+    with pytest.raises(UserError, match="nothing says clearly how many heads its 12 layers"):
+        config_of({}, weights, tmp_path, others=[{"n_head": 16}, {"n_head": 6}])
 
 
 def changed(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Weights], Any]:
@@ -258,7 +270,7 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "a scalar embedding": (changed(EMBEDDING, lambda _: torch.tensor(1.0)), "no GPT-2: "),
     "integers": (changed(NORM, lambda tensor: tensor.long()), "holds values of type torch.int64, not weights"),
     "NaN": (changed(NORM, lambda tensor: tensor / 0 * 0), f"{NORM} has values that are not finite"),
-    "a config of other layers": (says(num_layers=5), "its config says n_layer 5, not 2"),
+    "a config of other layers": (says(num_layers=5), "its config says num_layers 5, not 2"),
     "a config of other tokens": (says(vocab_size=50256), "its config says vocab_size 50256, not 50257"),
     "a config of text": (says(n_head="4"), "n_head must be a whole number of at least 1, not '4'"),
     "two numbers of heads": (lambda weights: {"model": weights, "hyper_parameters": {
@@ -266,11 +278,15 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "a config that is none": (lambda weights: {"model": weights, "config": 5}, "--n_head N --output NEW.pt"),
     **{f"{key} {value}": (says(**{key: value}), f"not a GPT-2 as published: {key} {value!r}; .* take another trainer")
        for key, value in {"activation_function": "relu", "n_inner": 96}.items()},
+    "a nested config": (lambda weights: {"state_dict": weights, "hyper_parameters": {"config": {
+        "n_head": 4, "activation_function": "relu"}}}, "not a GPT-2 as published: activation_function 'relu'"),
+    "a NaN that is tied": (lambda weights: {"model": with_output({
+        **weights, EMBEDDING: weights[EMBEDDING] * torch.nan}), "config": {"n_head": 4}}, f"{EMBEDDING} has values"),
     "a small vocabulary": (changed(EMBEDDING, lambda tensor: tensor[:50256]), "50,256 tokens, GPT-2's has 50,257"),
     "a large vocabulary": (changed(EMBEDDING, lambda tensor: tensor.repeat(2, 1)), "100,608 tokens, GPT-2's has 50,25"),
-    "no model": (lambda _: {"model": {"weights": 3}, "ema": 5}, "no model weights in it .*; found .*'weights'"),
+    "no model": (lambda _: {"model": {"weights": 3}, "ema": 5}, "no model weights in it .*; found .*'ema'"),
     "another head": (lambda weights: {"model": {**weights, "score.weight": weights[NORM]}, "config": {"n_head": 4}},
-                     "score.weight is .*, expected absent; save the language model alone"),
+                     "score.weight is .*, expected absent; save a GPT-2 alone"),
     "LLaMA": (lambda _: {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)}, "no GPT-2 .*take another trainer"),
     "PEFT in a model": (lambda weights: {**weights, "transformer.h.0.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
     "PEFT": (lambda _: {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
@@ -295,7 +311,8 @@ FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, wh
     "TensorFlow": ({"model.ckpt.index": b"", "hparams.json": b"{}"}, "a TensorFlow checkpoint; .* import that", 3),
     **{name: (dict.fromkeys(files, b"{}"), ": no config.json in it; name a checkpoint, a file of weights, or a fol", 2)
        for name, files in (("nothing", []), ("no config", ["pytorch_model.bin"]), ("runs", ["a/config.json"]),
-                           ("a run", ["latest.pt", "best_model.pt"]))},
+                           ("a file of weights", ["pytorch_model.pt.txt"]))},
+    "a run": (dict.fromkeys(["latest.pt", "best_model.pt"], b""), ": no config.json in it; name .*/best_model.pt", 2),
     **{f"an index of {name}": ({"config.json": b"{}", "model.safetensors.index.json": content, "b": b""}, message, code)
        for name, content, message, code in (
            ("absent files", b'{"weight_map": {"x": "b", "y": "a.bin"}}', "a.bin: no such file$", 2),

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from errors import UserError, errors_at
+from errors import UserError, errors_at, python
 from instruct_format import TEMPLATE, TOKENIZER
 from weights.durable import TEMPORARY_SUFFIX, durable_file
 
@@ -154,7 +154,7 @@ def open_prepared(folder: Path) -> Prepared:
     if (folder.parent / MANIFEST).exists():
         raise UserError(f"{folder}: a part of prepared data; name the whole folder: --data_dir {folder.parent}")
     if not path.exists():
-        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: python src/"
+        raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: {python()} src/"
                         f"prepare_instruct_dataset.py {'--dataset' if folder.is_file() else '--output_dir'} {folder}")
     with errors_at(path, Exception, advice=_AGAIN):  # a forged manifest can fail anywhere
         data = _regular(path).read_bytes()

@@ -12,7 +12,7 @@ import torch
 
 from data.shards import SPLITS, Prepared, open_prepared
 from dataloader_instruct import InstructData, Position
-from errors import CheckpointError, UserError, errors_at
+from errors import CheckpointError, UserError, errors_at, python
 from instruct_format import TOKENIZER, VOCAB_SIZE
 from model import GPT, GPTConfig
 from training.processes import less_memory
@@ -20,7 +20,7 @@ from training.progress import say
 from training.run import Run
 from training.step import HIGHEST_SCALE
 from weights import checkpoint
-from weights.pretrained import check_vocabulary, open_any
+from weights.pretrained import check_vocabulary, open_any, without_rows
 
 
 def open_data(options: Namespace, state: dict[str, Any] | None) -> Prepared:
@@ -80,8 +80,10 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
         path = Path(options.pretrained_model)
         if not path.exists():
             raise UserError(f"{path}: no pre-trained model; put yours there, or import one to the default place with: "
-                            "python src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
-        model, origin = checkpoint.model_of(open_any(path, options.n_head), path), f"weights of {path}"
+                            f"{python()} src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
+        weights = open_any(path, options.n_head)
+        model = checkpoint.model_of(weights, path)
+        origin = f"weights of {path}{without_rows(weights.get('left_out', 0))}"
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # the file's memory is for reading
     return model, origin

@@ -1,6 +1,6 @@
 """Start the training processes of this host, and leave with the run's exit code:
 
-    python -m training.launch NPROC [trainer flags...]
+    PYTHONPATH=src python -m training.launch NPROC [trainer flags...]
 
 When a process dies, all are started again and go on from the newest checkpoint. What a trainer itself decided, an error
 of the user's for instance, is final. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to the trainers, which take the
@@ -25,7 +25,7 @@ from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
 from training.options import parse_options
-from weights.durable import lock_folder
+from weights.durable import LOCK, lock_folder
 
 GRACE = 5.0  # seconds to end in, for processes that another one has left alone
 NOTICE, PATIENCE = 8.0, 600.0  # seconds to wait for other hosts before that is said, and in all
@@ -45,7 +45,7 @@ def main() -> int:
     least, most, endpoint, restarts = _machines(os.environ.get("TORCHRUN_FLAGS", ""))
     if endpoint:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of addresses that have no name
-    elif not options.dry_run and folder.exists():
+    elif not options.dry_run and (folder / LOCK).exists():
         with lock_folder(folder):
             pass  # refused before any process is started if a run goes on there
     with tempfile.TemporaryDirectory() as temporary:
@@ -157,6 +157,8 @@ class Launcher:
         may_go_on = plan.start == self.report.start and (plan.goes or plan.saving)
         if not may_go_on or any(code not in (None, 0, 128 + self.signals.stop) for code in codes.values()):
             self.end = min(self.end, time.monotonic() + GRACE)
+        if any(code is not None and (code < 0 or code == 1) for code in codes.values()):
+            Path(self.folder, f"said{self.report.start}").touch()  # others need not say that they have lost that one
         if None not in codes.values():
             code, why = self._outcome({rank: code for rank, code in codes.items() if code and rank not in self.killed})
             self.report = replace(self.report, code=code, why=why)

@@ -20,7 +20,7 @@ from training.run import Run
 from training.step import Learner
 from training.threads import Saver
 from weights import checkpoint
-from weights.durable import lock_folder
+from weights.durable import LOCK, lock_folder
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
     # rank 0 alone looks for a checkpoint, in a folder that all hosts have to share
     with processes.together():
         if processes.is_main:
-            if not folder.exists():  # it is not made for what is refused
+            if not (folder / LOCK).exists():  # a wrong --resume makes no folder and no lock
                 find_state(options, folder)
             stack.enter_context(lock_folder(folder, warn=say))
             checkpoint.remove_temporaries(folder)

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from errors import DivergedError
+from errors import DivergedError, python
 from training.progress import columns, duration
 from training.run import Run
 from weights.checkpoint import BEST, LATEST
@@ -44,7 +44,7 @@ def summary(run: Run, reason: str, seconds: float, steps: int) -> str:
                         if not path.resolve().is_relative_to(Path.cwd()))  # which a resume has to name again
         rows["go on"] = f"./start_instruct_training.sh {count}{shlex.quote(str(latest))}{named}{more}"
     rows["chat"] = f"./chat.sh {chosen}"
-    rows["export"] = f"python src/convert_checkpoint.py export {chosen} exported"
+    rows["export"] = f"{python()} src/convert_checkpoint.py export {chosen} exported"
     return f"{reason} at step {run.step}; the run's state is {latest}\n{columns(rows)}"
 
 

@@ -116,7 +116,7 @@ def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     for name in sorted(expected.keys() | weights.keys()):
         found, wanted = (list(each[name].shape) if name in each else "absent" for each in (weights, expected))
         if found != wanted:
-            more = "; save the language model alone, without other heads" * (wanted == "absent")
+            more = "; save a GPT-2 alone, without other heads; other models cannot be taken" * (wanted == "absent")
             raise CheckpointError(f"{path}: weights do not fit: {name} is {found}, expected {wanted}{more}")
     for name, tensor in weights.items():
         if not tensor.sum(dtype=torch.float32).isfinite():  # five times as fast as asking each value

@@ -18,7 +18,7 @@ from torch import Tensor
 from errors import UserError, errors_at
 from instruct_format import END, END_OF_TEXT, VOCAB_SIZE, tokenizer
 from weights.checkpoint import size_of
-from weights.durable import durable_file
+from weights.durable import durable_file, free_bytes
 from weights.pretrained import ABOUT, FINE_TUNED
 
 _SPECIAL_IDS = {name: END_OF_TEXT for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -73,7 +73,9 @@ def check_folder(folder: Path) -> None:
     """Raise UserError unless this folder is empty or an export of ours: in any other a README.md is somebody's."""
     with errors_at(f"{folder}: no folder that can be read"):
         names, config = sorted(path.name for path in folder.iterdir()), folder / "config.json"
-        is_ours = _UNFINISHED in names or config.is_file() and f'"{ABOUT}"'.encode() in config.read_bytes()
+        said = config.read_bytes() if config.is_file() else b""
+        # transformers adds its version when it saves a model that came from here, which may be trained further by now
+        is_ours = _UNFINISHED in names or f'"{ABOUT}"'.encode() in said and b'"transformers_version"' not in said
     if names and not is_ours:
         raise UserError(f"{folder}: not a folder that was exported here ({', '.join(names[:3])} in it); choose another")
 
@@ -93,6 +95,9 @@ def export_folder(state: Mapping[str, Any], folder: Path, dtype: str, settings: 
              "config.json": _json(_config(state, dtype))}
     with errors_at(f"{folder}: cannot write there"):
         folder.mkdir(parents=True, exist_ok=True)
+        needed = getattr(torch, dtype).itemsize * sum(tensor.numel() for tensor in tensors.values())
+        if (free := free_bytes(folder)) < needed:  # before anything of an older export goes
+            raise UserError(f"{folder}: cannot write there: {needed:,} bytes are needed, {free:,} are free")
         (folder / _UNFINISHED).touch()
         for name in ("config.json", "chat_template.jinja", "Modelfile"):
             (folder / name).unlink(missing_ok=True)
@@ -125,9 +130,11 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    if not state["template"]:  # what is there is of an older export, and another model
-        return path.with_suffix(".Modelfile").unlink(missing_ok=True)
-    with durable_file(path.with_suffix(".Modelfile")) as file:
+    recipe = path.with_suffix(".Modelfile")
+    if not state["template"]:  # one of an older export is for another model
+        is_ours = recipe.is_file() and "PARAMETER num_predict" in recipe.read_text(errors="replace")
+        return recipe.unlink() if is_ours else None
+    with durable_file(recipe) as file:
         file.write(os.fsencode(_modelfile(state, path.name, settings)))
 
 

@@ -4,7 +4,8 @@ import json
 import re
 import reprlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errors import CheckpointError, UserError, errors_at
+from errors import CheckpointError, UserError, errors_at, python
 from instruct_format import VOCAB_SIZE
 from model import GPTConfig
 from weights.checkpoint import FORMAT, FORMAT_VERSION, is_weight, verify
@@ -22,7 +23,7 @@ from weights.safe_load import begin_of, load_any
 # Where the config.json of an exported folder says how the model was fine-tuned, and what holds for other models.
 ABOUT, FINE_TUNED = "gpt2_instruct", {"template": None, "multi_turn": False, "data_source": ""}
 # Under what name programs save the weights (else the file is the state dict itself), and mostly the model's sizes.
-_WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict"), ("model_config", "model_args", "config")
+_WEIGHTS, _SIZES = ("model", "state_dict", "model_state_dict", "module"), ("model_config", "model_args", "config")
 # What other trainers call the sizes.
 _NAMES = {"context_length": ("block_size", "n_positions", "n_ctx"), "n_layer": ("num_layers", "n_layers"),
           "n_head": ("num_heads", "n_heads", "num_attention_heads"), "n_embd": ("embd_size",)}
@@ -31,9 +32,10 @@ _PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 2
 _LARGEST_VOCABULARY = 51_200  # GPT-2's, padded to a multiple of 1,024
 # What a GPT-2 of transformers may say and be the model that model.py computes. The activations are one function.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate",
+                            "gelu_python_tanh"),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
-    "layer_norm_epsilon": (1e-5, torch.tensor(1e-5).item())}  # or as in fp32, after GGUF
+    **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps"), (1e-5, torch.tensor(1e-5).item()))}  # as GGUF has it
 
 # What torch.compile, DDP, FSDP and checkpointing put into the names, of single blocks too
 _WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -49,9 +51,10 @@ _ADAPTER = ("a PEFT adapter, not a model; merge it first, model.merge_and_unload
 def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     """The state of a checkpoint of ours, or the same fields for a GPT-2 from elsewhere: a file of torch.save or
     safetensors, a Hugging Face folder. template is None unless this project exported it. n_head is for weights without
-    a configuration, 0 when the user did not say it. Rows of padding after GPT-2's vocabulary, which training would
-    count, are left out. Whether all weights are there and fit, model_of checks. Raises UserError when there is no such
-    file or the number of heads is not known, CheckpointError when it is damaged, unsafe, or no GPT-2."""
+    a configuration, 0 when the user did not say it. Rows after GPT-2's vocabulary, padding or tokens that were added,
+    are left out; left_out is their number. Whether all weights are there and fit, model_of checks. Raises UserError
+    when there is no such file or the number of heads is not known, CheckpointError when it is damaged, unsafe, or no
+    GPT-2."""
     part = _PART.fullmatch(path.name)
     if path.is_file() and (part and int(part[2]) > 1 or path.name.endswith(("config.json", ".index.json"))):
         raise UserError(f"{path}: only a part of a model; name its folder: {path.parent}")
@@ -64,7 +67,8 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
         if n_head and n_head != state["model_config"].get("n_head"):
             raise CheckpointError(f"{path}: it has {state['model_config'].get('n_head')} heads, not {n_head}")
         return state
-    found: Any = next((state[key] for key in _WEIGHTS if isinstance(state.get(key), Mapping)), state)
+    found: Any = next((each for each in map(state.get, _WEIGHTS) if isinstance(each, Mapping)
+                       and any(isinstance(value, Tensor) for value in each.values())), state)
     if not isinstance(found, Mapping) or not all(is_weight(*item) for item in found.items()):
         raise CheckpointError(f"{path}: no model weights in it (expected a state dict, bare or under "
                               f"{', '.join(map(repr, _WEIGHTS))}; found {reprlib.repr(list(found))})")
@@ -72,16 +76,20 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
         weights = normalize_weights(found, path)
         check_vocabulary(rows := len(weights[_EMBEDDING]), path)
         named = next((state[key] for key in _SIZES if isinstance(state.get(key), Mapping)), {}) or _config_beside(path)
-        if not n_head and named.keys().isdisjoint(_HEADS) and len(said := _heads_in(state)) == 1:
-            named = {**named, "n_head": said.pop()}
         if rows > VOCAB_SIZE:
             weights[_EMBEDDING] = weights[_EMBEDDING][:VOCAB_SIZE].clone()
             if named.get("vocab_size") == rows:
                 named = {**named, "vocab_size": VOCAB_SIZE}
-        config = config_of(named, weights, path, n_head)
+        config = config_of(named, weights, path, n_head, _mappings_in({**state, "beside": named}))
         tuned = {**FINE_TUNED, **named.get(ABOUT, {})}
     return verify({"format": FORMAT, "format_version": FORMAT_VERSION, "step": 0, "val_losses": [],
-                   **{name: tuned[name] for name in FINE_TUNED}, "model_config": vars(config), "model": weights}, path)
+                   **{name: tuned[name] for name in FINE_TUNED}, "model_config": vars(config), "model": weights,
+                   "left_out": rows - VOCAB_SIZE}, path)
+
+
+def without_rows(count: int) -> str:
+    """What is to be said of rows that were left out."""
+    return f", without the {count:,} rows after GPT-2's tokens, padding or added tokens" * (count > 0)
 
 
 def check_vocabulary(vocab_size: int, path: Path) -> None:
@@ -93,7 +101,8 @@ def check_vocabulary(vocab_size: int, path: Path) -> None:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError):
+    with errors_at(f"{path}: not a readable safetensors file", SafetensorError, raised=CheckpointError,
+                   advice="; copy or download it again"):
         begins_so = begin_of(path)[8:9] == b"{"  # as its header does, whatever the name
         if begins_so or path.suffix.lower() == ".safetensors":
             return load_file(path)
@@ -109,8 +118,8 @@ def _files_of(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: a TensorFlow checkpoint; first make a folder of it with transformers 4 "
                               "(convert_gpt2_original_tf_checkpoint_to_pytorch.py), then import that")
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no config.json in it; name a checkpoint, a file of weights, or a folder that has "
-                        "one")
+        example = min(folder.glob("*.pt"), default="a checkpoint, a file of weights, or a folder that has one")
+        raise UserError(f"{folder}: no config.json in it; name {example}")
     _config_beside(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
@@ -153,16 +162,14 @@ def _config_beside(path: Path) -> dict[str, Any]:
     return sizes
 
 
-def _heads_in(state: Mapping[str, Any]) -> set[int]:
-    """The numbers of heads that are said by name anywhere in nested mappings, such as the fields of an object."""
-    found, queue, seen = set[int](), [state], {id(state)}
-    for value in queue:
-        for name, field in value.items():
-            if name in _HEADS and type(field) is int:
-                found.add(field)
+def _mappings_in(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """This and all that it holds, such as the fields of an object."""
+    found, seen = [state], {id(state)}
+    for value in found:
+        for field in value.values():
             if isinstance(field, Mapping) and id(field) not in seen:  # it may hold itself
                 seen.add(id(field))
-                queue.append(field)
+                found.append(field)
     return found
 
 
@@ -174,7 +181,8 @@ def _in_our_names(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     if any(".lora_" in name for name in found):
         raise CheckpointError(f"{path}: {_ADAPTER}")
     if prefix is None or found.keys().isdisjoint((prefix + "wte.weight", output)):
-        raise CheckpointError(f"{path}: no GPT-2 (no transformer.wte.weight and wpe.weight in it){_OTHER}")
+        raise CheckpointError(f"{path}: no GPT-2 (no transformer.wte.weight and wpe.weight in it, found "
+                              f"{', '.join(islice(found, 3))}){_OTHER}")
     weights: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if re.search(r"\.attn\.(masked_)?bias$", name):
@@ -192,7 +200,8 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     weights = _in_our_names(found, path)
     if (output := weights.pop(_OUTPUT, None)) is not None:
         embedding = weights.setdefault(_EMBEDDING, output)  # safetensors' save_model writes one of the two
-        if not torch.equal(output[:VOCAB_SIZE], embedding[:VOCAB_SIZE]):
+        output = output[:VOCAB_SIZE]
+        if not torch.equal(output, embedding[:VOCAB_SIZE]) and output.sum().isfinite():  # NaN is not equal to itself
             raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train "
                                   "it again with the two tied, as in GPT-2")
     n_embd = weights[_EMBEDDING].shape[1]
@@ -207,27 +216,33 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     return weights
 
 
-def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0) -> GPTConfig:
+def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, n_head: int = 0,
+              others: Sequence[Mapping[str, Any]] = ()) -> GPTConfig:
     """The model's sizes: what the weights show, and the number of heads, which they do not. named is what the file or
-    its config.json says. Raises CheckpointError when that contradicts the weights or n_head, or is not GPT-2 as
-    published; UserError when nothing says the number of heads and the sizes are not published ones."""
+    its config.json says, others is what else is said there, in any place. Raises CheckpointError when that contradicts
+    the weights or n_head, or is not GPT-2 as published; UserError when nothing says the number of heads, or several
+    are said, and the sizes are not published ones with these."""
     vocab_size, n_embd = weights[_EMBEDDING].shape
     shown = {"context_length": weights["transformer.wpe.weight"].shape[0], "vocab_size": vocab_size, "n_embd": n_embd,
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
              "n_head": n_head}
     expected = {**_EXPECTED, "n_inner": (None, 4 * n_embd)}
-    wrong = [f"{key} {named[key]!r:.60}" for key, values in expected.items() if key in named
-             and named[key] not in values]
+    wrong = {f"{key} {each[key]!r:.60}": None for key, values in expected.items() for each in (named, *others)
+             if key in each and each[key] not in values}
     if wrong:
         raise CheckpointError(f"{path}: not a GPT-2 as published: {', '.join(wrong)}{_OTHER}")
+    heads = {each[name] for each in others for name in _HEADS & each.keys() if type(each[name]) is int}
+    if named.keys().isdisjoint(_HEADS) and len(heads) == 1:
+        named = {**named, "n_head": next(iter(heads))}
     for field, value in shown.items():
-        said = next((named[name] for name in (field, *_NAMES.get(field, ())) if name in named), None)
-        if said not in (None, value) and (field, value) != ("n_head", 0):
-            raise CheckpointError(f"{path}: its config says {field} {said!r:.60}, not {value}")
+        name = next((name for name in (field, *_NAMES.get(field, ())) if name in named), field)
+        if (said := named.get(name)) not in (None, value) and (field, value) != ("n_head", 0):
+            raise CheckpointError(f"{path}: its config says {name} {said!r:.60}, not {value}")
         shown[field] = said or value
-    shown["n_head"] = shown["n_head"] or _PUBLISHED_HEADS.get((shown["n_layer"], n_embd), 0)
+    published = _PUBLISHED_HEADS.get((shown["n_layer"], n_embd), 0)
+    shown["n_head"] = shown["n_head"] or published * (not heads or published in heads)
     if not shown["n_head"]:
-        raise UserError(f"{path}: nothing says how many heads its {shown['n_layer']} layers of width {n_embd} have, "
-                        "and the weights do not show it; say it: python src/convert_checkpoint.py import "
+        raise UserError(f"{path}: nothing says clearly how many heads its {shown['n_layer']} layers of width {n_embd} "
+                        f"have, and the weights do not show it; say it: {python()} src/convert_checkpoint.py import "
                         f"{shlex.quote(str(path))} --n_head N --output NEW.pt; then name NEW.pt")
     return GPTConfig(**shown)

@@ -117,7 +117,7 @@ def _check_zip(path: Path) -> None:
         entries = archive.infolist()
         # torch.save stores its tensors as they are: anything else is a zip bomb, or read otherwise by PyTorch.
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr for entry in entries):
-            raise CheckpointError(f"{path}: refused, it has entries that torch.save never writes")
+            raise CheckpointError(f"{path}: refused, torch.save never writes such entries; name a file that it wrote")
         # It writes entry after entry: elsewhere zipfile might check other bytes than PyTorch loads.
         with path.open("rb") as file:
             expected: tuple[int, ...] = (0,)
