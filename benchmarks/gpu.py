@@ -40,7 +40,7 @@ from weights import checkpoint
 CONTEXT, SIZES, STEPS, SECONDS = 1024, (8, 32, 16, 4), 3, 150  # after which nothing more is begun
 # Dense bf16 and fp16 products that are summed in fp32, in TFLOP/s: NVIDIA's data sheets, and for GeForce cards its
 # architecture white papers (Turing, Ampere GA102, Ada, Blackwell), without sparsity. The first that fits counts.
-PEAKS = {"B200": 2250, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "GH200": 989,
+PEAKS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "GH200": 989,
          "A100": 312, "A800": 312, "A40": 149.7, "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121,
          "V100-PCIE": 112, "V100": 125, "T4": 65, "RTX 6000 Ada": 364, "RTX A6000": 154.8, "RTX A5000": 111.1,
          "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090 Ti": 80, "RTX 3090": 71,
@@ -51,16 +51,17 @@ class Measured(NamedTuple):
     tokens_per_second: float
     share: float | None  # of the card's peak
     wall_ms: float  # of a step
-    gpu_ms: float  # of a step, between events on the GPU
+    gpu_ms: float  # of a step, in which the GPU computes
     cpu_ms: float  # of a step, to have its micro-batches under way
     peak_gb: float
     first_seconds: float  # of the first step, in which --compile compiles
 
 
-def peak_of(name: str) -> float | None:
-    """FLOP/s of a card, or None where it is not known."""
+def peak_of(name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of a card, or None where it is not known: in fp32, and of a part of a card."""
+    is_known = dtype is not torch.float32 and not re.search("MIG|GRID", name)
     return next((peak * 1e12 for known, peak in PEAKS.items()
-                 if re.search(rf"\b{known}(?!\w| Ti| SUPER| D\b| Laptop)", name)), None)
+                 if is_known and re.search(rf"\b{known}(?!\w| Ti| SUPER| D\b| Laptop)", name)), None)
 
 
 def write_data(dataset: str, folder: Path, n_tokens: int) -> InstructData:
@@ -107,7 +108,8 @@ def plans(data: InstructData, size: int, options: Namespace) -> Iterator[Plan]:
 
 
 def launching(learner: Learner, data: InstructData, plan: Plan) -> float:
-    """Seconds of the CPU until a step's micro-batches are under way: of one on an idle GPU, so that it never waits."""
+    """Seconds of the CPU until a step's micro-batches are under way: of one on an idle GPU, so that it does not wait,
+    unless a micro-batch has more than a thousand launches, as without the packed kernel."""
     seconds = []
     for _, batch in zip(range(4), learner.batches(data, plan)):
         torch.cuda.synchronize()
@@ -118,26 +120,30 @@ def launching(learner: Learner, data: InstructData, plan: Plan) -> float:
     return statistics.median(seconds) * len(plan.micro_batches)
 
 
+def computing(learner: Learner, data: InstructData, plan: Plan) -> float:
+    """Milliseconds of a step in which the GPU computes: the sum of its kernels, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        train_step(learner, data, plan, 1e-5)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3
+
+
 def measure(learner: Learner, data: InstructData, size: int, peak: float | None) -> Measured:
-    """Medians of some steps, after a first one."""
+    """Medians of some steps, after a first one, and a second, at whose begin the optimizer's moments are new."""
     coming, begin = plans(data, size, learner.options), time.perf_counter()
     train_step(learner, data, next(coming), 1e-5)
-    first, found = time.perf_counter() - begin, list[tuple[float, float, float, float]]()
+    first, found = time.perf_counter() - begin, list[tuple[float, float, float]]()
+    train_step(learner, data, next(coming), 1e-5)
     torch.cuda.reset_peak_memory_stats()
     for _, plan in zip(range(STEPS), coming):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        events[0].record()
         train_step(learner, data, plan, 1e-5)
-        events[1].record()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        found.append((seconds, events[0].elapsed_time(events[1]), plan.tokens / seconds,
-                      flops(learner.model.config, data, plan) / seconds))
+        found.append((seconds, plan.tokens / seconds, flops(learner.model.config, data, plan) / seconds))
     peak_gb = torch.cuda.max_memory_allocated() / 1e9
-    seconds, gpu_ms, rate, speed = map(statistics.median, zip(*found))
-    cpu = launching(learner, data, next(coming))
+    seconds, rate, speed = map(statistics.median, zip(*found))
+    gpu_ms, cpu = computing(learner, data, next(coming)), launching(learner, data, next(coming))
     return Measured(rate, speed / peak if peak else None, 1e3 * seconds, gpu_ms, 1e3 * cpu, peak_gb, first)
 
 
@@ -159,11 +165,9 @@ def saving(learner: Learner, folder: Path) -> tuple[float, float]:
 
 def profile(learner: Learner, data: InstructData, path: Path) -> None:
     """Where the time of a step goes: a table, and a trace that chrome://tracing and Perfetto show."""
-    from torch.profiler import ProfilerActivity
-
     coming = plans(data, SIZES[0], learner.options)
     train_step(learner, data, next(coming), 1e-5)
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile() as profiler:
         train_step(learner, data, next(coming), 1e-5)
     launches = sum(event.count for event in profiler.key_averages()
                    if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
@@ -195,14 +199,14 @@ def compare(options: Namespace, folder: Path) -> None:
     begin, processes = time.perf_counter(), join("cuda")
     n_layer, n_head, n_embd = (int(number) for number in options.shape.split(","))
     config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    data = write_data(options.dataset, folder / "data", (STEPS + 3) * 65536)
-    peak, saved = peak_of(torch.cuda.get_device_name(processes.device)), (0.0, 0.0)
+    data, saved = write_data(options.dataset, folder / "data", (STEPS + 5) * 65536), (0.0, 0.0)
     for is_compiled, size in product((False, True), SIZES):
         flags = ["--context_length", CONTEXT, "--mini_batch_size", size, "--precision", options.precision]
         try:
             learner = learner_of(config, processes, parse_options([*map(str, flags), *["--compile"] * is_compiled]))
         except torch.OutOfMemoryError:
             return print(f"a model of --shape {options.shape} does not fit this GPU")
+        peak = peak_of(torch.cuda.get_device_name(processes.device), learner.product_type)
         if not is_compiled and size == SIZES[0]:
             about(options, learner, peak)
         if is_compiled and not takes_packed(processes.device, learner.product_type, config.head_size):

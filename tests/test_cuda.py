@@ -244,10 +244,12 @@ def test_a_copy_of_the_state_is_the_state(data):
 
 
 def test_out_of_memory_is_one_line_that_says_what_to_do(inputs, tmp_path):
+    """Of a model larger than what tests that failed may have left on the GPU."""
+    path = write_checkpoint(tmp_path / "large.pt", small_model(config=GPTConfig(64, 50257, 1, 2, 1024)))
     torch.cuda.set_per_process_memory_fraction(0.0001)
     try:
         with pytest.raises(UserError, match="^out of memory on cuda:0: "):
-            train(inputs, tmp_path, "--device", "cuda")
+            train((inputs[0], path), tmp_path, "--device", "cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

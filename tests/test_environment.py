@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -141,19 +142,28 @@ def test_a_python_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-@pytest.mark.parametrize("cuda, said", [(None, "this is the build for CPUs"), ("13.0", "too old for CUDA 13.0; upd")])
-def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, said):
+@pytest.mark.parametrize("cuda, warning, visible, said", [
+    (None, "", None, "this is the build for CPUs"), ("13.0", "", None, "or is too old for CUDA 13.0; update it"),
+    ("13.0", "CUDA initialization: The driver is too old (found version 11040). Please", "0",
+     r"too old for CUDA 13.0 \(found version 11040\); update it"),
+    ("13.0", "CUDA initialization: Unexpected error. Error 802: system not yet initialized (Triggered at", None,
+     r"13.0 \(Error 802: system not yet initialized\); "), ("13.0", "", "3", "CUDA_VISIBLE_DEVICES is 3, which names")])
+def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, warning, visible,
+                                                               said):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warning and warnings.warn(warning, stacklevel=1)))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError, match=f"--device {name}: there is an NVIDIA GPU, .*{said}.*; --device cpu goes on"):
         device_named(name)
     assert device_named("cpu") == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user has hidden it
-    assert device_named("auto") == "cpu"
+    for hidden in ("", "NoDevFiles"):  # by the user, by Slurm
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert device_named("auto") == "cpu"
 
 
 def test_what_a_gpu_computes_with_is_not_the_environments(monkeypatch):

@@ -1,6 +1,7 @@
 """What the first host decides, case by case, what the launcher understands, and what the processes of a run say to each
 other, also when one of them fails. Real hosts: faults_hosts.py."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -8,13 +9,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import DistBackendError
 
 from errors import CheckpointError, LostError, UserError
 from faults_hosts import two_hosts
 from training import hosts, launch, processes
 from training.hosts import Hosts, Leader, Plan, Report
-from training.processes import Processes, digest
+from training.processes import Processes, digest, join
 
 BOTH = {"hostC 1": 1, "hostD 2": 2}
 KILLED = "process 1 was killed (SIGKILL)"
@@ -207,6 +209,21 @@ def test_memory_and_lost_processes_are_explained_and_nothing_else(error, becomes
     with pytest.raises(becomes, match=said) as caught, ONE_OF_TWO.failures_explained("do this"):
         raise error
     assert type(caught.value) is becomes
+
+
+@pytest.mark.parametrize("error, kind, said", [
+    ("NCCL error, unhandled cuda error\nLast error:\nCuda failure 217 'peer'", UserError, "Cuda failure 217 .*P2P"),
+    ("NCCL error, remote process exited\nncclRemoteError: x\nLast error:\nclosed", LostError, r"lost .*\(closed\)$")])
+def test_what_keeps_gpus_from_meeting_is_no_lost_process(tmp_path, monkeypatch, error, kind, said):
+    """Another start would only repeat it."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "INSTRUCT_STORE": f"file://{tmp_path}/store"}.items():
+        monkeypatch.setenv(name, value)
+    other = dist.PrefixStore(f"file://{tmp_path}/store", dist.FileStore(f"{tmp_path}/store", 2))
+    other.set("facts 1", json.dumps(["hostD", {"--device": "cpu"}]))
+    monkeypatch.setattr(dist, "init_process_group", Mock(side_effect=DistBackendError(error)))
+    with pytest.raises(kind, match=said) as caught:
+        join("cpu")
+    assert type(caught.value) is kind
 
 
 def test_a_digest_sees_every_bit_name_and_step():

@@ -47,7 +47,7 @@ def test_epochs_become_the_steps_of_the_run(inputs, tmp_path, capsys):
     (["--max_steps", 10, "--warmup_steps", 1], "run", None),
     (["--max_steps", 9, "--warmup_steps", 1, "--context_length", 30], "data", r"\d\d % .* a larger --context_length"),
 ])
-def test_what_is_doubtful_is_said_with_what_to_do(inputs, tmp_path, flags, name, said):
+def test_what_is_doubtful_is_said_with_what_to_do(inputs, tmp_path, monkeypatch, flags, name, said):
     options = options_of("--total_batch_size", 1024, "--context_length", 64, "--checkpoint_dir", tmp_path, *flags)
     data = open_data(inputs[0], options.context_length)
     stream = ExampleStream(data["train"].lengths, options.seed, options.total_batch_size)
@@ -56,6 +56,10 @@ def test_what_is_doubtful_is_said_with_what_to_do(inputs, tmp_path, flags, name,
     if name == "data":
         shorter = small_model(config=GPTConfig(options.context_length, 64, 1, 1, 16))
         assert "the model can take no longer ones" in doubts(options, shorter, data, stream, ["cpu"])[name]
+    for memory, more in ((10**6, {"saves"}), (10**9, set())):  # a copy takes 12 bytes a parameter
+        monkeypatch.setattr("training.checks.computer_memory", lambda memory=memory: memory)
+        assert doubts(options, small_model(), data, stream, ["cpu"]) == found
+        assert doubts(options, small_model(), data, stream, ["T4, 16 GB"]).keys() == found.keys() | more
 
 
 def tree(folder: Path) -> list[tuple[Path, int]]:

@@ -12,7 +12,7 @@ import torch
 from dataloader_instruct import ExampleStream, InstructData
 from instruct_format import VOCAB_SIZE
 from model import GPT
-from training.memory import most_tokens
+from training.memory import computer_memory, most_tokens
 from training.precision import name_of
 from training.processes import Processes
 from weights import checkpoint
@@ -65,6 +65,10 @@ def doubts(options: Namespace, model: GPT, data: Mapping[str, InstructData], str
     elif options.warmup_steps >= options.max_steps:
         found["run"] = (f"the learning rate would still be rising at the end (--warmup_steps {options.warmup_steps}); "
                         f"for so short a run use --warmup_steps {options.max_steps // 10}")
+    copy, there = 3 * checkpoint.size_of(model.state_dict()), computer_memory()
+    if devices[0] not in ("cpu", "mps") and copy > 0.8 * there:
+        found["saves"] = (f"each copies {copy / 1e9:.1f} GB from the GPU into the computer's memory of "
+                          f"{there / 1e9:.1f} GB, and the system may end the run there; take a smaller model")
     text, is_room = _disk(options, model)
     if not is_room:
         found["disk"] = f"{options.checkpoint_dir}: {text}; free some space, or lower --keep_last"

@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from model import GPT
 from training.checks import doubt_about_weights, doubts, existing, facts
 from training.ending import Signals
 from training.inputs import check_sizes, find_state, model_of, open_data, restore, split_data
-from training.memory import fit, most_tokens, needed_bytes
+from training.memory import computer_memory, fit, most_tokens, needed_bytes
 from training.options import parse_options, resumed_options, with_steps
 from training.precision import name_of
 from training.processes import Processes, join, less_memory
@@ -154,9 +154,7 @@ def _costs(options: Namespace, model: GPT, data: InstructData, stream: ExampleSt
     else:  # the processes share it
         needed = needed_bytes(model, most, model.transformer.recompute, learner.product_type.itemsize)
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError, ValueError):  # of a container; "max" where it has no limit
-            there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        there = computer_memory()
     more = f": {less_memory(options)}" * (needed > there)
     table.add("warning" if more else "ok", "memory", f"about {needed / 1e9:.1f} GB for micro-batches of {most:,}"
               f" tokens, {there / 1e9:.1f} GB are there{more}")

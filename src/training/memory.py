@@ -1,6 +1,9 @@
 """How much memory a run needs, and the micro-batch that fits a GPU."""
 
+import os
 from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,14 @@ from training.processes import Processes
 _KEPT = {"nothing": (40, 68), "gelu": (32, 54), "blocks": (9, 12)}
 _ROOM = 0.9  # of what is free; the rest is for what the allocator cannot use
 _OTHER = 700 << 20  # the scores of the output layer, and what a GPU, or PyTorch on a CPU, keeps for itself
+
+
+def computer_memory() -> int:
+    """Bytes of this computer's memory, or what a container may use of it."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # "max" where a container has no limit
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def most_tokens(options: Namespace) -> int:

@@ -18,6 +18,7 @@ from training.onednn import is_faster, multiply_with_onednn
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED|NOT_INITIALIZED.*cublasCreate")
 _UNUSABLE = re.compile("CUDA-capable device.* busy or unavailable|invalid device ordinal")
+_REASON = re.compile(r"found version \d+|Error \d+: [^(]+")  # in the warning of a GPU that is not there
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,18 +26,22 @@ def device_named(name: str) -> str:
     """auto becomes cuda or cpu. Raises UserError when the named device is not there, or a GPU is and PyTorch cannot use
     it."""
     if name in ("auto", "cuda"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is said below, in one line
+        with warnings.catch_warnings(record=True) as said:  # which is shown below, in one line
+            warnings.simplefilter("always")
             if torch.cuda.is_available():
                 torch.set_float32_matmul_precision("highest")  # fp32 is fp32, whatever the environment says
                 # cuDNN, which PyTorch 2.15 prefers on an H100, prepares itself anew for each shape
                 torch.backends.cuda.enable_cudnn_sdp(False)
                 return "cuda"
         if _sees_a_gpu():
-            reason = (f"its driver does not work, or is too old for CUDA {torch.version.cuda}; update it, or install a "
-                      "build for an older CUDA (the README says how, under What it needs)")
+            found = _REASON.search(" ".join(str(each.message) for each in said))
+            reason = (f"its driver does not work, or is too old for CUDA {torch.version.cuda}"
+                      + (f" ({found[0].strip()})" if found else "")
+                      + "; update it, or install a build for an older CUDA (the README says how, under Two commands)")
             if torch.version.cuda is None:
                 reason = "this is the build for CPUs; install the one for CUDA in its place"
+            elif not said and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+                reason = f"CUDA_VISIBLE_DEVICES is {visible}, which names none (nvidia-smi -L lists them)"
             raise UserError(f"--device {name}: there is an NVIDIA GPU, and PyTorch {torch.__version__} cannot use it: "
                             f"{reason}; --device cpu goes on without the GPU")
     if name == "auto":
@@ -48,7 +53,7 @@ def device_named(name: str) -> str:
 
 def _sees_a_gpu() -> bool:
     """Whether there is an NVIDIA GPU that nobody has hidden from this process."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip().lower() in ("", "-1", "none", "void", "nodevfiles")
     return not hidden and (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi") is not None)
 
 

@@ -22,6 +22,8 @@ from training.precision import device_named, failures_explained
 from weights.durable import LOCK
 
 HOST = platform.node()
+MEETING = 120.0  # seconds that the GPUs may take for their first sum
+_NO_P2P = "; if the GPUs cannot read each other's memory, as in some computers and virtual machines: NCCL_P2P_DISABLE=1"
 _never_destroyed: list[object] = []
 
 
@@ -107,8 +109,8 @@ class Processes:
                 raise UserError("the processes of the GPUs lack shared memory (/dev/shm); a container gets more with "
                                 "--shm-size 1g") from error
             time.sleep(1)  # the process that knows more is the first to say so
-            reason = (text.partition("Last error:")[2].strip() or text).partition("\n")[0].partition(". ")[0]
-            raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({reason})") from error
+            raise LostError(f"{HOST}: rank {self.rank} has lost another process of the run ({_reason_in(text)})"
+                            ) from error
 
     def close(self) -> None:
         """Leave the process group, but keep its C++ object: its destructor waits, holding the interpreter's lock, for
@@ -116,6 +118,11 @@ class Processes:
         if self.world_size > 1:
             _never_destroyed.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def _reason_in(text: str) -> str:
+    """The part of gloo's or NCCL's many lines that says why."""
+    return (text.partition("Last error:")[2].strip() or text).partition("\n")[0].partition(". ")[0]
 
 
 def less_memory(options: Namespace, go_on: str = "") -> str:
@@ -176,8 +183,14 @@ def join(device_name: str) -> Processes:
         raise UserError("--device mps takes one process; start one, or add --device cpu")
     device = torch.device(f"cuda:{local_rank}" if device_name == "cuda" else device_name)
     processes = Processes(rank, world_size, device)
-    with processes.failures_explained():
-        _connect(processes)
+    try:
+        with processes.failures_explained():
+            _connect(processes)
+    except LostError as error:
+        text = str(error.__cause__)
+        if "NCCL" not in text or "ncclRemoteError" in text:
+            raise
+        raise UserError(f"NCCL does not start: {_reason_in(text)}; NCCL_DEBUG=INFO shows more{_NO_P2P}") from error
     return processes
 
 
@@ -202,3 +215,9 @@ def _connect(processes: Processes) -> None:
                                 timeout=timeout, store=store, device_id=device if is_cuda else None)
         if is_cuda:  # NCCL fails now if it does, and takes much of its memory before what is free is looked at
             dist.all_reduce(torch.zeros(1, device=device))
+            (done := torch.cuda.Event()).record()
+            end = time.monotonic() + MEETING
+            while not done.query():
+                if time.monotonic() > end:
+                    raise UserError(f"the GPUs have not reached each other in {MEETING:.0f} s{_NO_P2P}")
+                time.sleep(0.05)

@@ -38,7 +38,7 @@ def open_run(argv: list[str] | None) -> Iterator[Run]:
             run = _set_up(argv, options, processes, signals, stack)
         with processes.together():  # only now, when all ranks can start, is the file resumed from also latest.pt
             if processes.is_main and run.saved and run.saved.parent.samefile(run.folder):
-                checkpoint.point_latest(run.saved, run.state(), say)
+                checkpoint.point_latest(run.saved, say)
                 checkpoint.abandon_others(run.saved, run.step, say)
             if processes.is_main:
                 mark_begun()

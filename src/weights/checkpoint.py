@@ -158,7 +158,7 @@ def save_step(folder: Path, state: Mapping[str, Any], keep_last: int, say: Say =
     keep_last stay. Files of higher steps stay too. say that it is saved, and what is set aside for it."""
     path = step_file(folder, state["step"])
     save(path, state, say)
-    point_latest(path, state, say)
+    point_latest(path, say)
     files = [file for file in step_files(folder) if is_ours(file)]
     for old in files[files.index(path) + keep_last:]:
         old.unlink(missing_ok=True)
@@ -166,9 +166,9 @@ def save_step(folder: Path, state: Mapping[str, Any], keep_last: int, say: Say =
     say(f"saved {path}")
 
 
-def point_latest(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -> None:
-    """Make latest.pt a second name (hard link) of this file of the same folder, or a copy of state, which it holds,
-    where the file system has no hard links. Raises UserError when the disk refuses."""
+def point_latest(path: Path, say: Say = say_nothing) -> None:
+    """Make latest.pt a second name (hard link) of this file of the same folder, or a copy where the file system has no
+    hard links. Raises UserError when the disk refuses."""
     latest, temporary = path.with_name(LATEST), path.with_name(LATEST + TEMPORARY_SUFFIX)
     if latest.exists() and latest.samefile(path):  # renaming a file to its other name leaves both
         return
@@ -177,7 +177,7 @@ def point_latest(path: Path, state: Mapping[str, Any], say: Say = say_nothing) -
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
-        return save(latest, state)
+        return save(latest, load(path))
     temporary.replace(latest)
     sync_folder(path.parent)
 
