@@ -179,7 +179,8 @@ def profile(learner: Learner, data: InstructData, path: Path) -> None:
 def row(name: str, recompute: str, found: Measured) -> str:
     """A line of the table."""
     share = "-" if found.share is None else f"{100 * found.share:.1f} %"
-    return (f"{name} {found.tokens_per_second:,.0f} | {share} | {found.wall_ms:,.0f} | {found.gpu_ms:,.0f} | "
+    gpu = f"{found.gpu_ms:,.0f}" if found.gpu_ms else "-"  # where the profiler may not look
+    return (f"{name} {found.tokens_per_second:,.0f} | {share} | {found.wall_ms:,.0f} | {gpu} | "
             f"{found.cpu_ms:,.0f} | {found.peak_gb:.2f} | {recompute} | {found.first_seconds:.1f} |")
 
 
