@@ -142,6 +142,17 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
                      f"said {said}" * (not is_right), run.orphans())
 
 
+@measurement("kill -9 of a rank while the other saves")
+def rank_dies_in_save(result: Result, here: Lab, times: int) -> None:
+    """The save, which takes longer than a process has to end in, is finished, and the run goes on from it."""
+    for number in range(times):
+        run = here.start(2, "--checkpoint_freq", 4, phase="save", at=1, seconds=7)
+        run.wait_for(Trainer.stopped)
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        result.check(f"run {number}", run.exits(0), run.differs(), run.orphans(),
+                     "not resumed" * ("resumed from" not in run.output()))
+
+
 @measurement("kill -9 before a start has begun")
 def dies_before_it_began(result: Result, here: Lab, processes: Sequence[int] = (1, 2)) -> None:
     """A run that goes back to an older step is killed in its set-up: the next start goes back there, as was asked."""

@@ -25,6 +25,7 @@ FULL = {
     "second": runs.second_ctrl_c,
     "rank": partial(runs.rank_dies, 5),
     "rank_early": partial(runs.rank_dies_early, 4),
+    "rank_saves": partial(runs.rank_dies_in_save, 3),
     "begun": runs.dies_before_it_began,
     "hangs": runs.hangs,
     "two_hosts": two_hosts,
@@ -46,6 +47,7 @@ SHORT = {
     "a rank dies": partial(runs.rank_dies, 1, 1),
     "a start dies before it has begun": partial(runs.dies_before_it_began, (1,)),
     "a process hangs": runs.hangs,
+    "a rank dies while the other saves": partial(runs.rank_dies_in_save, 1),
     "a rank dies early": partial(runs.rank_dies_early, 1),
     "NaN on one rank": partial(runs.one_rank_diverges, runs.DIVERGENCES[1:]),
     "soak": lambda shared: runs.soak(2000),  # in a laboratory of its own: it has another model

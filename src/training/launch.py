@@ -25,9 +25,9 @@ from errors import DiedError, LostError, UserError, errors_at
 from training.ending import AGAIN, WATCHED_SIGNALS, Signals, block_signals
 from training.hosts import Hosts, Leader, Plan, Report, name_of
 from training.options import parse_options
-from weights.durable import LOCK, lock_folder
+from weights.durable import LOCK, TEMPORARY_SUFFIX, lock_folder
 
-GRACE = 5.0  # seconds to end in, for processes that another one has left alone
+GRACE, SAVING = 5.0, 120.0  # seconds to end in, for processes that another one has left alone; more, for a save
 NOTICE, PATIENCE = 8.0, 600.0  # seconds to wait for other hosts before that is said, and in all
 QUIET = 600.0  # seconds without a step before that is said
 NAMES = {number.value: number.name for number in signal.Signals}
@@ -163,13 +163,18 @@ class Launcher:
             code, why = self._outcome({rank: code for rank, code in codes.items() if code and rank not in self.killed})
             self.report = replace(self.report, code=code, why=why)
             self.since, self.notice = time.monotonic(), NOTICE
-        elif time.monotonic() >= self.end:
+        elif time.monotonic() >= self.end + SAVING * self._is_saving():
             self._kill()
         seconds = time.time() - self.begun.stat().st_mtime if self.begun.exists() else 0.0
         if self.report.code is None and seconds >= self.notice:
             self.notice = 2 * seconds
             say(f"warning: no step has ended for {seconds / 60:.0f} minutes; if a process hangs, Ctrl-C twice ends the "
                 "run, and latest goes on from its newest checkpoint")
+
+    def _is_saving(self) -> bool:
+        """Whether rank 0 is here, and in the middle of a save."""
+        is_alive = 0 in self.trainers and self.trainers[0].poll() is None
+        return is_alive and any(self.hosts.leader.latest.parent.glob("*" + TEMPORARY_SUFFIX))
 
     def _outcome(self, ended: Mapping[int, int]) -> tuple[int, str]:
         """How the trainers ended, as one exit code and a reason: what one decided comes first, then a death. ended: the
