@@ -55,6 +55,8 @@ choose_environment() {  # FILES...: sets $python, and $lacking: empty, or what i
             python3) ;;
             *)
                 why=${why:-the active environment ${python%/bin/python} lacks $lacking}
+                # conda activates base by itself, and nobody has to fill it
+                [ "$python ${CONDA_DEFAULT_ENV:-}" != "${CONDA_PREFIX:-}/bin/python base" ] || continue
                 [ ! -x "$python" ] || active=${active:-$python} ;;
         esac
     done

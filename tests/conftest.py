@@ -90,8 +90,8 @@ def run_script(name: str, *flags: str | Path, **how: Any) -> Outcome:
 def launch(folder: Path, script: str, *arguments: object, cwd: Path | None = None, **variables: str) -> Outcome:
     """A launcher of this folder, with this interpreter's environment as the active one unless variables say other."""
     return run_command(folder / script, *map(str, arguments), cwd=cwd, env={
-        "VIRTUAL_ENV": sys.prefix, "CONDA_PREFIX": "", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-        **variables})
+        "VIRTUAL_ENV": sys.prefix, "CONDA_PREFIX": "", "CONDA_DEFAULT_ENV": "",
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", **variables})
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:

@@ -79,6 +79,10 @@ def test_an_active_environment_is_used_if_it_has_what_is_needed_else_another(pro
 
 def test_what_is_installed_goes_into_dot_venv_alone(project):
     environment = make_python(project.parent / "environment", "conda")
+    for name, said in (("mine", f"error: the active environment {environment} lacks"), ("base", "error: python3 is ")):
+        found = launch(project, "start_instruct_training.sh demo", "3.9", CONDA_PREFIX=str(environment),
+                       CONDA_DEFAULT_ENV=name)  # base is active by itself
+        assert found.refusal().startswith(said)
     make_python(project / ".venv", "no pip to install")
     code, _, stderr = launch(project, "start_instruct_training.sh demo", CONDA_PREFIX=str(environment))
     assert code == 2 and stderr.endswith("error: pip could not install requirements.txt\n")
