@@ -16,10 +16,12 @@ if [[ "${1:-}" == demo ]]; then
     source src/demo.sh "$@"
     exit
 fi
-if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then  # which needs nothing but Python
-    choose_environment requirements.txt
-    [ -n "$(lacks "$python")" ] || exec "$python" src/train_instruct.py --help
-fi
+for flag in "$@"; do
+    [[ $flag == -h || $flag == --help ]] || continue
+    for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} .venv/bin/python python3; do  # it needs no packages
+        [ -n "$(lacks "$python")" ] || exec "$python" src/train_instruct.py --help
+    done
+done
 
 use_environment
 nproc=1

@@ -15,7 +15,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from errors import UserError
+from errors import LostError, UserError
 
 # Control characters other than tab and newline, marks that reorder text on a terminal, and characters that hide in it.
 # The joiners U+200C and U+200D stay: emoji and several scripts need them.
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         more, unknown = "", re.match(r"unrecognized arguments: (\S+)", message)
         if unknown and unknown[1].startswith("-"):
             more = "".join(f"did you mean {name}? " for name in get_close_matches(
-                unknown[1].partition("=")[0], self._option_string_actions, 1))
+                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.75))
         elif unknown and self.usage:
             more = "words without -- come first; "
         raise UserError(f"{message} ({more}--help lists the flags)")
@@ -79,7 +79,7 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
 
 
 def usable_cpus() -> int:
-    """How many this process may use: a job or a container may leave it few of the computer's."""
+    """How many this process may use: a job or a container (by cgroup v2) may leave it few."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # "max" where there is no quota
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -121,7 +121,7 @@ def _end_of_output(error: OSError) -> int:
     return UserError.exit_code
 
 
-_COMMAND = re.compile(r"(?:^|\s)(?:\./\w+\.sh|\S*python src/)")
+_COMMAND = re.compile(r"(?:^|\s)(?:\./\w+\.sh|\S*python[\d.]* src/)")
 
 
 def fill(text: str, indent: int = 2) -> str:
@@ -149,23 +149,27 @@ def _says_it() -> bool:
 
 
 def _refuse(error: UserError) -> int:
-    if _says_it():
+    # the launcher has seen who died, and says it
+    is_known = isinstance(error, LostError) and os.path.exists(f"{os.environ.get('INSTRUCT_SAID')}.died")
+    if not is_known and _says_it():
         write(f"error: {printable_line(error)}\n", sys.stderr)
     return error.exit_code
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What ends a script while it is still importing: a package that is not there, or Ctrl-C."""
-    if isinstance(error, ModuleNotFoundError):
-        os._exit(_refuse(_lacking(error)))
-    if isinstance(error, KeyboardInterrupt):
-        os._exit(130)
+    def again() -> NoReturn:
+        raise error
+
+    if isinstance(error, (ModuleNotFoundError, KeyboardInterrupt)):
+        run(again)
     sys.__excepthook__(kind, error, trace)
 
 
-def _lacking(error: ModuleNotFoundError) -> UserError:
-    return UserError(f"{sys.executable} has no package {error.name}; use the Python of an environment with the "
-                     "requirements (source .venv/bin/activate), or: pip install -r requirements.txt")
+def _lacks_package(error: Exception) -> bool:
+    """Whether this is an import of what is none of our modules."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return bool(name) and not any(Path(__file__).parent.glob(f"{str(name).partition('.')[0]}*"))
 
 
 sys.excepthook = _explain
@@ -195,13 +199,15 @@ def run(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) ->
         code = left.code if isinstance(left.code, int) else 0
     except KeyboardInterrupt:
         code = 130
-    except ModuleNotFoundError as error:
-        code = _refuse(_lacking(error))
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:  # of print
             code = _end_of_output(error)
         elif isinstance(error, OSError) and error.filename is not None and error.errno in _OF_NAMES:
             code = _refuse(UserError(f"{error.filename}: {error.strerror}"))
+        elif _lacks_package(error):
+            code = _refuse(UserError(
+                f"{sys.executable} has no package {error.name}; use the Python of an environment with the "  # type: ignore
+                "requirements (source .venv/bin/activate), or: pip install -r requirements.txt"))
         else:
             traceback.print_exc()
             code = 1

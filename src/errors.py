@@ -1,5 +1,6 @@
 """The errors users see: one line each, saying what, where, and what to do next. Each kind has its exit code."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +15,8 @@ if sys.platform == "win32" or sys.version_info < (3, 10):  # before anything imp
 def python() -> str:
     """How to call this Python from here: by its path where that lies below, as .venv does; else by its name."""
     with suppress(OSError, ValueError):
-        return str(Path(sys.executable).relative_to(Path.cwd()))
-    return "python"
+        return shlex.quote(str(Path(sys.executable).relative_to(Path.cwd())))
+    return Path(sys.executable).name or "python"
 
 
 class UserError(Exception):

@@ -194,8 +194,9 @@ def main(argv: list[str] | None = None) -> int:
         manifest, notes = prepare(options, report)
     report.show(manifest, notes)
     launcher, folder = "./start_instruct_training.sh", options.output_dir
-    if not Path(launcher).exists():  # it goes to its own folder
-        launcher, folder = str(Path(__file__).resolve().parent.parent / launcher), folder.resolve()
+    project = Path(__file__).resolve().parent.parent
+    if Path.cwd() != project:  # to which it goes
+        launcher, folder = str(project / launcher), folder.resolve()
     command = f"{shlex.quote(launcher)} --data_dir {shlex.quote(str(folder))}"
     print("\n" + printable_line(f"wrote {folder}/{MANIFEST}; next: {command}"))
     return 0

@@ -70,17 +70,19 @@ def test_without_hard_links_latest_is_a_copy(tmp_path, run_state, monkeypatch):
     assert load(tmp_path / "latest.pt")["step"] == 4 == load(tmp_path / "step_000004.pt")["step"]
 
 
-@pytest.mark.parametrize("limit, reason", [(4096, "File too large"), (None, "No space left on device")])
+@pytest.mark.parametrize("limit, reason", [(4096, r"File too large \([\d,]+ bytes are needed, "),
+                                           (None, r"No space left on device \([\d,]+ bytes are needed, "),
+                                           (0, "Read-only file system$")])
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, run_state, monkeypatch, limit, reason):
     """In a write, where torch.save raises an error of its own after the disk's, and in the sync."""
     path, (soft, hard) = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     save(path, run_state)
     before = path.read_bytes()
-    if limit is None:
-        monkeypatch.setattr(os, "fsync", refusing(errno.ENOSPC))
+    if not limit:
+        monkeypatch.setattr(os, "fsync", refusing(errno.ENOSPC if limit is None else errno.EROFS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit or soft, hard))
     try:
-        with pytest.raises(UserError, match=rf"a.pt: cannot write it: {reason} \([\d,]+ bytes are needed, "):
+        with pytest.raises(UserError, match=f"a.pt: cannot write it: {reason}"):
             save(path, {**run_state, "step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -45,7 +45,7 @@ def test_the_cpus_that_a_job_has_are_those_that_are_used(run_main, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags, message", [
-    ("train_instruct.py", ["--learning_rat", "1"], "arguments: --learning_rat 1 (did you mean --learning_rate? --help"),
+    ("train_instruct.py", ["--learning_rat=1"], "arguments: --learning_rat=1 (did you mean --learning_rate? --help"),
     ("train_instruct.py", ["--dry_run", "latest"], "unrecognized arguments: latest (words without -- come first; "),
     ("train_instruct.py", ["--max_steps", "0"], "--max_steps: 0 is not at least 1"),
     ("train_instruct.py", ["--total_batch_size", str(10**12)], "000 is not at least 1 and at most 1073741824"),

@@ -136,10 +136,15 @@ def test_a_python_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
         said = run_command(sys.executable, "-c", code).refusal()
         assert said.startswith("error: this needs Python 3.10 and Linux; on Windows use WSL2")
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python3"))
-    for folder, name in ((tmp_path, ".venv/bin/python3"), (SRC, "python")):  # in what is to be run next
+    for folder, name in ((tmp_path, ".venv/bin/python3"), (SRC, "python3")):  # in what is to be run next
         monkeypatch.chdir(folder)
         assert python() == name
     monkeypatch.undo()
+    for raised, code, words in (("KeyboardInterrupt", 130, ""), ("ModuleNotFoundError('x', name='x')", 2, "error: "),
+                                ("ModuleNotFoundError('y', name='data.y')", 1, "Traceback ")):  # while it imports
+        code_text = f"import sys; sys.path[:0] = [{str(SRC)!r}]; import cli; print('said'); raise {raised}"
+        found = run_command(sys.executable, "-c", code_text)
+        assert (found.code, found.stdout) == (code, "said\n") and found.stderr.startswith(words)
     for script in ("prepare_instruct_dataset.py", "train_instruct.py"):  # without packages
         said = run_command(sys.executable, "-S", SRC / script, cwd=tmp_path).refusal()
         assert re.match(r"error: \S+ has no package \w+; use the Python of an environment with the requirements", said)
@@ -151,7 +156,7 @@ def test_a_python_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
     ("13.0", "CUDA initialization: The driver is too old (found version 11040). Please", "0",
      r"too old for CUDA 13.0 \(found version 11040\); update it"),
     ("13.0", "CUDA initialization: Unexpected error. Error 802: system not yet initialized (Triggered at", None,
-     r"13.0 \(Error 802: system not yet initialized\); "), ("13.0", "", "3", "CUDA_VISIBLE_DEVICES is 3, which names")])
+     r"13.0 \(Error 802: system not yet initialized\); "), ("13.0", "", "3", "CUDA_VISIBLE_DEVICES is 3, which may")])
 def test_a_gpu_that_torch_cannot_use_is_an_error_that_says_why(tmp_path, monkeypatch, name, cuda, warning, visible,
                                                                said):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")

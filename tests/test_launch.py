@@ -211,8 +211,17 @@ def test_memory_and_lost_processes_are_explained_and_nothing_else(error, becomes
     assert type(caught.value) is becomes
 
 
+def test_what_the_launcher_saw_die_is_said_by_it_alone(run_main, tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCT_SAID", str(tmp_path / "said"))
+    (tmp_path / "said.died").touch()
+    found = [run_main(Mock(side_effect=error)) for error in (LostError("lost"), UserError("a full disk"))]
+    assert [(each.code, each.stderr) for each in found] == [(5, ""), (2, "error: a full disk\n")]
+
+
 @pytest.mark.parametrize("error, kind, said", [
     ("NCCL error, unhandled cuda error\nLast error:\nCuda failure 217 'peer'", UserError, "Cuda failure 217 .*P2P"),
+    ("[/gloo/pair.cc:5] Connection closed by peer", LostError, "lost another"),
+    ("NCCL error, unhandled system error\nncclSystemError: x\nLast error:\nrefused", LostError, r"lost .*\(refused\)$"),
     ("NCCL error, remote process exited\nncclRemoteError: x\nLast error:\nclosed", LostError, r"lost .*\(closed\)$")])
 def test_what_keeps_gpus_from_meeting_is_no_lost_process(tmp_path, monkeypatch, error, kind, said):
     """Another start would only repeat it."""

@@ -44,8 +44,10 @@ def test_the_texts_come_back_from_the_shards_in_the_order_of_the_file(tmp_path):
     assert stdout.endswith(
         f"\n\nwrote {out}/dataset_info.json; next: {ROOT}/start_instruct_training.sh --data_dir '{out}'\n")
     for part in (out / "train", out / "dataset_info.json"):
-        with pytest.raises(UserError, match="a part of prepared data; name the whole folder: --data_dir .*/my out$"):
+        with pytest.raises(UserError, match="a part of prepared data; name the whole folder: --data_dir '.*/my out'$"):
             open_prepared(part)
+    (tmp_path / "dataset_info.json").write_text("of other data, which this folder lies in")
+    assert open_prepared(out).manifest["train_examples"]
     (train, val), expected = texts_of(out).values(), expected_of(rows)
     assert [train, val] == [[text for text in expected if text in split] for split in (train, val)]
     assert sorted(train + val) == sorted(expected)

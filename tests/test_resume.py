@@ -208,7 +208,7 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         (("--resume", whole / "step_000023.pt"), "a run is here already", tmp_path / "other"),
         ((), "step_000007.pt: a run is here already; --resume latest", tmp_path / "foreign"),
         ((), "best_model.pt: a run is here already; another --checkpoint_dir", tmp_path / "best"),
-        (("--resume", "lastest"), "lastest: no such file to resume from", tmp_path / "best"),
+        (("--resume", "lastest"), "lastest: no such file to resume from", tmp_path),
         (("--min_lr", 1), "--min_lr 1.0 is above --learning_rate", tmp_path),
         (("--resume", whole), "a folder; to go on from its newest checkpoint: --resume latest --checkpoint_", tmp_path),
         (("--tensorboard_dir", "n\udcff"), "expected a path in UTF-8", tmp_path),
@@ -221,10 +221,13 @@ def test_wrong_starts_say_what_to_do(inputs, whole, tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("somebody's")
     before = (whole / "latest.pt").read_bytes()
+    with pytest.raises(UserError, match="lastest: no such file"):
+        train(inputs, tmp_path / "best", "--resume", "lastest")
+    assert not (tmp_path / "best" / LOCK).exists()
     for flags, message, folder in cases:
         with pytest.raises(UserError, match=message):
             train(inputs, folder, *flags)
-    assert not (tmp_path / "empty").exists() and not (tmp_path / "best" / LOCK).exists()
+    assert not (tmp_path / "empty").exists()
     assert (whole / "latest.pt").read_bytes() == before
     assert {path.read_text() for path in tmp_path.glob("*/*.pt")} == {"somebody's"}
     damaged = tmp_path / "damaged.pt"

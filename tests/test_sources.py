@@ -102,6 +102,7 @@ def test_an_object_alone_that_is_a_row_stays_one(tmp_path, text):
     ("a.csv", "instruction,output,a|b|c|d\n q,a|b,c\n", [(" q", "a|b", "c")]),
     ("a.txt", "sep=|\ninstruction|output\n a|b \n-|--\n", [(" a", "b "), ("-", "--")]),
     ("a.csv", "instruction,output,,\nQ,A,,\n\n", [("Q", "A", "")]),
+    ("a.csv", "[instruction],[output]\nQ,A\n", [("Q", "A")]), ("a.csv", "{instruction},output\nQ,A\n", [("Q", "A")]),
     ("a.csv", "instruction,output\nQ,A,,,\nQ,A\n", [("Q", "A")] * 2),
 ])
 def test_blanks_of_tables(tmp_path, name, text, rows):

@@ -195,10 +195,9 @@ class Chat:
     def say(self, text: str, dim: bool = False) -> None:
         """A line for the user that is no answer; one by the way is in brackets, and dim where the terminal can."""
         stream = sys.stdout if self.at_terminal and sys.stdout.isatty() else sys.stderr
-        text = "\n".join(map(fill, text.split("\n")))
-        if dim:
-            is_plain = not stream.isatty() or os.environ.get("NO_COLOR") or self.signals.is_dumb
-            text = f"({text})" if is_plain else f"\x1b[2m({text})\x1b[0m"
+        text = "\n".join(map(fill, (f"({text})" if dim else text).split("\n")))
+        if dim and stream.isatty() and not os.environ.get("NO_COLOR") and not self.signals.is_dumb:
+            text = f"\x1b[2m{text}\x1b[0m"
         write(f"{text}\n", stream)
 
     def _write_answer(self, answer: Answer) -> None:

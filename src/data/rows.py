@@ -90,7 +90,8 @@ def _file_rows(name: str) -> Iterator[tuple[str, Any]]:
         lines, ahead = tee(_lines(file))
         first, second, *_ = [*islice(filter(str.strip, ahead), 2), "", ""]  # that are not blank
         del ahead  # else all that is read stays in memory
-        is_json = kind in KINDS[:3] or first.lstrip().startswith(("{", "["))
+        is_json = kind in KINDS[:3] or first.lstrip().startswith(("{", "[")) and (  # a table's column may be [output]
+            kind not in KINDS or first.strip() in "[{" or not isinstance(parse_json(first.strip()), BadRow))
         yield from _json_rows(first, second, lines) if is_json else _csv_rows(first, lines)
 
 

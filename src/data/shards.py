@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shlex
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -151,8 +152,9 @@ def _foreign_files(folder: Path) -> Iterator[Path]:
 def open_prepared(folder: Path) -> Prepared:
     """The prepared data of a folder. Raises UserError when its manifest cannot be used."""
     path = folder / MANIFEST
-    if (folder.parent / MANIFEST).exists():
-        raise UserError(f"{folder}: a part of prepared data; name the whole folder: --data_dir {folder.parent}")
+    if not path.exists() and ((whole := folder.resolve().parent) / MANIFEST).exists():
+        raise UserError(f"{folder}: a part of prepared data; name the whole folder: --data_dir "
+                        f"{shlex.quote(str(whole))}")
     if not path.exists():
         raise UserError(f"{path}: no prepared data there; name the folder with --data_dir, or run: {python()} src/"
                         f"prepare_instruct_dataset.py {'--dataset' if folder.is_file() else '--output_dir'} {folder}")

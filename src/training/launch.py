@@ -37,7 +37,7 @@ TRAINER = Path(__file__).parent.parent / "train_instruct.py"
 def main() -> int:
     block_signals()
     parser, flags = Parser(), sys.argv[2:]
-    parser.add_argument("nproc", type=number(int, 1, max(8, usable_cpus())), help="the number of processes")
+    parser.add_argument("nproc", type=number(int, 1, max(8, os.cpu_count() or 1)), help="the number of processes")
     processes = parser.parse_args(sys.argv[1:2]).nproc
     options = parse_options(flags)
     folder = Path(options.checkpoint_dir)
@@ -82,7 +82,7 @@ class Launcher:
         self.report, self.signals = hosts.report, Signals()
         self.trainers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
         self.killed = set[int]()  # the ranks that were ended from here
-        self.end = math.inf  # when those that still run are to be ended
+        self.end = self.last_end = math.inf  # when those that still run are to be ended; in the middle of a save too
         self.begun = Path(folder, "begun")  # the trainers touch it when they begin, and at every step
         self.news = ""  # what was said of the plan
         self.since, self.notice = time.monotonic(), NOTICE  # when waiting began, and the seconds before that is said
@@ -129,7 +129,7 @@ class Launcher:
             os.environ |= {f"{library}_SOCKET_IFNAME": "lo" for library in ("GLOO", "NCCL")}
         counts = list(plan.members.values())
         first = sum(counts[:list(plan.members).index(self.hosts.key)])
-        self.trainers, self.killed, self.end, self.notice = {}, set(), math.inf, QUIET
+        self.trainers, self.killed, self.end, self.last_end, self.notice = {}, set(), math.inf, math.inf, QUIET
         self.report = replace(self.report, start=plan.start, code=None)
         for local_rank in range(self.report.processes):
             environment = {"RANK": first + local_rank, "LOCAL_RANK": local_rank,
@@ -151,20 +151,22 @@ class Launcher:
             trainer.wait()
 
     def _watch(self, plan: Plan) -> None:
-        """The trainers run: have they ended, and does a step end from time to time? They have some seconds to end when
-        the plan is not that they go on, or one has left the others alone."""
-        codes = {rank: trainer.poll() for rank, trainer in self.trainers.items()}
+        """The trainers run: have they ended, and does a step end from time to time? They have some seconds to end, and
+        to finish a save, when the plan is not that they go on, or one has left the others alone."""
+        codes, now = {rank: trainer.poll() for rank, trainer in self.trainers.items()}, time.monotonic()
         may_go_on = plan.start == self.report.start and (plan.goes or plan.saving)
         if not may_go_on or any(code not in (None, 0, 128 + self.signals.stop) for code in codes.values()):
-            self.end = min(self.end, time.monotonic() + GRACE)
+            self.end, self.last_end = min(self.end, now + GRACE), min(self.last_end, now + SAVING)
         if any(code is not None and (code < 0 or code == 1) for code in codes.values()):
-            Path(self.folder, f"said{self.report.start}").touch()  # others need not say that they have lost that one
+            Path(self.folder, f"said{self.report.start}.died").touch()  # others need not say that they have lost it
         if None not in codes.values():
             code, why = self._outcome({rank: code for rank, code in codes.items() if code and rank not in self.killed})
             self.report = replace(self.report, code=code, why=why)
             self.since, self.notice = time.monotonic(), NOTICE
-        elif time.monotonic() >= self.end + SAVING * self._is_saving():
-            self._kill()
+        elif now >= self.end:
+            self.end = now + 1.0  # as a save is of several files
+            if now >= self.last_end or not self._is_saving():
+                self._kill()
         seconds = time.time() - self.begun.stat().st_mtime if self.begun.exists() else 0.0
         if self.report.code is None and seconds >= self.notice:
             self.notice = 2 * seconds

@@ -41,7 +41,8 @@ def device_named(name: str) -> str:
             if torch.version.cuda is None:
                 reason = "this is the build for CPUs; install the one for CUDA in its place"
             elif not said and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
-                reason = f"CUDA_VISIBLE_DEVICES is {visible}, which names none (nvidia-smi -L lists them)"
+                reason = (f"CUDA_VISIBLE_DEVICES is {visible}, which may name none of its GPUs, or its driver does not "
+                          "work (nvidia-smi -L lists them)")
             raise UserError(f"--device {name}: there is an NVIDIA GPU, and PyTorch {torch.__version__} cannot use it: "
                             f"{reason}; --device cpu goes on without the GPU")
     if name == "auto":

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import time
 import zlib
 from argparse import Namespace
@@ -188,7 +189,7 @@ def join(device_name: str) -> Processes:
             _connect(processes)
     except LostError as error:
         text = str(error.__cause__)
-        if "NCCL" not in text or "ncclRemoteError" in text:
+        if not re.search("unhandled cuda error|Cuda failure|invalid usage", text):  # a process may have died
             raise
         raise UserError(f"NCCL does not start: {_reason_in(text)}; NCCL_DEBUG=INFO shows more{_NO_P2P}") from error
     return processes

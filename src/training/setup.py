@@ -20,7 +20,7 @@ from training.run import Run
 from training.step import Learner
 from training.threads import Saver
 from weights import checkpoint
-from weights.durable import LOCK, lock_folder
+from weights.durable import lock_folder
 
 
 @contextmanager
@@ -53,7 +53,8 @@ def _set_up(argv: list[str] | None, options: Namespace, processes: Processes, si
     # rank 0 alone looks for a checkpoint, in a folder that all hosts have to share
     with processes.together():
         if processes.is_main:
-            if not (folder / LOCK).exists():  # a wrong --resume makes no folder and no lock
+            is_path = options.resume not in (None, "auto", "latest")
+            if not folder.exists() or is_path and not Path(options.resume).exists():  # which makes no folder, no lock
                 find_state(options, folder)
             stack.enter_context(lock_folder(folder, warn=say))
             checkpoint.remove_temporaries(folder)

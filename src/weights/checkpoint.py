@@ -7,6 +7,7 @@ people put there is never replaced nor removed, whatever it is called.
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import count
@@ -177,7 +178,8 @@ def point_latest(path: Path, say: Say = say_nothing) -> None:
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
-        return save(latest, load(path))
+        with path.open("rb") as source, durable_file(latest, path.stat().st_size) as file:
+            return shutil.copyfileobj(source, file)
     temporary.replace(latest)
     sync_folder(path.parent)
 

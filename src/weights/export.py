@@ -132,7 +132,8 @@ def export_gguf(state: Mapping[str, Any], path: Path, dtype: str, settings: Mapp
         writer.close()
     recipe = path.with_suffix(".Modelfile")
     if not state["template"]:  # one of an older export is for another model
-        is_ours = recipe.is_file() and "PARAMETER num_predict" in recipe.read_text(errors="replace")
+        text = recipe.read_text(errors="replace") if recipe.is_file() else ""
+        is_ours = text.startswith(f"FROM ./{path.name}\nTEMPLATE") and 'PARAMETER stop "### Instruction:"' in text
         return recipe.unlink() if is_ours else None
     with durable_file(recipe) as file:
         file.write(os.fsencode(_modelfile(state, path.name, settings)))

@@ -63,7 +63,7 @@ def open_any(path: Path, n_head: int = 0) -> dict[str, Any]:
     if len(state) < sum(map(len, parts)):
         raise CheckpointError(f"{path}: its files have some weights twice, so they are of two models; {_COPY}")
     if state.get("format") == FORMAT:
-        state = verify(state, path)
+        state = verify({**state, "left_out": 0}, path)
         if n_head and n_head != state["model_config"].get("n_head"):
             raise CheckpointError(f"{path}: it has {state['model_config'].get('n_head')} heads, not {n_head}")
         return state
@@ -201,7 +201,8 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     if (output := weights.pop(_OUTPUT, None)) is not None:
         embedding = weights.setdefault(_EMBEDDING, output)  # safetensors' save_model writes one of the two
         output = output[:VOCAB_SIZE]
-        if not torch.equal(output, embedding[:VOCAB_SIZE]) and output.sum().isfinite():  # NaN is not equal to itself
+        embedding = embedding[:VOCAB_SIZE]
+        if not torch.equal(output, embedding) and embedding.sum().isfinite():  # NaN is not equal to itself
             raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train "
                                   "it again with the two tied, as in GPT-2")
     n_embd = weights[_EMBEDDING].shape[1]
@@ -227,12 +228,18 @@ def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
              "n_head": n_head}
     expected = {**_EXPECTED, "n_inner": (None, 4 * n_embd)}
+    if not named.keys().isdisjoint(_HEADS):
+        others = ()
+    others = [each for each in others if not each.keys().isdisjoint(_HEADS)]  # what else may be the model's config
     wrong = {f"{key} {each[key]!r:.60}": None for key, values in expected.items() for each in (named, *others)
              if key in each and each[key] not in values}
     if wrong:
         raise CheckpointError(f"{path}: not a GPT-2 as published: {', '.join(wrong)}{_OTHER}")
     heads = {each[name] for each in others for name in _HEADS & each.keys() if type(each[name]) is int}
-    if named.keys().isdisjoint(_HEADS) and len(heads) == 1:
+    if n_head and heads and n_head not in heads:
+        raise CheckpointError(f"{path}: it says {min(heads)} heads, not {n_head}; if another model in it has them, "
+                              "save the state dict alone")
+    if len(heads) == 1:
         named = {**named, "n_head": next(iter(heads))}
     for field, value in shown.items():
         name = next((name for name in (field, *_NAMES.get(field, ())) if name in named), field)
