@@ -86,6 +86,9 @@ def test_the_launcher_trains_resumes_and_passes_on_exit_codes(project):
         code, _, stderr = start(project, *flags)
         assert (code, stderr.count("\n")) == (number, 1) and f"{run}/latest.pt: {message}" in stderr
     assert start(project, 0).code == start(project, 99999).code == 2
+    for script in ("start_instruct_training.sh", "chat.sh"):  # sh may be no bash
+        found = run_command("sh", project / script, "--help", env={"VIRTUAL_ENV": sys.prefix})
+        assert found.code == 0 and found.stdout.startswith(f"usage: ./{script} ")
     code, stdout, stderr = start(project, 2, "--help")
     assert (code, stderr) == (0, "") and stdout.startswith("usage: ./start_instruct") and "\n  --eval_freq " in stdout
 

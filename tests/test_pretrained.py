@@ -193,7 +193,8 @@ def reference() -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("form, activation", [*((form, "gelu_new") for form in FOLDERS),
-                                              ("safetensors", "gelu_pytorch_tanh"), ("safetensors", "gelu_fast")])
+                                              *(("safetensors", f"gelu_{name}") for name in (
+                                                  "pytorch_tanh", "fast", "python_tanh", "accurate"))])
 def test_folders_of_transformers_have_its_logits(tmp_path, reference, form, activation):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -280,7 +281,7 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
         "teacher": {"n_head": 8}, "student": {"n_head": 4}}}, "--n_head N --output NEW.pt"),
     "a config that is none": (lambda weights: {"model": weights, "config": 5}, "--n_head N --output NEW.pt"),
     **{f"{key} {value}": (says(**{key: value}), f"not a GPT-2 as published: {key} {value!r}; .* take another trainer")
-       for key, value in {"activation_function": "relu", "n_inner": 96}.items()},
+       for key, value in {"activation_function": "relu", "n_inner": 96, "layer_norm_eps": 1e-6}.items()},
     "untied, with a NaN": (lambda weights: {**weights, "lm_head.weight": torch.cat((
         weights[EMBEDDING][:9] * torch.nan, weights[EMBEDDING][9:] + 1))}, "train it again with the two "),
     "a nested config": (lambda weights: {"state_dict": weights, "hyper_parameters": {"config": {
@@ -292,7 +293,8 @@ WRONG: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "no model": (lambda _: {"model": {"weights": 3}, "ema": 5}, "no model weights in it .*; found .*'ema'"),
     "another head": (lambda weights: {"model": {**weights, "score.weight": weights[NORM]}, "config": {"n_head": 4}},
                      "score.weight is .*, expected absent; save a GPT-2 alone"),
-    "LLaMA": (lambda _: {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)}, "no GPT-2 .*take another trainer"),
+    "LLaMA": (lambda _: {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3)},
+              "no GPT-2 .*found model.layers.0.mlp.up_proj.weight.*take another trainer"),
     "PEFT in a model": (lambda weights: {**weights, "transformer.h.0.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
     "PEFT": (lambda _: {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(3, 3)}, "merge it fi"),
     "a whole module": (lambda _: torch.nn.Linear(3, 3), r"a whole pickled module.*torch.save\(model.state_dict\(\)"),
@@ -340,7 +342,7 @@ FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, wh
        for name, content in (("vocab.json", b'{"\\u0120the": 2621}'), ("tokenizer.json", b'{"model": {"vocab": {}}}'))},
     "not JSON": ({"config.json": b"["}, "not readable as JSON", 2),
     "a list": ({"config.json": b"[]"}, "not readable as JSON: not an object", 2),
-    "damaged": ({"config.json": b"{}", "model.safetensors": b"\xff" * 100}, "not a readable safetensors file", 3),
+    "damaged": ({"config.json": b"{}", "model.safetensors": b"\xff" * 100}, "safetensors file.*; copy or download it", 3),
     "llm.c": ({"config.json": b"{}", "pytorch_model.bin": struct.pack("<2i", 20240326, 3)}, "dev/eval/export_hf.py", 3),
     "GGUF": ({"config.json": b"{}", "pytorch_model.bin": b"GGUF\3\0\0\0"}, "a GGUF file; import the", 3),
     **{f"LFS {name}": ({"config.json": b"{}", name: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
@@ -408,6 +410,9 @@ def test_the_trainer_takes_folders_and_heads_and_says_what_the_model_is(inputs, 
         assert "2 layers of 4 heads, width 48, context_length 32, weights of " in capsys.readouterr().out
     with pytest.raises(UserError, match="how many heads .* --n_head N "):
         train((inputs[0], tmp_path / "bare.pt"), tmp_path, *usual)
+    torch.save(with_output(small_model(config=PADDED).state_dict()), tmp_path / "padded.pt")
+    assert train((inputs[0], tmp_path / "padded.pt"), tmp_path, *usual, "--n_head", 4) == 0
+    assert "padded.pt, without the 47 rows after GPT-2's tokens" in capsys.readouterr().out
 
 
 def test_another_vocabulary_is_refused_at_the_start(inputs, tmp_path):
