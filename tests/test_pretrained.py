@@ -342,7 +342,7 @@ FILES: dict[str, tuple[dict[str, bytes], str, int]] = {  # files of a folder, wh
        for name, content in (("vocab.json", b'{"\\u0120the": 2621}'), ("tokenizer.json", b'{"model": {"vocab": {}}}'))},
     "not JSON": ({"config.json": b"["}, "not readable as JSON", 2),
     "a list": ({"config.json": b"[]"}, "not readable as JSON: not an object", 2),
-    "damaged": ({"config.json": b"{}", "model.safetensors": b"\xff" * 100}, "safetensors file.*; copy or download it", 3),
+    "damaged": ({"config.json": b"{}", "model.safetensors": b"\xff" * 100}, "safetensors file.*; copy or download", 3),
     "llm.c": ({"config.json": b"{}", "pytorch_model.bin": struct.pack("<2i", 20240326, 3)}, "dev/eval/export_hf.py", 3),
     "GGUF": ({"config.json": b"{}", "pytorch_model.bin": b"GGUF\3\0\0\0"}, "a GGUF file; import the", 3),
     **{f"LFS {name}": ({"config.json": b"{}", name: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
