@@ -154,7 +154,7 @@ def test_the_default_dataset_comes_from_the_hub(tmp_path):
     with hub({DATASET: ALPACA}) as server:
         server.faults["/cdn/"] = [2.0]
         code, stdout, stderr = from_hub(server, tmp_path, "prepare_instruct_dataset.py")
-    assert code == 0 and "wrote data_instruct/dataset_info.json" in stdout, stderr
+    assert code == 0 and f"wrote {tmp_path}/data_instruct/dataset_info.json" in stdout, stderr
     texts = texts_of(tmp_path / "data_instruct")
     assert sorted(response for _, response in texts["train"] + texts["val"]) == sorted(row["output"] for row in ROWS)
     assert sum(method == "GET" and "/cdn/" in path for method, path, _, _ in server.requests) == 2
