@@ -146,7 +146,7 @@ def rank_dies_early(result: Result, here: Lab, times: int) -> None:
 def rank_dies_in_save(result: Result, here: Lab, times: int) -> None:
     """The save, which takes longer than a process has to end in, is finished, and the run goes on from it."""
     for number in range(times):
-        run = here.start(2, "--checkpoint_freq", 4, phase="save", at=1, seconds=7)
+        run = here.start(2, "--checkpoint_freq", 4, phase="save", at=1, seconds=2.5, grace=0.5)
         run.wait_for(Trainer.stopped)
         os.kill(run.ranks()[1], signal.SIGKILL)
         result.check(f"run {number}", run.exits(0), run.differs(), run.orphans(),

@@ -99,8 +99,8 @@ class Lab:
 
 
 class Trainer:
-    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Three faults
-    concern the start: launcher, for one process too; nohup; quiet, the seconds after which a hang is said."""
+    """The trainer in the background: one process, or launch.py with several; its output goes to a file. Some faults
+    concern the start: launcher, for one process too; nohup; quiet and grace, as seconds in launch.py."""
 
     def __init__(self, lab: Lab, folder: Path, processes: int, flags: list[str], fault: dict | None = None,
                  before: Sequence[str] = (), **variables: str) -> None:
@@ -112,8 +112,8 @@ class Trainer:
         source = lab.faulty if fault else SRC
         self.direct = processes == 1 and not fault.get("launcher")
         script = [source / "train_instruct.py"] if self.direct else ["-m", "training.launch", processes]
-        if quiet := fault.get("quiet"):
-            script = ["-c", f"import cli, training.launch as l; l.QUIET = {quiet}; cli.run(l.main)", processes]
+        if times := [f"l.{name.upper()} = {fault[name]}; " for name in ("quiet", "grace") if name in fault]:
+            script = ["-c", f"import cli, training.launch as l; {''.join(times)}cli.run(l.main)", processes]
         command = [*before, *["nohup"] * fault.get("nohup", 0), sys.executable, *script, "--checkpoint_dir", folder,
                    "--tensorboard_dir", folder / "tb", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(source),
