@@ -92,7 +92,7 @@ def import_weights(source: str, output: Path, n_head: int = 0) -> None:
     from weights.pretrained import open_any, without_rows
 
     state = open_any(path, n_head)
-    model, left_out = model_of(state, path), without_rows(state.pop("left_out", 0))
+    model, left_out = model_of(state, path), without_rows(state.pop("left_out"))
     save(output, state, say)
     sizes, count = model.config, sum(parameter.numel() for parameter in model.parameters())
     say(f"wrote {output}: {count:,} parameters, {sizes.n_layer} layers of {sizes.n_head} heads, width {sizes.n_embd}"

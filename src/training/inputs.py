@@ -83,7 +83,7 @@ def model_of(options: Namespace, state: dict[str, Any] | None, path: Path) -> tu
                             f"{python()} src/convert_checkpoint.py import gpt2 --output checkpoints/best_model.pt")
         weights = open_any(path, options.n_head)
         model = checkpoint.model_of(weights, path)
-        origin = f"weights of {path}{without_rows(weights.get('left_out', 0))}"
+        origin = f"weights of {path}{without_rows(weights['left_out'])}"
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # the file's memory is for reading
     return model, origin

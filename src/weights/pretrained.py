@@ -32,8 +32,7 @@ _PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 2
 _LARGEST_VOCABULARY = 51_200  # GPT-2's, padded to a multiple of 1,024
 # What a GPT-2 of transformers may say and be the model that model.py computes. The activations are one function.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate",
-                            "gelu_python_tanh"),
+    "activation_function": tuple(f"gelu_{name}" for name in ("new", "pytorch_tanh", "fast", "accurate", "python_tanh")),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
     **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps"), (1e-5, torch.tensor(1e-5).item()))}  # as GGUF has it
 
@@ -200,8 +199,7 @@ def normalize_weights(found: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     weights = _in_our_names(found, path)
     if (output := weights.pop(_OUTPUT, None)) is not None:
         embedding = weights.setdefault(_EMBEDDING, output)  # safetensors' save_model writes one of the two
-        output = output[:VOCAB_SIZE]
-        embedding = embedding[:VOCAB_SIZE]
+        output, embedding = output[:VOCAB_SIZE], embedding[:VOCAB_SIZE]
         if not torch.equal(output, embedding) and embedding.sum().isfinite():  # NaN is not equal to itself
             raise CheckpointError(f"{path}: lm_head.weight is not the token embedding; it cannot be converted, train "
                                   "it again with the two tied, as in GPT-2")
@@ -228,9 +226,8 @@ def config_of(named: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
              "n_layer": len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
              "n_head": n_head}
     expected = {**_EXPECTED, "n_inner": (None, 4 * n_embd)}
-    if not named.keys().isdisjoint(_HEADS):
-        others = ()
-    others = [each for each in others if not each.keys().isdisjoint(_HEADS)]  # what else may be the model's config
+    # what else may be the model's config, where named does not say the heads
+    others = [each for each in others if _HEADS & each.keys() and not _HEADS & named.keys()]
     wrong = {f"{key} {each[key]!r:.60}": None for key, values in expected.items() for each in (named, *others)
              if key in each and each[key] not in values}
     if wrong:
